@@ -1,0 +1,32 @@
+"""Draws every picture of the README and the docs: `.venv/bin/python docs/draw_images.py`.
+
+Each picture is one command of the tool. The pages quote the same commands; tests/test_docs.py compares them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipestill.cli import main
+
+_UNIFORM = "simulate --uniform 1,1,1,1 --devices 4"
+PICTURES = {
+    "sequential": f"{_UNIFORM} --microbatches 2 --strategy sequential --steps 1 --draw docs/images/sequential.svg",
+    "gpipe": f"{_UNIFORM} --microbatches 8 --strategy gpipe --draw docs/images/gpipe.svg",
+    "1f1b": f"{_UNIFORM} --microbatches 8 --strategy 1f1b --draw docs/images/1f1b.svg",
+    "fill": f"{_UNIFORM} --microbatches 8 --draw docs/images/fill.svg",
+}
+
+
+def draw() -> None:
+    """Run every command from the root of the repository, where the paths lead."""
+    os.chdir(Path(__file__).parent.parent)
+    for command in PICTURES.values():
+        print(f"pipestill {command}")
+        if main([*command.split(), "--json"]) != 0:
+            raise SystemExit(f"failed: pipestill {command}")
+
+
+if __name__ == "__main__":
+    draw()

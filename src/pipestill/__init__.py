@@ -1,0 +1,56 @@
+"""Teacher-student training over pipelines whose bubbles the teacher fills."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipestill import losses
+    from pipestill.errors import PipestillError, RankFailure, UserError
+    from pipestill.model.blocks import Block, BlockModel
+    from pipestill.model.tasks import Distillation, Supervised
+    from pipestill.plan import Plan
+    from pipestill.runtime.launch import launch
+    from pipestill.train import Result, Trainer
+
+__version__ = version("pipestill")
+
+_HOMES = {
+    "Block": "pipestill.model.blocks",
+    "BlockModel": "pipestill.model.blocks",
+    "Distillation": "pipestill.model.tasks",
+    "PipestillError": "pipestill.errors",
+    "Plan": "pipestill.plan",
+    "RankFailure": "pipestill.errors",
+    "Result": "pipestill.train",
+    "Supervised": "pipestill.model.tasks",
+    "Trainer": "pipestill.train",
+    "UserError": "pipestill.errors",
+    "launch": "pipestill.runtime.launch",
+}
+
+__all__ = [
+    "Block",
+    "BlockModel",
+    "Distillation",
+    "PipestillError",
+    "Plan",
+    "RankFailure",
+    "Result",
+    "Supervised",
+    "Trainer",
+    "UserError",
+    "launch",
+    "losses",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: schedules are simulated and drawn without loading torch."""
+    if name == "losses":
+        return import_module("pipestill.losses")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pipestill' has no attribute '{name}'")

@@ -1,0 +1,96 @@
+"""What hears of a run: the metrics file, a terminal, a log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Callback:
+    """Does nothing; override what you want to hear. Called on rank 0 only."""
+
+    def start(self, description: str, total_steps: int | None) -> None:
+        """Training begins; `total_steps` is None where the loader does not tell its length."""
+
+    def step(self, values: dict[str, float]) -> None:
+        """A logged step."""
+
+    def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """A validation after `step` steps."""
+
+    def end(self) -> None:
+        """Training ended or failed."""
+
+
+class JsonLines(Callback):
+    """Writes one object a logged step and one a validation to a file, as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+
+    def start(self, description: str, total_steps: int | None) -> None:
+        self._file = self.path.open("w")
+
+    def step(self, values: dict[str, float]) -> None:
+        self._write(values)
+
+    def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        self._write({"step": step + 1, "epoch": epoch + 1, **{f"validation_{k}": v for k, v in metrics.items()}})
+
+    def end(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, values: dict[str, float]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+
+class Terminal(Callback):
+    """A progress bar on a terminal, plain lines elsewhere (one a validation, and one every `seconds_between`)."""
+
+    def __init__(self, console: Console, every: int = 50) -> None:
+        self.console, self.every = console, every
+        self._progress: Progress | None = None
+        self._bar: TaskID | None = None
+        self._description = ""
+        self._total: int | None = None
+        self._metrics = ""
+
+    def start(self, description: str, total_steps: int | None) -> None:
+        self._description, self._total = description, total_steps
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=self.console,
+            )  # fmt: skip
+            self._bar = self._progress.add_task(description, total=total_steps, info="")
+            self._progress.start()
+        else:
+            self._print(f"{description}: {total_steps or 'unknown number of'} steps")
+
+    def step(self, values: dict[str, float]) -> None:
+        info = f"loss {values['loss']:.4f}  {values['samples_per_second']:.0f} samples/s{self._metrics}"
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, completed=values["step"], info=info)
+        elif int(values["step"]) % self.every == 0:
+            self._print(f"{self._description}: step {int(values['step'])} of {self._total or '?'}  {info}")
+
+    def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        self._metrics = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
+        if self._progress is None:
+            self._print(f"{self._description}: epoch {epoch + 1}{self._metrics}")
+
+    def end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)

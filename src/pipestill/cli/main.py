@@ -1,0 +1,92 @@
+"""`pipestill COMMAND ...`: finds the command, and turns every error into one message and a status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from pipestill.errors import ConfigError, PipestillError, RankFailure, TransportError, UserError, nearest
+
+COMMANDS = {
+    "recipes": "list what ships, with what each needs",
+    "train": "train a recipe: teacher, distilled student, and the student alone",
+    "simulate": "time a schedule without running it, and draw it",
+    "compare": "measure strategies side by side in one run",
+    "check": "prove a schedule, then compare its weights with the plain loop's",
+    "trace": "draw what happened in a run",
+    "doctor": "what this machine has, what is missing, how to mend it",
+}
+
+
+_YIELD_SECONDS = 3.0
+"""How long a rank under torchrun that lost a peer leaves the word to the rank that failed first."""
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        ["usage: pipestill COMMAND [...]", "", *lines, "", "'pipestill COMMAND --help' tells a command's options."]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 the user's input is wrong, 1 anything else."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    status = _run(words)
+    if status and "TORCHELASTIC_RUN_ID" in os.environ:
+        sys.stdout.flush()
+        os._exit(status)  # sockets of a broken job must not hold the exit that tells torchrun to end the others
+    return status
+
+
+def _run(words: list[str]) -> int:
+    try:
+        return _dispatch(words)
+    except RankFailure as failure:
+        print(failure.detail, end="", file=sys.stderr)
+        return _complain(failure, failure.status)
+    except UserError as error:
+        return _complain(error, 2)
+    except TransportError as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(_YIELD_SECONDS)
+        return _complain(error, 1)
+    except PipestillError as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted", 1)
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        return _complain(f"{type(error).__name__}: {error}", 1)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        print(usage())
+        return 2
+    command, rest = words[0], words[1:]
+    if command in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if command == "--version":
+        from pipestill import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        raise ConfigError(f"no command '{command}'{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    run: Callable[[list[str]], int] = import_module(f"pipestill.cli.{command}").run
+    return run(rest)
+
+
+def _complain(message: object, status: int) -> int:
+    print(f"pipestill: {message}", file=sys.stderr)
+    return status

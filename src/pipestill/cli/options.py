@@ -1,0 +1,213 @@
+"""Command lines and YAML files -> typed dataclasses, through jsonargparse."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import register_type
+
+from pipestill.errors import ConfigError, nearest
+from pipestill.recipes import RECIPES, find
+from pipestill.recipes.recipe import Recipe
+from pipestill.recipes.run import Numbers
+
+
+class Helped(Exception):
+    """Help or a configuration was printed; there is nothing else to do."""
+
+
+def _numbers(text: Any) -> Numbers:
+    items = text.split(",") if isinstance(text, str) else text
+    try:
+        return Numbers(int(item) for item in items)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected whole numbers such as 3,3, got {text!r}") from None
+
+
+register_type(Numbers, serializer=list, deserializer=_numbers, deserializer_exceptions=(ValueError,))
+
+
+class _Parser(ArgumentParser):
+    """Raises `ConfigError` where argparse would print its usage and exit."""
+
+    hints: Mapping[str, Any] = {}
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise ConfigError(_plain(" ".join(message.split()), self.hints))
+
+
+_WANTED = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    Numbers: "whole numbers such as 3,3",
+}
+_VALUES = {int: "N", float: "X", str: "TEXT", Numbers: "N,N"}
+
+
+def _plain(message: str, hints: Mapping[str, Any]) -> str:
+    """What a parser complains about, in words for a user."""
+    wrong = re.match(r'Parser key "(\w+)":.* (?:Got|Given) value:(.*)$', message)
+    if wrong and wrong[1] in hints:
+        return f"{wrong[1]} takes {_wanted(hints[wrong[1]])}, got '{wrong[2].strip()}'"
+    if left := re.match(r"unrecognized arguments: (.*)$", message):
+        return f"cannot tell what '{left[1]}' is for; every option is --key value, and --help lists the keys"
+    if lone := re.match(r"argument (--\w+): expected one argument$", message):
+        return f"{lone[1]} needs a value"
+    return message
+
+
+def _wanted(hint: Any) -> str:
+    """The values that a key takes."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    return " or ".join(map(str, kinds)) if get_origin(hint) is Literal else _WANTED[kinds[0]]
+
+
+def _hints(groups: Sequence[type]) -> dict[str, Any]:
+    """The type of every key."""
+    fields = {f.name for group in groups for f in dataclasses.fields(group)}
+    return {name: hint for group in groups for name, hint in get_type_hints(group).items() if name in fields}
+
+
+def _help(command: str, groups: Sequence[type]) -> str:
+    """What a command's keys mean and which values they have when nothing is said, from the groups' docstrings."""
+    width = min(shutil.get_terminal_size().columns, 110)
+    hints = _hints(groups)
+    lines = [f"usage: pipestill {command} [--KEY VALUE ...]"]
+    for group in groups:
+        summary, _, described = (group.__doc__ or "").partition("Args:")
+        meanings = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", described, re.MULTILINE))
+        lines += ["", f"{summary.strip().rstrip('.')}:"]
+        for field in dataclasses.fields(group):
+            kinds = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)]
+            choices = get_origin(hints[field.name]) is Literal
+            value = "|".join(map(str, kinds)) if choices else _VALUES.get(kinds[0], "")
+            default = "" if field.default is None or field.default is False else f" (default: {field.default})"
+            key = f"  --{field.name} {value}".rstrip()
+            lines += _entry(key, meanings[field.name] + default, width)
+    lines += ["", "Always there:"]
+    lines += _entry("  --print_config", "print all keys with their values as YAML, and do nothing else", width)
+    lines += _entry("  --help", "print this", width)
+    return "\n".join(lines)
+
+
+def _entry(key: str, meaning: str, width: int, indent: int = 30) -> list[str]:
+    """A key with what it means in a column beside it, or below where the key is long."""
+    shown = textwrap.wrap(" ".join(meaning.split()), max(20, width - indent), break_on_hyphens=False)
+    first = [f"{key:<{indent}}{shown[0]}"] if len(key) < indent - 1 else [key, " " * indent + shown[0]]
+    return [*first, *(" " * indent + line for line in shown[1:])]
+
+
+def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[str, Any] | None = None) -> list[Any]:
+    """One instance of each dataclass in `groups` from `--key value` arguments, which win over `defaults`.
+
+    Every field of every group is a key. Prints help for --help, the result as YAML for --print_config, and raises
+    `ConfigError` for an unknown key (with the nearest one) or a value of another type.
+    """
+    parser = _Parser(prog=f"pipestill {command}", exit_on_error=False, default_env=False)
+    parser.hints = _hints(groups)
+    for group in groups:
+        parser.add_class_arguments(group, None, fail_untyped=True)
+    known = [f.name for group in groups for f in dataclasses.fields(group)]
+    words = _normal(
+        arguments, [f.name for group in groups for f in dataclasses.fields(group) if f.type in (bool, "bool")]
+    )
+    if "--help" in words or "-h" in words:
+        print(_help(command, groups))
+        raise Helped
+    _refuse_unknown([w[2:].split("=")[0] for w in words if w.startswith("--")], [*known, "print_config"])
+    _refuse_unknown([*(defaults or {})], known)
+    wants_print = "--print_config" in words
+    values = vars(parser.parse_object(dict(defaults or {})))
+    parser.set_defaults({key: value for key, value in values.items() if key in known})
+    values = vars(parser.parse_args([w for w in words if w != "--print_config"]))
+    instances = [group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups]
+    if wants_print:
+        merged = {k: list(v) if isinstance(v, Numbers) else v for i in instances for k, v in vars_of(i).items()}
+        name = [("recipe", i.name) for i in instances if hasattr(i, "name")]
+        yaml.safe_dump(dict(name) | merged, sys.stdout, sort_keys=False)
+        raise Helped
+    return instances
+
+
+def vars_of(instance: Any) -> dict[str, Any]:
+    """A dataclass's fields, plain enough for YAML and JSON."""
+    return {
+        f.name: list(value) if isinstance(value := getattr(instance, f.name), tuple) else value
+        for f in dataclasses.fields(instance)
+    }
+
+
+def _normal(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """`--student-width` is the key `--student_width`, and a flag on its own means true."""
+    out = []
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if not word.startswith("--"):
+            out.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        alone = name in flags and not equals and following.lower() not in ("true", "false")
+        out.append(f"--{name}=true" if alone else f"--{name}{equals}{value}")
+    return out
+
+
+def _refuse_unknown(keys: Sequence[str], known: Sequence[str]) -> None:
+    problems = [f"no key '{key}'{nearest(key, known)}" for key in keys if key not in known]
+    if problems:
+        raise ConfigError("; ".join(problems) + "; --help lists the keys")
+
+
+def refuse(words: Sequence[str], keys: Sequence[str], why: str) -> None:
+    """`ConfigError` for keys on the command line that would be left unread in silence."""
+    given = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    for key in keys:
+        if key in given:
+            raise ConfigError(f"--{key} {why}")
+
+
+def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe], dict[str, Any], list[str]]:
+    """The recipe that the first argument names, itself or in a YAML file; the file's keys; and the other arguments."""
+    if not arguments or arguments[0].startswith("-"):
+        if "--help" in arguments or "-h" in arguments:
+            recipes = "\n".join(f"  {name}  {entry.summary}" for name, entry in RECIPES.items())
+            print(
+                f"usage: pipestill {command} RECIPE|config.yaml [--KEY VALUE ...]\n\nRecipes:\n{recipes}\n\n"
+                f"'pipestill {command} {next(iter(RECIPES))} --help' lists the keys. A config.yaml holds a line\n"
+                "'recipe: NAME' and any of those keys; the command line wins over it."
+            )
+            raise Helped
+        raise ConfigError(
+            f"'{command}' needs a recipe or a config.yaml first, as in 'pipestill {command} {next(iter(RECIPES))}'; "
+            "'pipestill recipes' lists what there is"
+        )
+    first, rest = arguments[0], list(arguments[1:])
+    if first.endswith((".yaml", ".yml")):
+        values = _read_yaml(Path(first))
+        name = values.pop("recipe", None)
+        if not isinstance(name, str):
+            raise ConfigError(f"'{first}' has no line 'recipe: NAME'; add one, such as 'recipe: soft-target'")
+        return find(name).load(), values, rest
+    return find(first).load(), {}, rest
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read config '{path}': {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"config '{path}' is not a list of 'key: value' lines")
+    return values

@@ -1,0 +1,105 @@
+"""`pipestill train RECIPE|config.yaml [--KEY VALUE ...]`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from pipestill.cli.options import Helped, parse, recipe_and_rest, vars_of
+from pipestill.errors import PlanError
+from pipestill.recipes.run import RunOptions, preflight, run_recipe
+from pipestill.run_directory import RunDirectory
+from pipestill.runtime.launch import launch
+from pipestill.runtime.world import choose_device_type, in_main_process
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go.
+
+    Args:
+        out: the run's directory (default: runs/RECIPE-N)
+        json: print the summary as one JSON object instead of progress and a table
+    """
+
+    out: str | None = None
+    json: bool = False
+
+
+def run(words: list[str]) -> int:
+    """Run the command; every rank of a torchrun job runs it too."""
+    try:
+        kind, defaults, rest = recipe_and_rest("train", words)
+        recipe, options, output = parse(f"train {kind.name}", rest, kind, RunOptions, Output, defaults=defaults)
+    except Helped:
+        return 0
+    if options.devices < 1:
+        raise PlanError(f"devices is {options.devices}; expected at least 1 (--devices)")
+    device_type = choose_device_type(options.device, options.devices)
+    directory = None
+    if in_main_process():
+        preflight(recipe, options)
+        directory = RunDirectory.create(output.out, recipe.name)
+        everything = {"recipe": recipe.name, **vars_of(recipe), **vars_of(options)}
+        directory.write("config.yaml", yaml.safe_dump(everything, sort_keys=False))
+    arguments = (recipe, options, directory, output.json)
+    under_torchrun = "WORLD_SIZE" in os.environ
+    try:
+        if options.devices == 1 or under_torchrun:
+            if options.threads is not None:
+                torch.set_num_threads(options.threads)
+            summary = run_recipe(*arguments)
+        else:
+            summary = launch(
+                run_recipe, arguments, options.devices, device_type=device_type, threads=options.threads,
+                timeout_seconds=options.timeout_seconds,
+            )  # fmt: skip
+    except BaseException:
+        if directory is not None:
+            directory.remove_if_untouched()
+        raise
+    if directory is None:
+        return 0
+    if output.json:
+        print(json.dumps({"directory": str(directory.path), **summary}))
+    else:
+        show(summary, directory, Console())
+    return 0
+
+
+def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> None:
+    """The end of a run, for a person."""
+    metrics = summary["metrics"]
+    names = [name for name in metrics["student"] if name != "loss"]
+    table = Table(title=f"{summary['recipe']}: on data that no model was trained on", title_justify="left")
+    table.add_column("model")
+    table.add_column("parameters", justify="right")
+    for name in names:
+        table.add_column(f"test {name}", justify="right")
+    rows = (("teacher", "teacher"), ("student, distilled", "student"), ("student alone", "student_alone"))
+    for title, key in rows:
+        parameters = metrics["parameters"]["teacher" if key == "teacher" else "student"]
+        table.add_row(title, f"{parameters:,}", *(f"{metrics[key][name]:.4f}" for name in names))
+    console.print(table)
+    predicted = summary["predicted_seconds_per_step"]
+    expected = f" (predicted {predicted * 1e3:.1f})" if predicted else ""
+    peak = max(summary["peak_memory_bytes"]) / 2**20
+    files = [
+        name for name in ("summary.json", "timeline.svg", "export/model.safetensors") if (directory / name).exists()
+    ]
+    lines = (
+        f"{summary['strategy']} on {summary['devices']} {'device' if summary['devices'] == 1 else 'devices'} "
+        f"({summary['backend']}): "
+        f"{summary['samples_per_second']:.0f} samples/s, {summary['seconds_per_step'] * 1e3:.1f} ms a step{expected}\n"
+        f"utilisation {summary['utilisation']:.1%}, bubble {summary['bubble']:.1%}, staleness {summary['staleness']}, "
+        f"peak memory {peak:.0f} MiB a rank\n"
+        f"everything is in {directory.path}/: {', '.join(files)}"
+    )
+    console.print(lines, highlight=False, soft_wrap=True)

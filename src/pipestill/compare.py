@@ -1,0 +1,242 @@
+"""Measures strategies side by side in one run, beside what the machine itself can do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from pipestill.costs import Costs
+from pipestill.errors import ConfigError, nearest
+from pipestill.model.dry_run import dry_run
+from pipestill.model.tasks import Distillation
+from pipestill.recipes.recipe import Recipe, Workload
+from pipestill.recipes.run import RunOptions, make_trainer
+from pipestill.runtime.launch import launch
+from pipestill.runtime.memory import peak_bytes, reset_peak
+from pipestill.runtime.world import device_of
+from pipestill.schedule import STRATEGIES, Trace
+from pipestill.train import REFERENCE, Result
+from pipestill.verify import reference_options
+
+PEERS: dict[str, Literal["1f1b", "gpipe"]] = {"torch-1f1b": "1f1b", "torch-gpipe": "gpipe"}
+"""`torch.distributed.pipelining`, the teacher run first: what users would have without us."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One strategy in one round: the median seconds of its steady steps, and the run it comes from (None: a peer's)."""
+
+    seconds_per_step: float
+    peak_memory_bytes: list[int]
+    result: Result | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured. `traces` are those of the last round, in the order of the strategies that have any."""
+
+    figures: dict[str, Any]
+    traces: dict[str, Trace]
+
+
+def compare(
+    recipe: Recipe, options: RunOptions, strategies: Sequence[str], *, rounds: int, steps: int, device_type: str
+) -> Comparison:
+    """Train `steps` steps with each strategy in turn, `rounds` times over, on `options.devices` processes.
+
+    Every round also measures the machine's own ceiling: how long a step of the plain loop takes in one process
+    alone, and in as many independent processes at once as there are devices. `speedup` is over the first strategy, as the median
+    of the rounds' own ratios; spreads are the least and the largest. Raises `ConfigError` for an unknown strategy.
+    """
+    known = (REFERENCE, *STRATEGIES, *PEERS)
+    for strategy in strategies:
+        if strategy not in known:
+            raise ConfigError(f"no strategy '{strategy}'{nearest(strategy, known)}; there are {', '.join(known)}")
+    arguments = (recipe, options, tuple(strategies), rounds, steps)
+    if options.devices == 1:
+        return _measure(*arguments)
+    measured: Comparison = launch(
+        _measure, arguments, options.devices, device_type=device_type, threads=options.threads or 1,
+        timeout_seconds=options.timeout_seconds,
+    )  # fmt: skip
+    return measured
+
+
+def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], rounds: int, steps: int) -> Comparison:
+    """On every rank of the run; the result is complete on rank 0."""
+    if options.devices == 1:
+        torch.set_num_threads(options.threads or 1)
+    probe = recipe.workload(options.seed)
+    batch_size = probe.train_loader.batch_size or 1
+    num_samples = sum(len(targets) for _, targets in probe.train_loader) // batch_size * batch_size
+    if num_samples == 0:
+        raise ConfigError(f"batch_size {batch_size} is more than there are samples; comparing needs whole batches")
+    workload = recipe.workload(options.seed, num_samples=num_samples)
+    _plain_loop(workload, options, steps)  # the first run pays for imports and for memory from the system
+    alone, together, runs = [], [], {name: list[Round]() for name in strategies}
+    costs: Costs | None = None
+    for _ in range(rounds):
+        alone.append(_plain_loop(workload, options, steps, only_rank_0=True))
+        together.append(_plain_loop(workload, options, steps))
+        if costs is None:
+            costs = _costs(workload, options, alone[0], together[0])
+        for name in strategies:
+            _barrier()
+            runs[name].append(_run(name, workload, options, costs, steps))
+    assert costs is not None
+    return _figures(options, runs, alone, together, costs, steps)
+
+
+def _plain_loop(workload: Workload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
+    """Seconds of a step of the plain loop: the slowest process's, in all of them at once or in rank 0's alone."""
+    _barrier()
+    seconds = 0.0
+    if not only_rank_0 or _rank() == 0:
+        seconds = _train(workload, reference_options(options), steps).seconds_per_step
+    if dist.is_initialized():
+        every: list[float | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, seconds)
+        seconds = max(s for s in every if s is not None)
+    return seconds
+
+
+def _train(workload: Workload, options: RunOptions, steps: int) -> Result:
+    task = Distillation(workload.build_teacher(), workload.build_student(), workload.loss)
+    return make_trainer(task, workload, workload.student_training, options).fit(workload.train_loader, steps=steps)
+
+
+def _costs(workload: Workload, options: RunOptions, alone: float, together: float) -> Costs:
+    """Costs of every block that add up to the plain loop's own step, and the interference that the ranks really see."""
+    if options.costs is not None:
+        return Costs.load(options.costs)
+    trained = _train(workload, dataclasses.replace(options, strategy="sequential", run_ahead=None), 2)
+    assert trained.plan is not None
+    measured = trained.plan.costs
+    scaled = measured.scaled(alone / measured.seconds_of_step(options.microbatches))
+    box = [scaled.with_surroundings(measured.link, max(1.0, together / alone))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _run(name: str, workload: Workload, options: RunOptions, costs: Costs, steps: int) -> Round:
+    if name in PEERS:
+        return _run_peer(PEERS[name], workload, options, costs, steps)
+    if name == REFERENCE:
+        result = _train(workload, reference_options(options), steps)
+    else:
+        chosen = dataclasses.replace(options, strategy=name, run_ahead=options.run_ahead if name == "fill" else None)
+        task = Distillation(workload.build_teacher(), workload.build_student(), workload.loss)
+        trainer = make_trainer(task, workload, workload.student_training, dataclasses.replace(chosen, costs=None))
+        trainer.costs = costs
+        result = trainer.fit(workload.train_loader, steps=steps)
+    return Round(result.seconds_per_step, result.peak_memory_bytes, result)
+
+
+def _run_peer(
+    kind: Literal["1f1b", "gpipe"], workload: Workload, options: RunOptions, costs: Costs, steps: int
+) -> Round:
+    """torch.distributed.pipelining on the partition that our own 1F1B would take."""
+    from pipestill.runtime.torch_pipelining import train_with_torch
+
+    if not dist.is_initialized():
+        raise ConfigError("torch's pipelines need a process group; compare them on 2 devices or more")
+    task = Distillation(workload.build_teacher(), workload.build_student(), workload.loss)
+    trainer = make_trainer(task, workload, workload.student_training, dataclasses.replace(options, strategy="1f1b"))
+    trainer.costs = costs
+    inputs, targets = next(iter(workload.train_loader))
+    batches = list(_repeated(workload, steps))  # read beforehand: ours are read ahead by a thread
+    device = device_of(_rank(), trainer.device_type)
+    reset_peak(device)
+    seconds = train_with_torch(
+        task, dry_run(task, inputs, targets), trainer.plan_for(costs), batches,
+        kind=kind, optimizer=trainer.make_optimizer, seed=options.seed, device=device,
+    )  # fmt: skip
+    peaks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(peaks, peak_bytes(device))
+    third = len(seconds) // 3
+    return Round(median(seconds[third:]), peaks, None)
+
+
+def _repeated(workload: Workload, steps: int) -> Iterator[tuple[Any, Any]]:
+    """`steps` batches that are the same on every rank."""
+    torch.manual_seed(0)
+    count = 0
+    while True:
+        for inputs, targets in workload.train_loader:
+            if count == steps:
+                return
+            count += 1
+            yield inputs, targets
+
+
+def _figures(
+    options: RunOptions,
+    runs: dict[str, list[Round]],
+    alone: list[float],
+    together: list[float],
+    costs: Costs,
+    steps: int,
+) -> Comparison:
+    ceilings = [options.devices * a / t for a, t in zip(alone, together, strict=True)]
+    first = next(iter(runs.values()))
+    results = []
+    traces = {}
+    for name, rounds in runs.items():
+        ratios = [base.seconds_per_step / r.seconds_per_step for base, r in zip(first, rounds, strict=True)]
+        shares = [a / r.seconds_per_step / c for a, r, c in zip(alone, rounds, ceilings, strict=True)]
+        speedup_shares = [ratio / ceiling for ratio, ceiling in zip(ratios, ceilings, strict=True)]
+        seconds = [r.seconds_per_step for r in rounds]
+        result = rounds[-1].result
+        figures = {
+            "strategy": name,
+            "seconds_per_step": median(seconds),
+            "seconds_per_step_spread": [min(seconds), max(seconds)],
+            "speedup": median(ratios),
+            "speedup_spread": [min(ratios), max(ratios)],
+            "share_of_ceiling": median(shares),
+            "speedup_share_of_ceiling": median(speedup_shares),
+            "peak_memory_bytes": rounds[-1].peak_memory_bytes,
+        }
+        if result is not None and result.plan is not None and result.trace is not None:
+            traces[name] = result.trace
+            figures |= {
+                "predicted_seconds_per_step": result.plan.prediction.seconds_per_step,
+                "limit_seconds_per_step": result.plan.limit_seconds_per_step,
+                "utilisation": median(r.result.utilisation for r in rounds if r.result),
+                "predicted_utilisation": result.plan.prediction.utilisation,
+                "bubble": median(r.result.bubble for r in rounds if r.result),
+                "stash_peak": list(result.trace.stash_peak),
+                "staleness": result.staleness,
+                "student_partition": list(result.plan.student_partition),
+                "teacher_partition": list(result.plan.teacher_partition),
+            }
+        results.append(figures)
+    calibration = {
+        "devices": options.devices,
+        "microbatches": options.microbatches,
+        "rounds": len(alone),
+        "steps": steps,
+        "alone_seconds_per_step": median(alone),
+        "together_seconds_per_step": median(together),
+        "ceiling": median(ceilings),
+        "ceiling_spread": [min(ceilings), max(ceilings)],
+        "interference": costs.interference,
+        "link": dataclasses.asdict(costs.link),
+    }
+    return Comparison({"calibration": calibration, "results": results}, traces)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,214 @@
+"""Seconds and bytes of every block, action and link."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipestill.errors import ConfigError, PlanError
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCosts:
+    """What one block costs for one microbatch. A teacher's backward and update are 0."""
+
+    name: str
+    forward_seconds: float
+    backward_seconds: float = 0.0
+    update_seconds: float = 0.0
+    parameter_bytes: int = 0
+    output_bytes: int = 0
+    stash_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self)[1:]:
+            _check_amount(f"block '{self.name}': {item.name}", getattr(self, item.name))
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward of one microbatch."""
+        return self.forward_seconds + self.backward_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a transfer between two ranks takes: `latency_seconds` + bytes / `bytes_per_second`."""
+
+    latency_seconds: float = 0.0
+    bytes_per_second: float = float("inf")
+
+    def __post_init__(self) -> None:
+        _check_amount("link: latency_seconds", self.latency_seconds)
+        if not self.bytes_per_second > 0:
+            raise PlanError(f"link: bytes_per_second is {self.bytes_per_second}, expected more than 0")
+
+    def seconds(self, num_bytes: float) -> float:
+        return self.latency_seconds + num_bytes / self.bytes_per_second
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Costs of both models' blocks for one microbatch of `rows` samples.
+
+    `interference` is how much longer work takes while every rank computes than while one does alone: 1 on
+    separate devices, more where processes share memory bandwidth, caches or cores.
+    """
+
+    student: tuple[BlockCosts, ...]
+    teacher: tuple[BlockCosts, ...] = ()
+    loss_seconds: float = 0.0
+    data_seconds: float = 0.0
+    rows: int = 1
+    link: Link = field(default_factory=Link)
+    interference: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.student:
+            raise PlanError("costs hold no student block; expected at least one")
+        _check_amount("loss_seconds", self.loss_seconds)
+        _check_amount("data_seconds", self.data_seconds)
+        if not 1.0 <= self.interference < float("inf"):
+            raise PlanError(f"interference is {self.interference}, expected 1 or more")
+
+    @property
+    def seconds(self) -> float:
+        """Work of one microbatch through everything."""
+        return sum(block.seconds for block in self.student + self.teacher) + self.loss_seconds
+
+    def with_surroundings(self, link: Link, interference: float) -> Costs:
+        """The same blocks with other links and neighbours."""
+        return dataclasses.replace(self, link=link, interference=interference)
+
+    def scaled(self, factor: float) -> Costs:
+        """Every piece of work `factor` times as long."""
+
+        def longer(block: BlockCosts) -> BlockCosts:
+            return dataclasses.replace(
+                block,
+                forward_seconds=block.forward_seconds * factor,
+                backward_seconds=block.backward_seconds * factor,
+                update_seconds=block.update_seconds * factor,
+            )
+
+        return dataclasses.replace(
+            self,
+            student=tuple(map(longer, self.student)),
+            teacher=tuple(map(longer, self.teacher)),
+            loss_seconds=self.loss_seconds * factor,
+            data_seconds=self.data_seconds * factor,
+        )
+
+    def seconds_of_step(self, microbatches: int) -> float:
+        """One step on one device."""
+        return microbatches * self.seconds + sum(block.update_seconds for block in self.student)
+
+    @classmethod
+    def uniform(
+        cls, num_blocks: int, teacher_forward: float, forward: float, backward: float, *, teacher: bool = True
+    ) -> Costs:
+        """The same seconds in every block and free communication: what theory speaks about."""
+        student = [BlockCosts(f"student.{i}", forward, backward) for i in range(num_blocks)]
+        frozen = [BlockCosts(f"teacher.{i}", teacher_forward) for i in range(num_blocks)] if teacher else []
+        return cls(tuple(student), tuple(frozen))
+
+    def stages(self, student_partition: Sequence[int], teacher_partition: Sequence[int]) -> StageCosts:
+        """Sum blocks into stages; a partition gives the number of consecutive blocks of each stage."""
+        student = _slices(self.student, student_partition, "student")
+        teacher = _slices(self.teacher, teacher_partition, "teacher")
+        return StageCosts(
+            forward=tuple(sum(b.forward_seconds for b in s) for s in student),
+            backward=tuple(sum(b.backward_seconds for b in s) for s in student),
+            update=tuple(sum(b.update_seconds for b in s) for s in student),
+            teacher=tuple(sum(b.forward_seconds for b in s) for s in teacher),
+            loss=self.loss_seconds,
+            data=self.data_seconds,
+            activation_bytes=tuple(s[-1].output_bytes for s in student),
+            teacher_bytes=tuple(s[-1].output_bytes for s in teacher),
+            link=self.link,
+            interference=self.interference,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": _VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Costs:
+        """Read back `to_json`; `ConfigError` says what is missing or unknown."""
+        if isinstance(data, dict) and "costs" in data:
+            data = data["costs"]  # of a plan
+        if not isinstance(data, dict) or data.get("version") != _VERSION:
+            raise ConfigError(f"costs: expected a JSON object with version {_VERSION}; a run's plan.json holds one")
+        rest = {k: v for k, v in data.items() if k != "version"}
+        try:
+            for role in ("student", "teacher"):
+                rest[role] = tuple(BlockCosts(**block) for block in rest.get(role, ()))
+            return cls(**{**rest, "link": Link(**rest.get("link", {}))})
+        except TypeError as error:
+            raise ConfigError(f"costs: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Costs:
+        """Read a costs file; `ConfigError` when it is missing or not one."""
+        try:
+            return cls.from_json(json.loads(Path(path).read_text()))
+        except OSError as error:
+            raise ConfigError(f"cannot read costs file '{path}': {error.strerror}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"costs file '{path}' is not JSON: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class StageCosts:
+    """Seconds of every kind of action on every stage for one microbatch, and bytes of every boundary."""
+
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    update: tuple[float, ...]
+    teacher: tuple[float, ...] = ()
+    loss: float = 0.0
+    data: float = 0.0
+    activation_bytes: tuple[int, ...] = ()
+    teacher_bytes: tuple[int, ...] = ()
+    link: Link = field(default_factory=Link)
+    interference: float = 1.0
+
+    def busy_seconds(self, num_microbatches: int) -> list[float]:
+        """Work of one step on each rank, where stage i of both roles sits on rank i."""
+        teacher = self.teacher or (0.0,) * len(self.forward)
+        last = len(self.forward) - 1
+        return [
+            num_microbatches * (t + f + b + (self.loss if i == last else 0.0)) + u + (0.0 if i else self.data)
+            for i, (t, f, b, u) in enumerate(zip(teacher, self.forward, self.backward, self.update, strict=True))
+        ]
+
+    def limit_seconds_per_step(self, num_microbatches: int) -> float:
+        """The physical limit of a step: the work of the most loaded rank (PAPERS.md, section 3).
+
+        With interference, k ranks together do at most g(k) seconds of work a second, and so take their work / g(k).
+        """
+        busy = sorted(self.busy_seconds(num_microbatches), reverse=True)
+        crowding = (self.interference - 1.0) / max(1, len(busy) - 1)
+        together = [k / (1.0 + crowding * (k - 1)) for k in range(1, len(busy) + 1)]
+        return max(sum(busy[:k]) / max(1.0, g) for k, g in enumerate(together, start=1))
+
+
+def _check_amount(what: str, amount: float) -> None:
+    if not 0 <= amount < float("inf"):
+        raise PlanError(f"{what} is {amount}, expected 0 or more")
+
+
+def _slices(blocks: tuple[BlockCosts, ...], partition: Sequence[int], role: str) -> list[tuple[BlockCosts, ...]]:
+    if any(size < 1 for size in partition):
+        raise PlanError(f"{role} partition {list(partition)} has a stage without blocks; each holds at least one")
+    if sum(partition) != len(blocks):
+        raise PlanError(
+            f"{role} partition {list(partition)} adds up to {sum(partition)}, the model has {len(blocks)} blocks"
+        )
+    starts = [sum(partition[:i]) for i in range(len(partition))]
+    return [blocks[start : start + size] for start, size in zip(starts, partition, strict=True)]

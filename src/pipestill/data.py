@@ -1,0 +1,164 @@
+"""Reads the user's loader in the background, epoch after epoch, as batches that a schedule can run."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from pipestill.errors import DataError, PipestillError
+from pipestill.model.boundary import copied, distinct_tensors, num_rows, rows_of
+from pipestill.model.seeding import OwnGenerator, derive
+from pipestill.runtime.batch import Batch
+
+_CLOSE_SECONDS = 1.0
+
+SplitBatch = Callable[[Any], tuple[Any, Any]]
+
+
+class LoaderError(PipestillError):
+    """The user's loader raised an exception."""
+
+
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """A pair is (inputs, targets); anything else is inputs without targets."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    return batch, None
+
+
+class Reader:
+    """An iterator of `Batch`es over `epochs` passes of `loader`, cut off after `steps`, read ahead by a thread.
+
+    The thread draws random numbers from a generator seeded by (seed, epoch), so that shuffling and augmentation are
+    the same on every run and independent of the models. A loader's sampler is told the epoch where it has
+    `set_epoch`. An exception in the loader is raised here as `LoaderError`; waiting for a batch has a deadline.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        epochs: int | None,
+        steps: int | None,
+        seed: int,
+        split_batch: SplitBatch = inputs_and_targets,
+        timeout_seconds: float = 600.0,
+        ahead: int = 2,
+    ) -> None:
+        self.loader, self.epochs, self.steps, self.seed = loader, epochs, steps, seed
+        self.split_batch, self.timeout_seconds = split_batch, timeout_seconds
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._peeked: Batch | None = None
+        self._count = 0
+        self._ended = False
+        self._thread = threading.Thread(target=self._work, name="pipestill-reader", daemon=True)
+        self._thread.start()
+
+    def peek(self) -> Batch:
+        """The next batch, which stays the next."""
+        if self._peeked is None:
+            self._peeked = next(self)
+        return self._peeked
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._peeked is not None:
+            batch, self._peeked = self._peeked, None
+            return batch
+        if self._ended:
+            raise StopIteration
+        try:
+            item = self._queue.get(timeout=self.timeout_seconds)
+        except queue.Empty:
+            raise LoaderError(
+                f"waited {self.timeout_seconds:g} s for batch {self._count} from the loader; "
+                "raise --timeout_seconds if it is meant to take that long"
+            ) from None
+        if isinstance(item, BaseException):
+            self._ended = True
+            raise item
+        if item is None:
+            self._ended = True
+            raise StopIteration
+        self._count += 1
+        return item
+
+    def close(self) -> None:
+        """Drop what was read ahead and end the thread; one that is stuck inside the loader is left to itself."""
+        self._stop.set()
+        with suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+        self._thread.join(_CLOSE_SECONDS)
+
+    def _work(self) -> None:
+        try:
+            for batch in self._batches():
+                if not self._put(batch):
+                    return
+            self._put(None)
+        except PipestillError as error:
+            self._put(error)
+        except BaseException as error:
+            where = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip().replace("\n", " ")
+            wrapped = LoaderError(f"the loader failed: {type(error).__name__}: {error} ({where})")
+            wrapped.__cause__ = error
+            self._put(wrapped)
+
+    def _put(self, item: Batch | BaseException | None) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _batches(self) -> Iterator[Batch]:
+        """Each batch once it is known whether another follows in its epoch."""
+        count = 0
+        epoch = 0
+        while (self.epochs is None or epoch < self.epochs) and (self.steps is None or count < self.steps):
+            waiting: Batch | None = None
+            for batch in self._epoch(epoch):
+                if waiting is not None:
+                    yield waiting
+                count += 1
+                waiting = batch
+                if count == self.steps:
+                    break
+            if waiting is None:
+                raise DataError(f"the loader gave no batch in epoch {epoch}; expected at least one")
+            yield Batch(waiting.rows, epoch, True, waiting.inputs, waiting.targets)
+            epoch += 1
+
+    def _epoch(self, epoch: int) -> Iterator[Batch]:
+        sampler = getattr(self.loader, "sampler", None)
+        if sampler is not None and hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        generator = torch.Generator().manual_seed(derive(self.seed, "data", epoch))
+        with OwnGenerator(generator):
+            for index, item in enumerate(self.loader):
+                inputs, targets = self.split_batch(item)
+                rows = num_rows(inputs, f"batch {index}")
+                if rows == 0:
+                    raise DataError(f"batch {index} has no rows; expected at least one sample a batch")
+                if distinct_tensors(targets) and (found := num_rows(targets, f"targets of batch {index}")) != rows:
+                    raise DataError(f"batch {index} has {rows} rows of inputs and {found} of targets")
+                # It is read ahead, and a loader may fill the same tensors again for its next batch.
+                yield Batch(rows, epoch, False, copied(inputs), copied(targets))
+
+
+def sample(batch: Batch, rows: int = 3) -> tuple[Any, Any]:
+    """The first few rows of a batch, for the dry run."""
+    few = slice(0, rows)
+    return rows_of(batch.inputs, few), rows_of(batch.targets, few)

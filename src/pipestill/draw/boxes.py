@@ -1,0 +1,140 @@
+"""Traces as boxes: what all pictures have in common."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from pipestill.errors import ConfigError
+from pipestill.schedule.action import Action, Op, Role
+from pipestill.schedule.trace import Trace
+
+Unit = Literal["s"] | None
+"""What the numbers on a time axis are: seconds (shown as s, ms or us, whichever reads best) or just time units."""
+
+ROUNDING = 1e-6
+INSTANT = "U"  # shown even when it takes no time, since it ends a step
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How one kind of work looks; of each pair, even steps have the first and odd steps the second."""
+
+    letter: str
+    name: str
+    colours: tuple[str, str]
+    terminal_colours: tuple[int, int]  # of the 256 of ANSI terminals
+    inks: tuple[str, str]
+
+
+WORKS = {  # colours that stay apart for colour-blind readers, and from each other's shades
+    (Role.STUDENT, Op.DATA): Work("D", "data", ("#9a9a9a", "#9a9a9a"), (247, 247), ("black", "black")),
+    (Role.TEACHER, Op.FORWARD): Work("t", "teacher forward", ("#12784a", "#a5e0a8"), (29, 151), ("white", "black")),
+    (Role.STUDENT, Op.FORWARD): Work("F", "student forward", ("#1457a8", "#79a8e8"), (25, 111), ("white", "black")),
+    (Role.STUDENT, Op.LOSS): Work("L", "loss", ("#8f2f7a", "#d07fbf"), (90, 175), ("white", "black")),
+    (Role.STUDENT, Op.BACKWARD): Work("B", "backward", ("#e69f00", "#fad58a"), (172, 222), ("black", "black")),
+    (Role.STUDENT, Op.UPDATE): Work("U", "update", ("#222222", "#222222"), (124, 124), ("white", "white")),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """One action inside a window, in seconds from the start of the window, cut off at its ends."""
+
+    rank: int
+    work: Work
+    microbatch: int | None
+    step: int
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+def extent(trace: Trace) -> tuple[float, float]:
+    """First start and last end, in seconds."""
+    if not trace.events:
+        raise ConfigError("the trace is empty: no rank has recorded any work; run or simulate at least one step")
+    return min(e.start for e in trace.events), max(e.end for e in trace.events)
+
+
+def window(trace: Trace, num_steps: int, start: float | None = None, end: float | None = None) -> tuple[float, float]:
+    """What to show, in seconds: the steady steps, unless `start` or `end` say otherwise."""
+    extent(trace)
+    steady = trace.steady_window(num_steps)
+    start, end = steady[0] if start is None else start, steady[1] if end is None else end
+    if not (isfinite(start) and isfinite(end) and start < end):
+        raise ConfigError(f"nothing to draw between {start:g} s and {end:g} s; expected an end after the start")
+    return start, end
+
+
+def boxes_in(trace: Trace, start: float, end: float) -> Iterator[Box]:
+    """What the window shows, in the order of the trace; work that takes no time is left out, but for updates."""
+    for event in trace.events:
+        work = WORKS[event.action.role, event.action.op]
+        if event.start < end and event.end > start and event.seconds > 0:
+            box = max(event.start, start) - start, min(event.end, end) - start
+        elif work.letter == INSTANT and start <= event.start <= event.end <= end:
+            box = event.start - start, event.end - start
+        else:
+            continue
+        yield Box(event.rank, work, event.action.microbatch, event.action.step, *box)
+
+
+def label(action: Action, several: bool, step: bool = True) -> str:
+    """`F0`, `t1@1` (one step ahead), `F0>1` (sent to rank 1); with `several` stages on a rank, `S2F0`."""
+    letter = WORKS[action.role, action.op].letter
+    name = f"{action.role.value}{action.stage}{action.op.value}" if several else letter
+    microbatch = "" if action.microbatch is None else action.microbatch
+    peer = "" if action.peer is None else f"{action.kind.value}{action.peer}"
+    return f"{name}{microbatch}{f'@{action.step}' if step and action.step else ''}{peer}"
+
+
+def scale(span: float, unit: Unit) -> tuple[float, str]:
+    """By what to multiply seconds below `span`, and the unit that this gives."""
+    if unit is None:
+        return 1.0, "time units"
+    return next(((f, u) for f, u in ((1.0, "s"), (1e3, "ms")) if span * f >= 1.0), (1e6, "us"))
+
+
+def summary(trace: Trace, boxes: Iterable[Box], span: float, unit: Unit) -> str:
+    """Figures of the steady state; of all that is shown, where there is none."""
+    steady = trace.seconds_per_step
+    busy = trace.utilisation if steady else sum(b.seconds for b in boxes) / (span * trace.num_ranks)
+    factor, symbol = scale(steady or span, unit)
+    amount = (steady or span) * factor
+    digits = f"{amount:.0f}" if amount >= 1000 else f"{amount:.3g}"
+    return f"{digits} {symbol}{' per step' if steady else ''}, utilisation {busy:.1%}"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one go: a reader never sees half a file."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)  # a device or a pipe, such as /dev/null: nothing may take its place
+            return
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise ConfigError(f"cannot write '{path}': {error.strerror}") from None
+
+
+def typical_seconds(boxes: Iterable[Box]) -> dict[str, float]:
+    """The median seconds of teacher forwards, student forwards and backwards, by their letters."""
+    seconds = defaultdict[str, list[float]](list)
+    for box in boxes:
+        if box.work.letter in "tFB":
+            seconds[box.work.letter].append(box.seconds)
+    return {letter: median(values) for letter, values in seconds.items()}

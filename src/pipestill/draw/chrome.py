@@ -1,0 +1,72 @@
+"""Traces in the Trace Event Format, for Perfetto."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+from pipestill.draw.boxes import (
+    WORKS,
+    extent,
+    label,
+    write_bytes,
+)
+from pipestill.errors import ConfigError
+from pipestill.schedule.action import Action
+from pipestill.schedule.trace import Event, Trace
+
+
+def chrome_trace(trace: Trace) -> dict[str, Any]:
+    """`trace` in the Trace Event Format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+
+    One thread a rank, one complete event an action; `ts` and `dur` are microseconds since the first start. Raises
+    `ConfigError` for an empty trace.
+    """
+    origin, _ = extent(trace)
+    process = {"ph": "M", "pid": 1, "tid": 0, "name": "process_name", "args": {"name": "pipestill"}}
+    events: list[dict[str, Any]] = [process]
+    for rank in range(trace.num_ranks):
+        thread = {"ph": "M", "pid": 1, "tid": rank + 1}
+        events.append({**thread, "name": "thread_name", "args": {"name": f"rank {rank}"}})
+        events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": rank}})
+    for event in trace.events:
+        action, work = event.action, WORKS[event.action.role, event.action.op]
+        # Both ends are rounded to nanoseconds, so that neighbours which touch do not overlap.
+        start, end = (round((t - origin) * 1e6, 3) for t in (event.start, event.end))
+        args: dict[str, Any] = {"action": str(action), "step": action.step, "stage": action.stage}
+        if action.microbatch is not None:
+            args["microbatch"] = action.microbatch
+        name = label(action, several=False, step=False)
+        place = {"ph": "X", "pid": 1, "tid": event.rank + 1, "ts": start, "dur": round(end - start, 3)}
+        events.append({**place, "name": name, "cat": work.name, "args": args})
+    return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": {"cuts": sorted(trace.cuts)}}
+
+
+def write_chrome_trace(trace: Trace, path: str | Path) -> None:
+    """Write `chrome_trace(trace)` as JSON, compressed when `path` ends in .gz (Perfetto opens both).
+
+    Raises `ConfigError` for an empty trace or a path that cannot be written.
+    """
+    data = json.dumps(chrome_trace(trace), separators=(",", ":")).encode()
+    write_bytes(Path(path), gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
+
+
+def read_chrome_trace(path: str | Path) -> Trace:
+    """The trace that `write_chrome_trace` wrote to `path`, its clock starting at 0; `ConfigError` when it is none."""
+    try:
+        data = Path(path).read_bytes()
+        content = json.loads(gzip.decompress(data) if str(path).endswith(".gz") else data)
+        entries = content["traceEvents"]
+        works = [entry for entry in entries if entry["ph"] == "X"]
+        events = tuple(
+            Event(e["tid"] - 1, Action.parse(e["args"]["action"]), e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6)
+            for e in works
+        )
+        num_ranks = sum(entry["name"] == "thread_name" for entry in entries)
+        return Trace(num_ranks, events, frozenset(content["otherData"]["cuts"]))
+    except OSError as error:
+        raise ConfigError(f"cannot read trace '{path}': {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        raise ConfigError(f"'{path}' is no trace of pipestill: {type(error).__name__}: {error}") from None

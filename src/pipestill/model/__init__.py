@@ -1,0 +1,1 @@
+"""Models as ordered blocks, what crosses their boundaries, what is trained, and what it costs."""

@@ -1,0 +1,61 @@
+"""Random numbers that depend on where they are drawn, not on which rank draws them or when."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipestill.schedule import Role
+
+
+def seed_block(seed: int, role: Role, block: int, step: int, microbatch: int, device: torch.device) -> None:
+    """Seed the device's default generator for one forward of one block, the same on any schedule."""
+    generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[_index(device)]
+    generator.manual_seed(derive(seed, role.value, block, step, microbatch))
+
+
+def derive(*parts: object) -> int:
+    """A 63-bit seed from anything that prints."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+class OwnGenerator(TorchDispatchMode):
+    """Within this mode (of one thread), random operators that name no generator draw from `generator`.
+
+    A loader that shuffles or augments in a background thread then neither disturbs nor is disturbed by the models'
+    random numbers, and gives the same data on every run.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.generator = generator
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
+            own = self._with_generator(func)
+            if own is not None and not any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
+                return own(*args, **{**kwargs, "generator": self.generator})
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _with_generator(func: Any) -> Any:
+        """The overload of `func` that takes a generator with otherwise the same arguments; None when there is none."""
+        names = [a.name for a in func._schema.arguments]
+        if "generator" in names:
+            return func
+        for overload in func.overloadpacket.overloads():
+            other = getattr(func.overloadpacket, overload)
+            if [a.name for a in other._schema.arguments if a.name != "generator"] == names and "generator" in [
+                a.name for a in other._schema.arguments
+            ]:
+                return other
+        return None

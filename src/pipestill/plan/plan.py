@@ -1,0 +1,176 @@
+"""A plan: partition, schedule knobs and the costs they were chosen for; every rank derives its row from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipestill.costs import Costs, StageCosts
+from pipestill.errors import ConfigError, PlanError, nearest
+from pipestill.plan.balance import balance
+from pipestill.schedule import STRATEGIES, Schedule, Trace, check, generate
+from pipestill.schedule.simulate import simulate
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that fixes who does what when. Equal plans give equal schedules on every rank."""
+
+    strategy: str
+    microbatches: int
+    student_partition: tuple[int, ...]
+    teacher_partition: tuple[int, ...]
+    costs: Costs
+    run_ahead: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `PlanError` when counts, partitions or the strategy's name make no sense."""
+        problems = []
+        if self.strategy not in STRATEGIES:
+            known = ", ".join(STRATEGIES)
+            problems.append(
+                f"no strategy '{self.strategy}'{nearest(str(self.strategy), STRATEGIES)}; there are {known}"
+            )
+        counts = {"microbatches": self.microbatches, "run_ahead": 1 if self.run_ahead is None else self.run_ahead}
+        problems += [
+            f"{name} is {count!r}; expected a whole number" for name, count in counts.items() if type(count) is not int
+        ]
+        problems += _partition_problems(
+            self.costs, len(self.student_partition), self.student_partition, self.teacher_partition
+        )
+        if not problems and self.microbatches < 1:
+            problems.append(f"{self.microbatches} microbatches; expected at least 1 (--microbatches)")
+        if problems:
+            raise PlanError("; ".join(problems))
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.student_partition)
+
+    @cached_property
+    def stage_costs(self) -> StageCosts:
+        return self.costs.stages(self.student_partition, self.teacher_partition)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The proved schedule."""
+        schedule = generate(
+            self.strategy,
+            self.num_devices,
+            self.microbatches,
+            teacher=bool(self.teacher_partition),
+            costs=self.stage_costs if self.strategy == "fill" else None,
+            run_ahead=self.run_ahead,
+        )
+        check(schedule)
+        return schedule
+
+    @cached_property
+    def prediction(self) -> Trace:
+        """What the simulator expects."""
+        return simulate(self.schedule, self.stage_costs)
+
+    @property
+    def limit_seconds_per_step(self) -> float:
+        """No schedule of this partition is faster: the work of its most loaded rank."""
+        return self.stage_costs.limit_seconds_per_step(self.microbatches)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": _VERSION, **dataclasses.asdict(self), "costs": self.costs.to_json()}
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read back a plan; `ConfigError` says what is wrong with it."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"the plan is not JSON: {error}") from None
+        if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
+            raise ConfigError(f"the plan is not one of version {_VERSION}")
+        try:
+            for key in ("student_partition", "teacher_partition"):
+                data[key] = tuple(data[key])
+            return cls(**{**data, "costs": Costs.from_json(data["costs"])})
+        except (TypeError, KeyError) as error:
+            raise ConfigError(f"the plan lacks or does not know: {error}") from None
+
+
+def make_plan(
+    costs: Costs,
+    *,
+    devices: int,
+    strategy: str,
+    microbatches: int,
+    student_partition: Sequence[int] | None = None,
+    teacher_partition: Sequence[int] | None = None,
+    run_ahead: int | None = None,
+) -> Plan:
+    """The plan with a level partition from `costs`, or with the partitions given by hand.
+
+    Raises `PlanError` when a count is below 1, or a partition does not add up or fit the devices.
+    """
+    if devices < 1:
+        raise PlanError(f"{devices} devices; expected at least 1 (--devices)")
+    if microbatches < 1:
+        raise PlanError(f"{microbatches} microbatches; expected at least 1 (--microbatches)")
+    problems = _partition_problems(costs, devices, student_partition, teacher_partition)
+    if problems:
+        raise PlanError("; ".join(problems))
+    plans = [
+        Plan(
+            strategy=strategy,
+            microbatches=microbatches,
+            student_partition=tuple(student_cut if student_partition is None else student_partition),
+            teacher_partition=tuple(teacher_cut if teacher_partition is None else teacher_partition),
+            costs=costs,
+            run_ahead=run_ahead,
+        )
+        for student_cut, teacher_cut in _cuts(costs, devices, strategy, microbatches)
+    ]
+    return min(plans, key=lambda plan: plan.prediction.seconds_per_step) if len(plans) > 1 else plans[0]
+
+
+def _partition_problems(
+    costs: Costs, devices: int, student: Sequence[int] | None, teacher: Sequence[int] | None
+) -> list[str]:
+    """What is wrong with partitions given by hand or by a file; None is not looked at."""
+    problems = []
+    for role, partition, num_blocks in (
+        ("student", student, len(costs.student)),
+        ("teacher", teacher, len(costs.teacher)),
+    ):
+        if partition is None or (num_blocks == 0 and not partition):
+            continue
+        shown = f"{role} partition {list(partition)}"
+        if any(type(size) is not int for size in partition):
+            problems.append(f"{shown} holds something else than whole numbers")
+            continue
+        if num_blocks == 0:
+            problems.append(f"{shown} for a task without a {role}; leave it out")
+        elif len(partition) != devices:
+            problems.append(f"{shown} has {len(partition)} stages for {devices} devices")
+        elif min(partition) < 1:
+            problems.append(f"{shown} has an empty stage; every stage needs a block")
+        if num_blocks and sum(partition) != num_blocks:
+            problems.append(f"{shown} adds up to {sum(partition)}, but the {role} has {num_blocks} blocks")
+    return problems
+
+
+def _cuts(
+    costs: Costs, devices: int, strategy: str, microbatches: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The partitions worth a simulation: both models levelled together, and, where the teacher runs first, each alone."""
+    student = [b.seconds for b in costs.student]
+    student[-1] += costs.loss_seconds
+    teacher = [b.seconds for b in costs.teacher]
+    path = (microbatches + devices - 1) / microbatches
+    cuts = [balance(student, teacher, devices, student_weight=path)]
+    if strategy in ("gpipe", "1f1b") and teacher:
+        cuts.append((balance(student, [], devices)[0], balance(teacher, [], devices)[0]))
+    return cuts

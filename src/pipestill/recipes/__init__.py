@@ -1,0 +1,43 @@
+"""Shipped workloads: each a value that a user could have written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+
+from pipestill.errors import ConfigError, nearest
+from pipestill.recipes.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A shipped recipe, described without importing it. `needs` are the packages beyond the dependencies."""
+
+    name: str
+    home: str
+    summary: str
+    data: str
+    needs: tuple[str, ...]
+
+    def load(self) -> type[Recipe]:
+        module, _, name = self.home.partition(":")
+        recipe: type[Recipe] = getattr(import_module(module), name)
+        return recipe
+
+
+RECIPES = {
+    "soft-target": Entry(
+        "soft-target",
+        "pipestill.recipes.soft_target:SoftTarget",
+        "distil a CNN into a much smaller one by its softened logits (Hinton et al.; TSPipe's KD benchmark)",
+        "scikit-learn's digits: 1,797 real 8x8 scans of handwriting, embedded",
+        ("scikit-learn",),
+    ),
+}
+
+
+def find(name: str) -> Entry:
+    """The recipe called `name`; `ConfigError` with the nearest name when there is none."""
+    if name not in RECIPES:
+        raise ConfigError(f"no recipe '{name}'{nearest(name, RECIPES)}; 'pipestill recipes' lists {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,1 @@
+"""Runs schedules: stages, transports, executors, processes."""

@@ -1,0 +1,44 @@
+"""A batch as all ranks know it, and its cut into microbatches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEADER_LENGTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch. `rows` 0 marks the end of the data. `last`: its epoch, or the run, ends with it.
+
+    Only the reading rank has `inputs`; it and the rank of the loss have `targets`.
+    """
+
+    rows: int
+    epoch: int
+    last: bool
+    inputs: Any = None
+    targets: Any = None
+
+    def header(self) -> Tensor:
+        """What every rank has to know, as three whole numbers."""
+        return torch.tensor([self.rows, self.epoch, self.last], dtype=torch.int64)
+
+    @classmethod
+    def from_header(cls, header: Tensor) -> Batch:
+        rows, epoch, last = header.tolist()
+        return cls(rows, epoch, bool(last))
+
+
+@lru_cache(maxsize=64)
+def microbatch_rows(rows: int, num_microbatches: int) -> tuple[slice, ...]:
+    """The rows of every microbatch: sizes differ by at most one, the larger first; the last are empty when rows lack."""
+    size, extra = divmod(rows, num_microbatches)
+    starts = [m * size + min(m, extra) for m in range(num_microbatches + 1)]
+    return tuple(slice(a, b) for a, b in pairwise(starts))

@@ -1,0 +1,105 @@
+"""The transport between processes: gloo on CPU, NCCL on CUDA, through `torch.distributed`."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pipestill.errors import TransportError
+from pipestill.runtime.transport import Message
+from pipestill.schedule import Lane, Op, Role
+
+_LANES = list(Lane)
+_OPS = list(Op)
+_UNDER_WAY = 256
+
+
+class ProcessGroup:
+    """One rank's lanes over the default process group.
+
+    Sends and receives never block; waits do, each up to `timeout_seconds`. On gloo the tag of a message names its lane,
+    action and phase, so a message can never be taken for another. NCCL has no tags: there each directed edge and
+    lane of `edges` has a communicator of its own, in whose order messages are matched; create this on all ranks together.
+    """
+
+    def __init__(self, timeout_seconds: float, edges: Iterable[tuple[int, int, Lane]] = ()) -> None:
+        self.rank = dist.get_rank()
+        self.timeout = timedelta(seconds=timeout_seconds)
+        self.posted: dict[Message, tuple[list[Tensor], list[dist.Work]]] = {}
+        self.under_way = defaultdict[int, deque[tuple[Message, list[Tensor], list[dist.Work]]]](deque)  # by phase
+        self.groups: dict[tuple[int, int, Lane], dist.ProcessGroup] = {}
+        if "nccl" in str(dist.get_backend_config()):
+            for source, destination, lane in sorted(edges):
+                self.groups[source, destination, lane] = dist.new_group([source, destination], backend="nccl")
+
+    def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        kept = list(tensors)
+        group = self.groups.get((message.source, message.destination, message.lane))
+        with _Named("sends", message, self.rank):
+            works = [dist.isend(t, message.destination, group=group, tag=_tag(message, i)) for i, t in enumerate(kept)]
+        queue = self.under_way[message.phase]
+        queue.append((message, kept, [w for w in works if w is not None]))
+        while len(queue) > _UNDER_WAY:
+            self._finish_one(message.phase)
+
+    def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
+        kept = list(buffers)
+        group = self.groups.get((message.source, message.destination, message.lane))
+        with _Named("receives", message, self.rank):
+            works = [dist.irecv(t, message.source, group=group, tag=_tag(message, i)) for i, t in enumerate(kept)]
+        self.posted[message] = (kept, [w for w in works if w is not None])
+
+    def arrived(self, message: Message) -> bool:
+        if message not in self.posted:
+            raise TransportError(f"rank {self.rank} waits for {message}, but never announced that it would")
+        with _Named("waits for", message, self.rank, self.timeout):
+            for work in self.posted[message][1]:
+                work.wait(self.timeout)
+        return True
+
+    def take(self, message: Message) -> list[Tensor]:
+        return self.posted.pop(message)[0]
+
+    def flush(self, phase: int) -> None:
+        while self.under_way[phase]:
+            self._finish_one(phase)
+
+    def _finish_one(self, phase: int) -> None:
+        """Wait for the oldest send of a phase. Of its own phase only: training's wait until a validation is over."""
+        message, _, works = self.under_way[phase].popleft()
+        with _Named(f"waits until rank {message.destination} takes", message, self.rank, self.timeout):
+            for work in works:
+                work.wait(self.timeout)
+
+
+class _Named:
+    """Turns an error of torch.distributed inside the body into a `TransportError` that says what was under way."""
+
+    def __init__(self, what: str, message: Message, rank: int, timeout: timedelta | None = None) -> None:
+        self.what, self.message, self.rank, self.timeout = what, message, rank, timeout
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            limit = f" (deadline {self.timeout.total_seconds():g} s)" if self.timeout else ""
+            reason = str(error).strip().splitlines()[0]
+            raise TransportError(f"rank {self.rank} {self.what} {self.message}{limit}: {reason}") from error
+
+
+def _tag(message: Message, part: int) -> int:
+    """A number below 2^31 that differs between all messages that can be under way at once between two ranks."""
+    action = message.payload
+    microbatch = 0 if action.microbatch is None else action.microbatch + 1
+    tag = 1 + (message.phase - 1) % 7 if message.phase else 0  # a validation may never be taken for training
+    tag = tag * len(_LANES) + _LANES.index(message.lane)
+    tag = tag * 2 + (action.role is Role.TEACHER)
+    tag = tag * len(_OPS) + _OPS.index(action.op)
+    tag = tag * 64 + action.step % 64
+    tag = tag * 1024 + microbatch % 1024
+    return tag * 16 + part % 16

@@ -1,0 +1,75 @@
+"""Records when each action really started and ended."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from pipestill.schedule import Action, Event
+
+
+class Recorder:
+    """One rank's clock. Keeps the events of the last `num_steps` steps only, so memory does not grow with the run.
+
+    On CUDA, work is timed by events on the current stream and read when asked for.
+    """
+
+    def __init__(self, rank: int, device: torch.device, num_steps: int = 48) -> None:
+        self.rank, self.device, self.num_steps = rank, device, num_steps
+        self._steps: deque[tuple[int, list[tuple[Action, object, object]]]] = deque(maxlen=num_steps)
+        self._cuts: deque[int] = deque(maxlen=num_steps)
+        self.busy_seconds = 0.0
+        self._origin = (time.perf_counter(), _cuda_event(device))
+
+    @contextmanager
+    def working(self, action: Action) -> Iterator[None]:
+        """Time the body as `action`."""
+        start = self._now()
+        yield
+        self._keep(action, start, self._now())
+
+    def _now(self) -> object:
+        return _cuda_event(self.device) if self.device.type == "cuda" else time.perf_counter()
+
+    def _keep(self, action: Action, start: object, end: object) -> None:
+        for step, events in reversed(self._steps):
+            if step == action.step:
+                events.append((action, start, end))
+                break
+        else:
+            self._steps.append((action.step, [(action, start, end)]))
+        if isinstance(start, float) and isinstance(end, float):
+            self.busy_seconds += end - start
+
+    def cut(self, step: int) -> None:
+        """Note that something else than the next step followed `step`."""
+        self._cuts.append(step)
+
+    def cuts(self) -> frozenset[int]:
+        """The steps that something else followed."""
+        return frozenset(self._cuts)
+
+    def events(self) -> list[Event]:
+        """The recorded events in seconds of the host's monotonic clock, in the order in which they started."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        kept = [Event(self.rank, a, self._seconds(s), self._seconds(e)) for _, es in self._steps for a, s, e in es]
+        return sorted(kept, key=lambda event: event.start)
+
+    def _seconds(self, moment: object) -> float:
+        if isinstance(moment, float):
+            return moment
+        assert isinstance(moment, torch.cuda.Event) and isinstance(self._origin[1], torch.cuda.Event)
+        return self._origin[0] + float(self._origin[1].elapsed_time(moment)) / 1e3
+
+
+def _cuda_event(device: torch.device) -> torch.cuda.Event | None:
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,0 +1,222 @@
+"""Where the ranks are: all in this process, or one in each process of a group."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipestill.costs import Link
+from pipestill.errors import ConfigError, DeviceError
+from pipestill.runtime.executor import Waiting
+from pipestill.runtime.process_group import ProcessGroup
+from pipestill.runtime.transport import InProcess, Message, Transport
+from pipestill.schedule import Lane
+
+T = TypeVar("T")
+
+
+class World(Protocol):
+    """The ranks of a run, and what they do together outside the schedule."""
+
+    num_ranks: int
+    ranks: Sequence[int]
+    """The ranks that live in this process."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether rank 0, which reads data and reports, lives here."""
+
+    def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
+        """The rank's end of every lane; called on all ranks together."""
+
+    def drive(self, runs: Sequence[Waiting]) -> None:
+        """Run the local ranks' generators to their end."""
+
+    def share(self, value: T | None, rank: int = 0) -> T:
+        """The value of `rank`, everywhere."""
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """One value per local rank -> all of them in order of rank, on the process of rank 0 (elsewhere empty)."""
+
+    def copy_from(self, tensors: Sequence[Tensor], rank: int) -> None:
+        """Overwrite everybody's CPU `tensors` with those of `rank`."""
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+
+    def measure_link(self) -> Link:
+        """Latency and bandwidth between two ranks; free where they share a process. On all ranks together."""
+
+
+class OneProcess:
+    """Ranks that take turns in this process."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.ranks: Sequence[int] = range(num_ranks)
+        self.is_main = True
+        self._boxes: dict[Message, list[Tensor]] = {}
+
+    def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
+        return InProcess(self._boxes)
+
+    def drive(self, runs: Sequence[Waiting]) -> None:
+        """Resume each generator in turn until it waits; the schedule is proved, so somebody can always go on."""
+        self._boxes.clear()
+        alive = dict(enumerate(runs))
+        waits: dict[int, Message] = {}
+        while alive:
+            moved = False
+            for rank, run in list(alive.items()):
+                before = waits.get(rank)
+                if before is not None and before not in self._boxes:
+                    continue
+                moved = True
+                try:
+                    waits[rank] = next(run)
+                except StopIteration:
+                    del alive[rank]
+            if not moved:
+                stuck = "; ".join(
+                    f"rank {rank} waits for {message}" for rank, message in waits.items() if rank in alive
+                )
+                raise RuntimeError(f"no rank can go on: {stuck}")
+
+    def share(self, value: T | None, rank: int = 0) -> T:
+        assert value is not None
+        return value
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        return list(values)
+
+    def copy_from(self, tensors: Sequence[Tensor], rank: int) -> None:
+        """Everybody's tensors are the same ones."""
+
+    def barrier(self) -> None:
+        """Nobody else to wait for."""
+
+    def measure_link(self) -> Link:
+        return Link()
+
+
+class Processes:
+    """One rank in each process of torch.distributed's default group."""
+
+    def __init__(self) -> None:
+        self.num_ranks = dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.ranks: Sequence[int] = (self.rank,)
+        self.is_main = self.rank == 0
+
+    def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
+        return ProcessGroup(timeout_seconds, edges)
+
+    def drive(self, runs: Sequence[Waiting]) -> None:
+        for run in runs:
+            for message in run:
+                raise AssertionError(f"the transport of a process waits itself, but {message} was left to us")
+
+    def share(self, value: T | None, rank: int = 0) -> T:
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=rank)
+        shared: T = box[0]
+        return shared
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        (value,) = values
+        box: list[Any] | None = [None] * self.num_ranks if self.is_main else None
+        dist.gather_object(value, box, dst=0)
+        return box or []
+
+    def copy_from(self, tensors: Sequence[Tensor], rank: int) -> None:
+        for tensor in tensors:
+            if tensor.numel():
+                dense = tensor.contiguous()  # broadcast takes nothing else, such as weights in channels_last
+                dist.broadcast(dense, src=rank)
+                if dense is not tensor:
+                    tensor.copy_(dense)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def measure_link(self, num_bytes: int = 4_000_000, repeats: int = 5) -> Link:
+        """From round trips of 1 byte and of `num_bytes` between ranks 0 and 1."""
+        if self.num_ranks < 2:
+            return Link()
+        seconds = []
+        for size in (1, num_bytes):
+            tensor = torch.zeros(size, dtype=torch.uint8)
+            times = []
+            for _ in range(repeats + 1):
+                dist.barrier()
+                start = time.perf_counter()
+                if self.rank < 2:
+                    for sender in (0, 1):
+                        if self.rank == sender:
+                            dist.send(tensor, 1 - sender)
+                        else:
+                            dist.recv(tensor, 1 - self.rank)
+                times.append((time.perf_counter() - start) / 2)
+            seconds.append(min(times[1:]))
+        latency, loaded = self.share(tuple(seconds) if self.is_main else None)
+        return Link(latency, num_bytes / max(loaded - latency, 1e-9))
+
+
+def join_world(devices: int, device_type: str, timeout_seconds: float) -> World:
+    """The world that this process is part of: a started process group, torchrun's, or this process alone.
+
+    Raises `ConfigError` when torchrun started another number of processes than `devices`.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if not dist.is_initialized() and launched > 1:
+        start_process_group(device_type, timeout_seconds)
+    if not dist.is_initialized():
+        return OneProcess(devices)
+    if dist.get_world_size() != devices:
+        raise ConfigError(
+            f"{dist.get_world_size()} processes were started, but devices is {devices}; "
+            f"start as many processes as devices, or pass --devices {dist.get_world_size()}"
+        )
+    return Processes()
+
+
+def start_process_group(device_type: str, timeout_seconds: float, **how: Any) -> None:
+    """Open the default group: gloo for CPU tensors, and NCCL beside it for CUDA tensors."""
+    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **how)
+
+
+def choose_device_type(wanted: str | None, devices: int) -> str:
+    """`wanted`, or CUDA where there are enough devices, else the CPU; `DeviceError` for what is not there."""
+    here = min(devices, int(os.environ.get("LOCAL_WORLD_SIZE", str(devices))))
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted is None:
+        return "cuda" if available >= here else "cpu"
+    if wanted not in ("cpu", "cuda"):
+        raise DeviceError(f"no device type '{wanted}'; expected cpu or cuda")
+    if wanted == "cuda" and available < here:
+        raise DeviceError(
+            f"{here} CUDA devices asked for, this machine has {available}; use --device cpu or fewer devices"
+        )
+    return wanted
+
+
+def device_of(rank: int, device_type: str) -> torch.device:
+    """The device of a rank on its own machine."""
+    if device_type == "cpu":
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", str(rank)))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def in_main_process() -> bool:
+    """Whether this process is, or will be, that of rank 0."""
+    return dist.get_rank() == 0 if dist.is_initialized() else os.environ.get("RANK", "0") == "0"

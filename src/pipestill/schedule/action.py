@@ -1,0 +1,150 @@
+"""The atom of a schedule: one piece of work, or one transfer of its result.
+
+S2F0@1      student, stage 2, forward, microbatch 0, step 1
+T0F3@2      teacher, stage 0, forward, microbatch 3, step 2
+S1U@4       student, stage 1, optimizer update of step 4 (no microbatch)
+S2F0@1>3    send the result of S2F0@1 to rank 3
+S2F0@1<2    receive the result of S2F0@1 from rank 2
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Role(str, Enum):
+    """Whose work it is."""
+
+    __hash__ = str.__hash__  # Enum's own is a Python function; schedules hash actions by the million
+
+    STUDENT = "S"
+    TEACHER = "T"
+
+
+class Op(str, Enum):
+    """What is done. `DATA` reads a batch; it belongs to student stage 0 and feeds both roles and the loss."""
+
+    __hash__ = str.__hash__
+
+    DATA = "D"
+    FORWARD = "F"
+    LOSS = "L"
+    BACKWARD = "B"
+    UPDATE = "U"
+
+    @property
+    def per_microbatch(self) -> bool:
+        """Whether the op is done once a microbatch (else once a step)."""
+        return self in _PER_MICROBATCH
+
+
+_PER_MICROBATCH = frozenset((Op.FORWARD, Op.LOSS, Op.BACKWARD))
+
+
+class Kind(str, Enum):
+    """Whether an action computes, or sends or receives what another action computed."""
+
+    __hash__ = str.__hash__
+
+    COMPUTE = ""
+    SEND = ">"
+    RECEIVE = "<"
+
+
+class Lane(str, Enum):
+    """Which ordered channel of a directed edge a transfer uses.
+
+    A `DATA` transfer tells a batch's rows, and its targets follow on `TARGET`; a `TOKEN` carries only the order;
+    `REPORT` takes losses and metrics to rank 0, beside the schedule.
+    """
+
+    DATA = "data"
+    TEACHER = "teacher"
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
+    TOKEN = "token"
+    TARGET = "target"
+    REPORT = "report"
+
+
+_TEXT = re.compile(
+    r"(?P<role>[ST])(?P<stage>N)(?P<op>[DFLBU])(?P<microbatch>N|)@(?P<step>N)(?:(?P<kind>[<>])(?P<peer>N))?".replace(
+        "N", "(?:0|[1-9][0-9]{0,8})"
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Smallest scheduled work; prints and parses (see the module docstring).
+
+    `microbatch` is None for work done once a step. `peer` is the other rank of a transfer. In the rows of a
+    `Schedule`, `step` counts from the period's own step; in unrolled rows and traces it is absolute.
+    """
+
+    role: Role
+    stage: int
+    op: Op
+    microbatch: int | None
+    step: int
+    kind: Kind = Kind.COMPUTE
+    peer: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.microbatch is not None) != (self.op in _PER_MICROBATCH):
+            raise ValueError(f"op {self.op.name} {'needs' if self.op.per_microbatch else 'takes no'} microbatch")
+        if (self.peer is None) != (self.kind is Kind.COMPUTE):
+            raise ValueError("exactly the transfers name a peer")
+        if self.role is Role.TEACHER and self.op is not Op.FORWARD:
+            raise ValueError(f"the teacher only runs forward, not {self.op.name}")
+
+    def __str__(self) -> str:
+        microbatch = "" if self.microbatch is None else self.microbatch
+        peer = "" if self.peer is None else f"{self.kind.value}{self.peer}"
+        return f"{self.role.value}{self.stage}{self.op.value}{microbatch}@{self.step}{peer}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """The action that prints as `text`; `ValueError` when there is none."""
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            raise ValueError(f"'{text}' is not an action; expected something like S2F0@1, S1U@4 or S2F0@1>3")
+        microbatch, peer = match["microbatch"], match["peer"]
+        try:
+            return cls(
+                role=Role(match["role"]),
+                stage=int(match["stage"]),
+                op=Op(match["op"]),
+                microbatch=int(microbatch) if microbatch else None,
+                step=int(match["step"]),
+                kind=Kind(match["kind"] or ""),
+                peer=int(peer) if peer is not None else None,
+            )
+        except ValueError as error:
+            raise ValueError(f"'{text}' is not an action: {error}") from None
+
+    @property
+    def computes(self) -> bool:
+        """Whether this is work rather than a transfer."""
+        return self.kind is Kind.COMPUTE
+
+    @property
+    def payload(self) -> Action:
+        """The work whose result this transfer carries (itself, when it is work)."""
+        return self if self.computes else Action(self.role, self.stage, self.op, self.microbatch, self.step)
+
+    def send_to(self, rank: int) -> Action:
+        """The transfer of this work's result to `rank`."""
+        return Action(self.role, self.stage, self.op, self.microbatch, self.step, Kind.SEND, rank)
+
+    def receive_from(self, rank: int) -> Action:
+        """The arrival of this work's result from `rank`."""
+        return Action(self.role, self.stage, self.op, self.microbatch, self.step, Kind.RECEIVE, rank)
+
+    def at(self, step: int) -> Action:
+        """The same action in another step."""
+        if step == self.step:
+            return self
+        return Action(self.role, self.stage, self.op, self.microbatch, step, self.kind, self.peer)

@@ -1,0 +1,156 @@
+"""Schedule + costs -> trace: when every action would start and end."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import count
+
+from pipestill.costs import StageCosts
+from pipestill.schedule.action import Action, Kind, Lane, Op, Role
+from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.program import Schedule
+from pipestill.schedule.trace import Event, Trace
+
+
+def simulate(schedule: Schedule, costs: StageCosts, num_steps: int | None = None) -> Trace:
+    """Run `schedule` against the clock of `costs` for `num_steps` steps (default: enough for a steady state).
+
+    Each rank does its row in order, as an executor does; a transfer overlaps with work and waits for earlier
+    ones on the same edge. Where ranks disturb each other (`costs.interference`), an action's pace follows from
+    how many ranks compute at that moment. Raises `RuntimeError` on a deadlock; `check` first.
+    """
+    if num_steps is None:
+        num_steps = 9 + 3 * schedule.lookahead
+    return _Simulation(schedule, costs, num_steps).run()
+
+
+def action_seconds(action: Action, costs: StageCosts) -> float:
+    """How long `action` computes when no other rank disturbs it."""
+    if action.op is Op.FORWARD:
+        return (costs.forward if action.role is Role.STUDENT else costs.teacher)[action.stage]
+    if action.op is Op.BACKWARD:
+        return costs.backward[action.stage]
+    if action.op is Op.UPDATE:
+        return costs.update[action.stage]
+    return costs.loss if action.op is Op.LOSS else costs.data
+
+
+def transfer_seconds(action: Action, costs: StageCosts) -> float:
+    """How long the result of `action` takes to arrive at another rank: a boundary's activations or their gradients."""
+    if action.op is Op.BACKWARD:
+        sizes, boundary = costs.activation_bytes, action.stage - 1
+    else:
+        sizes = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes
+        boundary = action.stage
+    return costs.link.seconds(sizes[boundary] if sizes and action.op is not Op.DATA else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Todo:
+    """One work or send of the period with all that is asked of it over and over: looked up once."""
+
+    action: Action
+    payload: int  # results are known by a number and a step
+    seconds: float  # of the work, or of the transfer without its latency
+    needed: tuple[tuple[int, int], ...]  # results, and the step that each is of, counted from the period's own
+
+
+class _Simulation:
+    """The state of one run: a clock, what each rank is doing, and what is where."""
+
+    def __init__(self, schedule: Schedule, costs: StageCosts, num_steps: int) -> None:
+        self.structure = schedule.structure
+        self.costs = costs
+        self.num_ranks = len(schedule.rows)
+        self.now = 0.0
+        numbers = defaultdict[Action, int](count().__next__)
+        periods = range(-schedule.lookahead, num_steps)
+        self.rows: list[list[tuple[_Todo, int]]] = []
+        for row in schedule.rows:
+            todo = [self._look_up(action, numbers) for action in row if action.kind is not Kind.RECEIVE]
+            self.rows.append([(t, p) for p in periods for t in todo if 0 <= p + t.action.step < num_steps])
+        self.position = [0] * self.num_ranks
+        self.here: list[set[tuple[int, int]]] = [set() for _ in self.rows]
+        self.edge_free: dict[tuple[int, int], float] = {}
+        self.arrivals: list[tuple[float, int, int, tuple[int, int]]] = []  # time, tie-break, rank, result
+        self.ticket = count()
+        self.running: dict[int, tuple[_Todo, int, float, float]] = {}  # rank -> work, period, start, work left
+        self.events: list[Event] = []
+
+    def _look_up(self, action: Action, numbers: dict[Action, int]) -> _Todo:
+        if action.peer is None:
+            seconds = action_seconds(action, self.costs)
+        elif lane(action, action.peer, self.structure) is Lane.TOKEN:
+            seconds = 0.0
+        else:
+            seconds = transfer_seconds(action, self.costs) - self.costs.link.latency_seconds
+        needed = tuple((numbers[need.at(0)], need.step) for need in needs(action, self.structure))
+        return _Todo(action, numbers[action.payload.at(0)], seconds, needed)
+
+    def run(self) -> Trace:
+        waiting = set(range(self.num_ranks))
+        while True:
+            for rank in sorted(waiting):
+                self._advance(rank)
+            if not self.running and not self.arrivals:
+                break
+            waiting = self._pass_time()
+        for rank, row in enumerate(self.rows):
+            if self.position[rank] < len(row):
+                todo, period = row[self.position[rank]]
+                stuck = todo.action.at(period + todo.action.step)
+                raise RuntimeError(f"rank {rank} never runs {stuck}: the schedule deadlocks")
+        return Trace(self.num_ranks, tuple(self.events))
+
+    def _advance(self, rank: int) -> None:
+        """Send what is done, and start the next work if what it needs is here."""
+        row, here = self.rows[rank], self.here[rank]
+        while rank not in self.running and self.position[rank] < len(row):
+            todo, period = row[self.position[rank]]
+            for result, step in todo.needed:
+                if period + step >= 0 and (result, period + step) not in here:
+                    return
+            if todo.action.peer is not None:
+                self._send(rank, todo.action.peer, todo, period)
+            elif todo.seconds > 0:
+                self.running[rank] = (todo, period, self.now, todo.seconds)
+            else:
+                self._finish(rank, todo, period, self.now)
+            self.position[rank] += 1
+
+    def _send(self, rank: int, peer: int, todo: _Todo, period: int) -> None:
+        sent = max(self.now, self.edge_free.get((rank, peer), 0.0)) + todo.seconds
+        self.edge_free[rank, peer] = sent
+        result = (todo.payload, period + todo.action.step)
+        heapq.heappush(self.arrivals, (sent + self.costs.link.latency_seconds, next(self.ticket), peer, result))
+
+    def _finish(self, rank: int, todo: _Todo, period: int, start: float) -> None:
+        step = period + todo.action.step
+        self.events.append(Event(rank, todo.action.at(step), start, self.now))
+        self.here[rank].add((todo.payload, step))
+
+    def _pass_time(self) -> set[int]:
+        """Move the clock to the next end of work or arrival; the ranks that may now go on."""
+        others = max(0, len(self.running) - 1)  # whom each working rank is disturbed by
+        crowd = others / max(1, self.num_ranks - 1)
+        pace = 1.0 / (1.0 + (self.costs.interference - 1.0) * crowd)
+        next_end = min((left / pace for *_, left in self.running.values()), default=float("inf"))
+        next_arrival = self.arrivals[0][0] - self.now if self.arrivals else float("inf")
+        passed = max(0.0, min(next_end, next_arrival))
+        self.now += passed
+        changed = set[int]()
+        for rank, (todo, period, start, left) in list(self.running.items()):
+            left -= passed * pace
+            if left <= 1e-12 * todo.seconds or (next_end <= next_arrival and left <= 1e-15):
+                del self.running[rank]
+                self._finish(rank, todo, period, start)
+                changed.add(rank)
+            else:
+                self.running[rank] = (todo, period, start, left)
+        while self.arrivals and self.arrivals[0][0] <= self.now:
+            _, _, rank, result = heapq.heappop(self.arrivals)
+            self.here[rank].add(result)
+            changed.add(rank)
+        return changed

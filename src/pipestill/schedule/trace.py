@@ -1,0 +1,118 @@
+"""Actions with start and end: what a simulation predicts and what an executor records."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from statistics import median
+
+from pipestill.schedule.action import Action, Op, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One action on one rank, from `start` to `end` in seconds of a clock that all ranks share."""
+
+    rank: int
+    action: Action
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Everything that ranks computed, in the order of each rank.
+
+    All figures are of the steady state: the middle third of the steps, which leaves out warm-up and cool-down, and
+    without the intervals after `cuts`, steps that something else followed (a validation).
+    """
+
+    num_ranks: int
+    events: tuple[Event, ...]
+    cuts: frozenset[int] = frozenset()
+
+    def steps(self) -> list[int]:
+        """The longest run of consecutive steps, up to the last one, whose every update is in the trace."""
+        steps = sorted(self._update_ends())
+        gaps = [i for i in range(1, len(steps)) if steps[i] != steps[i - 1] + 1]
+        return steps[gaps[-1] :] if gaps else steps
+
+    def _update_ends(self) -> dict[int, float]:
+        """When the last update of each step ended, for steps that every rank updated."""
+        ends = defaultdict[int, list[float]](list)
+        for event in self.events:
+            if event.action.op is Op.UPDATE:
+                ends[event.action.step].append(event.end)
+        most = max((len(e) for e in ends.values()), default=0)
+        return {step: max(e) for step, e in ends.items() if len(e) == most}
+
+    def step_seconds(self) -> list[float]:
+        """Seconds from the end of one steady step to the end of the next."""
+        ends = self._update_ends()
+        return [ends[k + 1] - ends[k] for k in self._steady()]
+
+    def _steady(self) -> list[int]:
+        """The steps k whose interval, end of k to end of k + 1, is steady: the middle third of them, without cuts."""
+        steps = [k for k in self.steps()[:-1] if k not in self.cuts]
+        skip = len(steps) // 3
+        return steps[skip : len(steps) - skip]
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Mean steady seconds a step; 0 when fewer than two steps were traced."""
+        seconds = self.step_seconds()
+        return sum(seconds) / len(seconds) if seconds else 0.0
+
+    @property
+    def median_seconds_per_step(self) -> float:
+        """Median steady seconds a step; 0 when fewer than two steps were traced."""
+        seconds = self.step_seconds()
+        return median(seconds) if seconds else 0.0
+
+    def busy_seconds_per_step(self) -> list[float]:
+        """For each rank, the seconds of work that one steady step holds."""
+        steady = self._steady()
+        busy = [0.0] * self.num_ranks
+        for event in self.events:
+            if event.action.step - 1 in steady:
+                busy[event.rank] += event.seconds
+        return [seconds / len(steady) if steady else 0.0 for seconds in busy]
+
+    @property
+    def utilisation(self) -> float:
+        """Busy share of rank-time in the steady state, 0 to 1."""
+        seconds = self.seconds_per_step
+        return min(1.0, sum(self.busy_seconds_per_step()) / (self.num_ranks * seconds)) if seconds else 0.0
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of rank-time in the steady state."""
+        return 1.0 - self.utilisation
+
+    @property
+    def stash_peak(self) -> tuple[int, ...]:
+        """For each rank, the most student microbatches held between their forward and their backward."""
+        held, peak = [0] * self.num_ranks, [0] * self.num_ranks
+        for event in self.events:
+            if event.action.role is Role.STUDENT and event.action.op is Op.FORWARD:
+                held[event.rank] += 1
+                peak[event.rank] = max(peak[event.rank], held[event.rank])
+            elif event.action.op is Op.BACKWARD:
+                held[event.rank] -= 1
+        return tuple(peak)
+
+    def steady_window(self, num_steps: int = 2) -> tuple[float, float]:
+        """Start and end, in seconds, of `num_steps` steady steps (at least one): what a picture shows."""
+        ends = self._update_ends()
+        steady = self._steady()
+        if not steady:
+            times = [t for e in self.events for t in (e.start, e.end)]
+            return (min(times), max(times)) if times else (0.0, 0.0)
+        last = first = steady[0]
+        while last + 1 in steady and last + 1 < first + num_steps:
+            last += 1
+        return ends[first], ends[last + 1]

@@ -1,0 +1,414 @@
+"""The trainer: from models and a loader to a trained student, on any number of devices."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipestill.callbacks import Callback
+from pipestill.costs import BlockCosts, Costs
+from pipestill.data import Reader, SplitBatch, inputs_and_targets, sample
+from pipestill.errors import ConfigError, PlanError, nearest
+from pipestill.losses import Metric
+from pipestill.model.blocks import BlockModel, ranges
+from pipestill.model.dry_run import Contracts, dry_run
+from pipestill.model.profile import profile
+from pipestill.model.tasks import Task
+from pipestill.plan import Plan, make_plan
+from pipestill.runtime.batch import Batch
+from pipestill.runtime.memory import peak_bytes, reset_peak
+from pipestill.runtime.rank import LogClock, RankRun, Settings, Tally, check_finite, logged_values
+from pipestill.runtime.reference import evaluate, reference
+from pipestill.runtime.stage import gradient_squares, move
+from pipestill.runtime.world import OneProcess, World, choose_device_type, device_of, join_world
+from pipestill.schedule import STRATEGIES, Event, Trace
+from pipestill.schedule.comms import edges
+
+REFERENCE = "reference"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did. Complete on the process of rank 0 only; `plan` and `trace` are None for `reference`."""
+
+    strategy: str
+    devices: int
+    backend: str
+    steps: int
+    samples: int
+    seconds: float
+    seconds_per_step: float
+    utilisation: float
+    bubble: float
+    predicted_seconds_per_step: float | None
+    limit_seconds_per_step: float | None
+    staleness: int
+    peak_memory_bytes: list[int]
+    metrics: dict[str, float]
+    plan: Plan | None = field(repr=False)
+    trace: Trace | None = field(repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds, apart from the recipe's name."""
+        values = {name: value for name, value in vars(self).items() if name not in ("plan", "trace")}
+        versions = {"pipestill": version("pipestill"), "torch": torch.__version__, "python": platform.python_version()}
+        return {**values, "samples_per_second": self.samples / self.seconds, "exact": True, "versions": versions}
+
+
+class _Reporter:
+    """Tells every callback, and remembers the last metrics."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
+        self.metrics: dict[str, float] = {}
+
+    def step(self, values: dict[str, float]) -> None:
+        self.metrics["loss"] = values["loss"]
+        for callback in self.callbacks:
+            callback.step(values)
+
+    def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        self.metrics.update(metrics)
+        for callback in self.callbacks:
+            callback.validation(step, epoch, metrics)
+
+
+class _Counted:
+    """Counts the batches and samples that pass."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self.batches, self.steps, self.samples = batches, 0, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self.batches)
+        self.steps += 1
+        self.samples += batch.rows
+        return batch
+
+
+class Trainer:
+    """Trains the student of `task` over `devices` pipeline stages, exactly as a plain loop would.
+
+    `optimizer(parameters, lr=lr, **optimizer_options)` is made once per stage, from its own parameters; `param_groups`
+    may turn its named parameters into groups first. `lr_schedule(step)` is a factor on every group's rate. A batch is cut into
+    `microbatches`, whose gradients add up to the batch's mean. `strategy` is a schedule's name or `reference`, a plain
+    loop on one device. Partitions (blocks of each stage) are levelled from measured costs unless given.
+
+    Alone, all ranks take turns in this process; under torchrun or `pipestill.launch`, each process is one rank. Either way
+    `student` is the whole model with its own names, on every process, once `fit` returns.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+        lr: float = 0.1,
+        optimizer_options: Mapping[str, Any] | None = None,
+        param_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None = None,
+        lr_schedule: Callable[[int], float] | None = None,
+        devices: int = 1,
+        strategy: str = "fill",
+        microbatches: int = 8,
+        run_ahead: int | None = None,
+        student_partition: Sequence[int] | None = None,
+        teacher_partition: Sequence[int] | None = None,
+        costs: Costs | None = None,
+        device: str | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        split_batch: SplitBatch = inputs_and_targets,
+        seed: int = 0,
+        log_every: int = 10,
+        callbacks: Sequence[Callback] = (),
+        timeout_seconds: float = 600.0,
+    ) -> None:
+        names = (REFERENCE, *STRATEGIES)
+        if strategy not in names:
+            raise ConfigError(f"no strategy '{strategy}'{nearest(strategy, names)}; there are {', '.join(names)}")
+        counts = (("devices", devices), ("microbatches", microbatches), ("log_every", log_every))
+        for name, value in counts:
+            if value < 1:
+                raise PlanError(f"{name} is {value}; expected at least 1")
+        if strategy == REFERENCE and devices > 1:
+            raise PlanError(f"strategy 'reference' runs on one device, not {devices}; choose another, or --devices 1")
+        self.task = task
+        self.optimizer, self.lr, self.optimizer_options = optimizer, lr, dict(optimizer_options or {})
+        self.param_groups, self.lr_factor = param_groups, lr_schedule or _constant
+        self.devices, self.strategy, self.microbatches, self.run_ahead = devices, strategy, microbatches, run_ahead
+        self.student_partition, self.teacher_partition, self.costs = student_partition, teacher_partition, costs
+        self.device_type = choose_device_type(device, devices)
+        self.metrics, self.split_batch = dict(metrics or {}), split_batch
+        self.seed, self.log_every, self.callbacks, self.timeout_seconds = seed, log_every, callbacks, timeout_seconds
+
+    @property
+    def student(self) -> nn.Module:
+        """The unsplit student."""
+        return self.task.student
+
+    def fit(
+        self,
+        loader: Iterable[Any],
+        *,
+        epochs: int | None = None,
+        steps: int | None = None,
+        validate: Iterable[Any] | None = None,
+        description: str = "train",
+    ) -> Result:
+        """Train for `epochs` passes over `loader`, or `steps` updates, whichever ends first (default: one epoch).
+
+        A loader yields (inputs, targets), or inputs alone, as nests of tensors whose first axis counts samples.
+        `validate` is read after every epoch. Raises `UserError`s before the first step where they can be seen then.
+        """
+        if epochs is None and steps is None:
+            epochs = 1
+        if any(n is not None and n < 1 for n in (epochs, steps)):
+            raise ConfigError(f"epochs {epochs} and steps {steps}; expected at least 1")
+        world = (
+            OneProcess(1)
+            if self.strategy == REFERENCE
+            else join_world(self.devices, self.device_type, self.timeout_seconds)
+        )
+        readers = ExitStack()
+        source = readers.enter_context(closing(self._reader(loader, epochs, steps))) if world.is_main else None
+        reporter = _Reporter(self.callbacks if world.is_main else ())
+        try:
+            few = world.share(sample(source.peek()) if source else None)
+            rows = world.share(source.peek().rows if source else None)
+            contracts = dry_run(self.task, *few)
+            plan = None if self.strategy == REFERENCE else self._plan(world, contracts, few, rows)
+            total = _total_steps(loader, epochs, steps)
+            for callback in reporter.callbacks:
+                callback.start(description, total)
+            validation = (
+                None if validate is None else lambda: readers.enter_context(closing(self._reader(validate, 1, None)))
+            )
+            counted = _Counted(source) if source else None
+            if plan is None:
+                assert counted is not None
+                return self._run_reference(counted, contracts, validation, reporter)
+            return self._run(world, plan, contracts, counted, validation, reporter, validate is not None)
+        finally:
+            for callback in reporter.callbacks:
+                callback.end()
+            readers.close()
+
+    def preflight(self, loader: Iterable[Any]) -> None:
+        """Raise the `UserError`s that `fit` would, from the first batch and without training or measuring anything."""
+        inputs, targets = self.split_batch(next(iter(loader)))
+        dry_run(self.task, inputs, targets)
+        teacher = self.task.teacher_blocks
+        costs = self.costs or Costs(
+            tuple(BlockCosts(b.name, 1.0, 1.0) for b in self.task.student_blocks.blocks),
+            tuple(BlockCosts(b.name, 1.0) for b in teacher.blocks) if teacher else (),
+        )
+        if self.strategy != REFERENCE:
+            plan = self.plan_for(costs)
+            assert plan.schedule
+
+    def _models(self) -> list[BlockModel]:
+        return [model for model in (self.task.student_blocks, self.task.teacher_blocks) if model is not None]
+
+    def _reader(self, loader: Iterable[Any], epochs: int | None, steps: int | None) -> Reader:
+        return Reader(
+            loader, epochs=epochs, steps=steps, seed=self.seed, split_batch=self.split_batch,
+            timeout_seconds=self.timeout_seconds,
+        )  # fmt: skip
+
+    def make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        groups = self.param_groups(parameters) if self.param_groups else list(parameters.values())
+        return self.optimizer(groups, lr=self.lr, **self.optimizer_options)
+
+    def _plan(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Plan:
+        """The same plan on every rank, from costs that rank 0 measured."""
+        costs = self.costs or self._measure(world, contracts, few, math.ceil(rows / self.microbatches))
+        return self.plan_for(world.share(costs))
+
+    def plan_for(self, costs: Costs) -> Plan:
+        num_blocks = (len(self.task.student_blocks), len(self.task.teacher_blocks or ()))
+        if (len(costs.student), len(costs.teacher)) != num_blocks:
+            raise PlanError(
+                f"the costs are of {len(costs.student)} student and {len(costs.teacher)} teacher blocks, "
+                f"the models have {num_blocks[0]} and {num_blocks[1]}; measure them anew"
+            )
+        plan = make_plan(
+            costs, devices=self.devices, strategy=self.strategy, microbatches=self.microbatches,
+            student_partition=self.student_partition, teacher_partition=self.teacher_partition, run_ahead=self.run_ahead,
+        )  # fmt: skip
+        self.task.student_blocks.check_ties(ranges(plan.student_partition))
+        return plan
+
+    def _measure(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Costs:
+        """Costs of every block measured on rank 0 alone, and how much longer it takes while all ranks compute."""
+
+        def once() -> Costs:
+            return profile(self.task, contracts, *few, rows=rows, optimizer=self.make_optimizer)
+
+        alone = once() if world.is_main else None
+        if len(world.ranks) == world.num_ranks:
+            assert alone is not None
+            return alone
+        world.barrier()
+        together = once()
+        link = world.measure_link()
+        slowest = world.gather([together.seconds])
+        interference = 1.0
+        if alone is not None and self.device_type == "cpu":
+            interference = max(1.0, sum(slowest) / len(slowest) / alone.seconds)
+        return world.share(alone and alone.with_surroundings(link, interference))
+
+    def _run(
+        self,
+        world: World,
+        plan: Plan,
+        contracts: Contracts,
+        source: _Counted | None,
+        validation: Callable[[], Iterator[Batch]] | None,
+        reporter: _Reporter,
+        validate: bool,
+    ) -> Result:
+        for rank in world.ranks:
+            reset_peak(device_of(rank, self.device_type))
+        settings = Settings(
+            self.seed, self.log_every, self.lr, self.lr_factor, self.metrics, validate, self.timeout_seconds
+        )
+        for model in self._models():
+            forms = world.share(model.forms_of(range(len(model))) if world.is_main else None)
+            world.copy_from(model.adopt(forms), 0)  # as DDP does: a script may have drawn other weights in each process
+        used = edges(plan.schedule.structure)
+        runs = [
+            RankRun(
+                plan, rank, self.task, contracts, settings=settings, device=device_of(rank, self.device_type),
+                optimizer=self.make_optimizer, transport=world.transport(rank, used, self.timeout_seconds),
+                source=source if rank == 0 else None, validation=validation if rank == 0 else None,
+                reporter=reporter if rank == 0 else None,
+            )
+            for rank in world.ranks
+        ]  # fmt: skip
+        world.barrier()
+        start = time.perf_counter()
+        world.drive([run.run() for run in runs])
+        world.barrier()
+        seconds = time.perf_counter() - start
+        self._collect(world, plan, runs)
+        events = world.gather([run.recorder.events() for run in runs])
+        peaks = world.gather([peak_bytes(run.recorder.device) for run in runs])
+        cuts = runs[0].recorder.cuts()
+        trace = Trace(plan.num_devices, tuple(sorted((e for rank in events for e in rank), key=_start)), cuts)
+        steps, samples = (source.steps, source.samples) if source else (0, 0)
+        return Result(
+            strategy=plan.strategy, devices=plan.num_devices, backend=_backend(world, self.device_type),
+            steps=steps, samples=samples, seconds=seconds,
+            seconds_per_step=trace.median_seconds_per_step or seconds / max(steps, 1),
+            utilisation=trace.utilisation, bubble=trace.bubble,
+            predicted_seconds_per_step=plan.prediction.seconds_per_step,
+            limit_seconds_per_step=plan.limit_seconds_per_step, staleness=0, peak_memory_bytes=peaks,
+            metrics=dict(reporter.metrics), plan=plan, trace=trace,
+        )  # fmt: skip
+
+    def _collect(self, world: World, plan: Plan, runs: Sequence[RankRun]) -> None:
+        """Put both models back on the CPU, and every stage's trained weights on every process."""
+        for run in runs:
+            run.recorder.events()  # on CUDA: until all work is done
+        for model in self._models():
+            move(model, range(len(model)), CPU)
+        for rank, blocks in enumerate(ranges(plan.student_partition)):
+            forms = world.share(self.task.student_blocks.forms_of(blocks) if rank in world.ranks else None, rank)
+            world.copy_from(self.task.student_blocks.adopt(forms), rank)
+
+    def _run_reference(
+        self,
+        source: _Counted,
+        contracts: Contracts,
+        validation: Callable[[], Iterator[Batch]] | None,
+        reporter: _Reporter,
+    ) -> Result:
+        """Training without a schedule, with the same logs."""
+        device = device_of(0, self.device_type)
+        reset_peak(device)
+        for model in self._models():
+            move(model, range(len(model)), device)
+        trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        clock, step_ends = LogClock(), [time.perf_counter()]
+        state: dict[str, Any] = {}
+
+        def before_update(step: int, batch: Batch, losses: dict[str, float]) -> None:
+            check_finite(losses, step)
+            state.update(losses=losses, grad_norm=math.sqrt(math.fsum(gradient_squares(trained.values()).tolist())))
+
+        def after_update(step: int, batch: Batch) -> None:
+            clock.count(batch.rows)
+            step_ends.append(time.perf_counter())
+            if (step + 1) % self.log_every == 0 or batch.last:
+                seconds, steps, rows = clock.lap()
+                reporter.step(
+                    logged_values(
+                        step, batch.epoch, state["losses"], lr=self.lr * self.lr_factor(step), bubble=0.0,
+                        grad_norm=state["grad_norm"], seconds=seconds / steps, samples_per_second=rows / seconds,
+                    )
+                )  # fmt: skip
+            if batch.last and validation is not None:
+                reporter.validation(step, batch.epoch, self._evaluate(validation(), device))
+                clock.forget()
+                step_ends.append(time.perf_counter())
+
+        reference(
+            self.task, contracts, source, self.make_optimizer(trained), microbatches=self.microbatches, lr_factor=self.lr_factor,
+            seed=self.seed, device=device, before_update=before_update, after_update=after_update,
+        )  # fmt: skip
+        for model in self._models():
+            move(model, range(len(model)), CPU)
+        seconds = step_ends[-1] - step_ends[0]
+        return Result(
+            strategy=REFERENCE, devices=1, backend=self.device_type, steps=source.steps, samples=source.samples,
+            seconds=seconds, seconds_per_step=median(b - a for a, b in pairwise(step_ends)),
+            utilisation=1.0, bubble=0.0, predicted_seconds_per_step=None, limit_seconds_per_step=None, staleness=0,
+            peak_memory_bytes=[peak_bytes(device)], metrics=dict(reporter.metrics), plan=None, trace=None,
+        )  # fmt: skip
+
+    def _evaluate(self, batches: Iterator[Batch], device: torch.device) -> dict[str, float]:
+        """Metrics of the whole student over `batches`, by a plain loop."""
+        tally = Tally(self.metrics)
+        evaluate(
+            self.task.student_blocks, batches, tally.add, microbatches=self.microbatches, seed=self.seed, device=device
+        )
+        return tally.means()
+
+
+def _constant(step: int) -> float:
+    return 1.0
+
+
+def _start(event: Event) -> float:
+    return event.start
+
+
+def _total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int | None:
+    """How many steps a run has, where that can be known beforehand."""
+    if epochs is None:
+        return steps
+    try:
+        length = len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader over an IterableDataset has a __len__ that refuses
+        length = None
+    return None if length is None else min(epochs * length, steps or epochs * length)
+
+
+def _backend(world: World, device_type: str) -> str:
+    if isinstance(world, OneProcess):
+        return f"in-process {device_type}"
+    return "gloo" if device_type == "cpu" else "nccl"

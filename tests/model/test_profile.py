@@ -1,0 +1,74 @@
+"""What blocks cost, measured without changing them. No test here depends on how long anything takes."""
+
+import torch
+from support.models import distillation, images
+from torch import nn
+
+from pipestill.costs import Costs, Link
+from pipestill.model.dry_run import dry_run
+from pipestill.model.profile import profile
+
+
+def measure(task: object, rows: int = 6) -> Costs:
+    x, y = images()[0]
+    few = (x[:3], y[:3])
+    contracts = dry_run(task, *few)  # type: ignore[arg-type]
+    made: list[list[str]] = []
+
+    def optimizer(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        made.append(list(parameters))
+        return torch.optim.AdamW(parameters.values())
+
+    costs = profile(
+        task,
+        contracts,
+        *few,
+        rows=rows,
+        optimizer=optimizer,
+        repeats=2,
+        link=Link(1.0, 2.0),
+        interference=1.5,  # type: ignore[arg-type]
+    )
+    assert made == [
+        [n for n, p in b.items() if p.requires_grad] for b in blocks(task) if any(p.requires_grad for p in b.values())
+    ]
+    return costs
+
+
+def blocks(task: object) -> list[dict[str, nn.Parameter]]:
+    model = task.student_blocks  # type: ignore[attr-defined]
+    return [model.parameters_of(range(i, i + 1)) for i in range(len(model))]
+
+
+def test_every_block_has_its_costs() -> None:
+    task = distillation()
+    costs = measure(task)
+    assert [b.name for b in costs.student] == [b.name for b in task.student_blocks.blocks]
+    assert task.teacher_blocks is not None
+    assert [b.name for b in costs.teacher] == [b.name for b in task.teacher_blocks.blocks]
+    assert costs.rows == 6 and costs.link == Link(1.0, 2.0) and costs.interference == 1.5
+    assert all(b.forward_seconds > 0 for b in costs.student + costs.teacher)
+    assert all(b.backward_seconds > 0 for b in costs.student)
+    assert costs.loss_seconds > 0
+    assert [b.update_seconds > 0 for b in costs.student] == [bool(parameters) for parameters in blocks(task)]
+    assert not any(b.backward_seconds or b.update_seconds for b in costs.teacher)
+    assert [b.parameter_bytes for b in costs.student] == [4 * sum(p.numel() for p in b.values()) for b in blocks(task)]
+    assert [b.output_bytes for b in costs.student[:2]] == [4 * 6 * 6 * 16, 4 * 6 * 6 * 16]
+
+
+def test_a_frozen_block_is_not_updated() -> None:
+    task = distillation()
+    task.student[0].requires_grad_(False)
+    assert measure(task).student[0].update_seconds == 0
+
+
+def test_nothing_changes() -> None:
+    task = distillation()
+    models = (task.student, task.teacher)
+    before = [{n: t.clone() for n, t in model.state_dict().items()} for model in models]
+    seed = torch.random.get_rng_state()
+    measure(task)
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+        assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), seed)

@@ -1,0 +1,83 @@
+"""The kinds of training as values."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pipestill as ps
+from pipestill.errors import ModelError
+
+
+def model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.BatchNorm1d(4, affine=False))
+
+
+def test_blocks_of_both_models() -> None:
+    task = ps.Distillation(model(), model(), ps.losses.LogitsMSE(), teacher_cuts=["0", "1", "2"])
+    assert task.teacher_blocks is not None
+    assert (
+        [b.name for b in task.teacher_blocks.blocks] == [b.name for b in task.student_blocks.blocks] == ["0", "1", "2"]
+    )
+    assert task.student_blocks is task.student_blocks
+    assert task.student_blocks.model is task.student
+
+
+def test_supervised_has_no_teacher() -> None:
+    task = ps.Supervised(model(), ps.losses.cross_entropy)
+    assert task.teacher_blocks is None
+    output, target = torch.randn(3, 4), torch.tensor([1, 2, 3])
+    assert torch.equal(task.loss_parts(output, None, target)["cross_entropy"], F.cross_entropy(output, target))
+
+
+def test_a_scalar_loss_is_one_part() -> None:
+    def loss(student: Tensor, teacher: Tensor, target: Any) -> Tensor:
+        return (student - teacher).sum() + target
+
+    parts = ps.Distillation(model(), model(), loss).loss_parts(torch.ones(2), torch.zeros(2), 3)
+    assert {name: part.item() for name, part in parts.items()} == {"loss": 5.0}
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1), torch.zeros(2, 2), 0.5, None, {}, {"a": torch.zeros(()), "b": 1}])
+def test_a_loss_gives_scalars(value: Any) -> None:
+    with pytest.raises(ModelError, match="the loss gave .*expected a scalar, or a dict of scalars that add up"):
+        ps.Supervised(model(), lambda output, target: value).loss_parts(torch.ones(2), None, None)
+
+
+def test_a_loss_with_something_to_train_is_refused() -> None:
+    """No optimizer would see it: a projection that never learns, without a word."""
+
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection = nn.Linear(4, 4)
+
+    for make in (lambda loss: ps.Distillation(model(), model(), loss), lambda loss: ps.Supervised(model(), loss)):
+        with pytest.raises(
+            ModelError, match=r"the loss has parameters to train \(projection.weight, projection.bias\)"
+        ):
+            make(Projected())
+        make(Projected().requires_grad_(False))
+
+
+def test_teacher_and_student_share_nothing() -> None:
+    """Not even a stateless module: the one would put the other's dropout in its own mode."""
+    teacher = model()
+    with pytest.raises(ModelError, match="same module"):
+        ps.Distillation(teacher, teacher, ps.losses.LogitsMSE())
+    ps.Distillation(teacher, copy.deepcopy(teacher), ps.losses.LogitsMSE())
+    for student, shared in (
+        (nn.Sequential(teacher[0], nn.ReLU()), "'0', '0.weight', '0.bias'"),
+        (nn.Sequential(nn.Linear(4, 4), teacher[1]), "'1'"),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False)), "'1.running_mean'"),
+        (nn.Sequential(nn.Linear(4, 4)), "'0.bias'"),
+    ):
+        if shared == "'1.running_mean'":
+            student[1].running_mean = teacher[2].running_mean
+        if shared == "'0.bias'":
+            student[0].bias = teacher[0].bias
+        with pytest.raises(ModelError, match=f"teacher and student share {shared}; .*copy.deepcopy"):
+            ps.Distillation(teacher, student, ps.losses.LogitsMSE())

@@ -1,0 +1,438 @@
+"""What the checker proves, and that it refuses every schedule that was tampered with."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipestill.costs import StageCosts
+from pipestill.errors import ScheduleError
+from pipestill.schedule import Action, Kind, Op, Role, Schedule, Structure, check, generate
+from pipestill.schedule.check import deadlock, examine, never_stuck
+from pipestill.schedule.comms import connect
+from pipestill.schedule.gpipe import forward_only
+from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.simulate import simulate
+
+VALID = {
+    "sequential": generate("sequential", 2, 2),
+    "gpipe": generate("gpipe", 2, 3),
+    "1f1b": generate("1f1b", 3, 3),
+    "fill": generate("fill", 3, 3),
+    "1f1b-alone": generate("1f1b", 2, 2, teacher=False),
+    "forward-only": forward_only(2, 3),
+}
+each_schedule = pytest.mark.parametrize("schedule", VALID.values(), ids=VALID)
+
+
+def places(schedule: Schedule) -> Iterator[tuple[int, int, Action]]:
+    """(rank, position, action) of everything in the rows."""
+    for rank, row in enumerate(schedule.rows):
+        for i, action in enumerate(row):
+            yield rank, i, action
+
+
+def rows_of(*texts: str) -> tuple[tuple[Action, ...], ...]:
+    return tuple(tuple(map(Action.parse, text.split())) for text in texts)
+
+
+def with_row(schedule: Schedule, rank: int, row: tuple[Action, ...]) -> Schedule:
+    return replace(schedule, rows=(*schedule.rows[:rank], row, *schedule.rows[rank + 1 :]))
+
+
+def swapped(schedule: Schedule, rank: int, i: int, j: int) -> Schedule:
+    row = list(schedule.rows[rank])
+    row[i], row[j] = row[j], row[i]
+    return with_row(schedule, rank, tuple(row))
+
+
+def assert_refused(schedule: Schedule, rank: int | None = None, action: Action | None = None) -> None:
+    """Refused with problems that each name a rank and an action, one of them the given ones."""
+    with pytest.raises(ScheduleError) as error:
+        check(schedule)
+    for problem in error.value.problems:
+        assert re.match(r"rank \d+: .*[ST]\d+[DFLBU]\d*@\d+", problem), problem
+        assert problem in str(error.value) or len(error.value.problems) > 20
+    if action is not None:
+        work = str(action).split("@")[0]
+        named = [p for p in error.value.problems if work + "@" in p and (rank is None or p.startswith(f"rank {rank}:"))]
+        assert named, f"nothing about {action} on rank {rank} in {error.value.problems}"
+
+
+# ---------------------------------------------------------------- what is valid
+
+
+@each_schedule
+def test_valid(schedule: Schedule) -> None:
+    proof = check(schedule)
+    assert proof.problems == ()
+    assert proof.staleness == 0
+    assert proof.stash_peak == schedule.stash
+    assert proof.run_ahead == schedule.run_ahead
+
+
+@each_schedule
+def test_versions_are_those_of_a_plain_loop(schedule: Schedule) -> None:
+    proof = check(schedule, num_steps=4)
+    if schedule.structure.train:
+        assert [(v.step, v.student) for v in proof.versions] == [(k, (k,)) for k in range(4)]
+        assert {v.teacher for v in proof.versions} == ({(0,)} if schedule.structure.teacher_ranks else {()})
+
+
+def test_all_problems_come_at_once() -> None:
+    schedule = VALID["1f1b"]
+    broken = replace(with_row(schedule, 1, schedule.rows[1][:-1]), stash=(1, 1, 1))
+    problems = examine(broken).problems
+    assert "rank 1: S1U@0 stands 0 times in the period, expected once" in problems
+    assert any("rank 0:" in p and "the bound is 1" in p for p in problems)
+
+
+# ---------------------------------------------------------------- one action is wrong
+
+
+@each_schedule
+def test_missing_action(schedule: Schedule) -> None:
+    """Work, sends, receives and reads of the data alike."""
+    for rank, i, action in places(schedule):
+        row = schedule.rows[rank]
+        assert_refused(with_row(schedule, rank, row[:i] + row[i + 1 :]), rank, action)
+
+
+@each_schedule
+def test_action_that_stands_twice(schedule: Schedule) -> None:
+    for rank, i, action in places(schedule):
+        row = schedule.rows[rank]
+        for j in (i, len(row)):
+            assert_refused(with_row(schedule, rank, (*row[:j], action, *row[j:])), rank, action)
+
+
+@each_schedule
+def test_action_on_another_rank(schedule: Schedule) -> None:
+    for rank, i, action in places(schedule):
+        moved = with_row(schedule, rank, schedule.rows[rank][:i] + schedule.rows[rank][i + 1 :])
+        for other in range(schedule.structure.num_ranks):
+            if other != rank:
+                there = moved.rows[other]
+                for j in (0, len(there)):
+                    assert_refused(with_row(moved, other, (*there[:j], action, *there[j:])), rank, action)
+
+
+@each_schedule
+def test_action_of_another_step(schedule: Schedule) -> None:
+    """Work of a wrong step reads a wrong version, comes out of order or is never ready; a transfer overtakes others."""
+    for rank, i, action in places(schedule):
+        for step in {action.step - 1, action.step + 1} - {-1}:
+            row = list(schedule.rows[rank])
+            row[i] = action.at(step)
+            assert_refused(with_row(schedule, rank, tuple(row)))
+
+
+@each_schedule
+def test_action_of_another_microbatch_or_stage(schedule: Schedule) -> None:
+    for rank, i, action in places(schedule):
+        others = [replace(action, stage=action.stage + 1)]
+        if action.microbatch is not None:
+            others.append(replace(action, microbatch=action.microbatch + 1))
+        for other in others:
+            row = list(schedule.rows[rank])
+            row[i] = other
+            assert_refused(with_row(schedule, rank, tuple(row)), rank, action)
+
+
+@each_schedule
+def test_transfer_with_another_peer(schedule: Schedule) -> None:
+    for rank, i, action in places(schedule):
+        if action.peer is not None:
+            row = list(schedule.rows[rank])
+            for peer in {*range(schedule.structure.num_ranks), 99} - {action.peer}:
+                row[i] = replace(action, peer=peer)
+                assert_refused(with_row(schedule, rank, tuple(row)), rank, action)
+
+
+def test_work_that_is_no_part_of_the_step() -> None:
+    schedule = VALID["forward-only"]
+    extra = Action.parse("S1B0@0")
+    problems = examine(with_row(schedule, 1, (*schedule.rows[1], extra))).problems
+    assert "rank 1: S1B0@0 is not part of the step" in problems
+
+
+def test_data_told_for_another_step_than_is_read() -> None:
+    """The last message would still be on its way when the run ends."""
+    schedule = VALID["1f1b"]
+    row = list(schedule.rows[1])
+    assert row[0].op is Op.DATA
+    row[0] = row[0].at(row[0].step + 1)
+    assert_refused(with_row(schedule, 1, tuple(row)), 0, Action.parse("S0D@0"))
+
+
+def test_data_read_no_sooner_than_its_own_step() -> None:
+    """A period starts by asking for its batch, which must have been read by then."""
+    structure = Structure((0,), (), 1)
+    schedule = Schedule("late", structure, rows_of("S0D@0 S0F0@0 S0L0@0 S0B0@0 S0U@0"), (1,), run_ahead=0)
+    assert examine(schedule).problems == ("rank 0: S0D@0 is of step 0, expected step 1 of the data on every rank",)
+
+
+# ---------------------------------------------------------------- the order is wrong
+
+
+def same_lane(a: Action, b: Action, structure: Structure, rank: int) -> bool:
+    if a.computes or a.kind is not b.kind or a.peer is None or a.peer != b.peer:
+        return False
+    destination = a.peer if a.kind is Kind.SEND else rank
+    return lane(a, destination, structure) is lane(b, destination, structure)
+
+
+@each_schedule
+def test_swap_of_two_actions_where_one_needs_the_other(schedule: Schedule) -> None:
+    for rank, j, later in places(schedule):
+        wanted = needs(later, schedule.structure)
+        for i, earlier in enumerate(schedule.rows[rank][:j]):
+            if (earlier.computes and earlier in wanted) or (earlier.kind is Kind.RECEIVE and earlier.payload in wanted):
+                assert_refused(swapped(schedule, rank, i, j), rank, later)
+
+
+@each_schedule
+def test_swap_of_two_transfers_on_the_same_lane(schedule: Schedule) -> None:
+    for rank, j, later in places(schedule):
+        for i, earlier in enumerate(schedule.rows[rank][:j]):
+            if same_lane(earlier, later, schedule.structure, rank):
+                assert_refused(swapped(schedule, rank, i, j))
+
+
+@each_schedule
+def test_swap_of_two_microbatches(schedule: Schedule) -> None:
+    """Gradients would add up in another order, and running statistics move in another, than in a plain loop."""
+    for rank, j, later in places(schedule):
+        for i, earlier in enumerate(schedule.rows[rank][:j]):
+            same = (earlier.role, earlier.stage, earlier.op) == (later.role, later.stage, later.op)
+            if same and earlier.computes and later.computes:
+                assert_refused(swapped(schedule, rank, i, j), rank)
+
+
+def test_gradients_in_reverse_order() -> None:
+    """Nothing is missing and no rank gets stuck: only the sum would round differently."""
+    structure = Structure((0,), (), 3)
+    rows = rows_of("S0F0@0 S0F1@0 S0F2@0 S0L0@0 S0L1@0 S0L2@0 S0B2@0 S0B1@0 S0B0@0 S0U@0")
+    problems = examine(connect("reverse", structure, rows, (3,), run_ahead=0)).problems
+    assert "rank 0: S0B1@0 runs after S0B2@0; a stage takes microbatches in order" in problems
+
+
+def test_update_before_its_last_backward() -> None:
+    for name in ("sequential", "gpipe", "1f1b", "fill"):
+        schedule = VALID[name]
+        for rank, row in enumerate(schedule.rows):
+            update = next(a for a in row if a.op is Op.UPDATE)
+            rest = [a for a in row if a is not update]
+            last = max(i for i, a in enumerate(rest) if a.op is Op.BACKWARD and a.computes)
+            early = with_row(schedule, rank, (*rest[:last], update, *rest[last:]))
+            assert_refused(early, rank, update)
+            stuck = f"rank {rank}: {update} waits for {rest[last]} for ever"
+            assert any(stuck in problem for problem in examine(early).problems)
+
+
+def test_forward_before_the_update_it_should_read() -> None:
+    """One step stale: the checker counts versions and does not trust names."""
+    schedule = VALID["1f1b"]
+    update = next(i for i, a in enumerate(schedule.rows[2]) if a.op is Op.UPDATE)
+    row = list(schedule.rows[2])
+    first = next(i for i, a in enumerate(row) if a.op is Op.FORWARD and a.role is Role.STUDENT and a.computes)
+    stale = [*row[:first], *row[first + 1 : update], row[first].at(1), *row[update:]]
+    problems = examine(with_row(schedule, 2, tuple(stale))).problems
+    assert "rank 2: S2F0@1 reads student version 0, expected version 1" in problems
+
+
+# ---------------------------------------------------------------- deadlocks
+
+
+def by_hand(*rows: str, teacher_ranks: tuple[int, ...] = (1, 0)) -> Schedule:
+    """Two student stages and a teacher that runs the other way round, one microbatch."""
+    structure = Structure((0, 1), teacher_ranks, 1)
+    return Schedule("by hand", structure, rows_of(*rows), (1, 1), run_ahead=1)
+
+
+def test_both_ranks_post_before_they_send() -> None:
+    check(
+        by_hand(
+            "S0D@1 S0D@1>1 T0F0@0<1 S0F0@0 S0F0@0>1 T1F0@0 T1F0@0>1 S1B0@0<1 S0B0@0 S0U@0",
+            "S0D@1<0 S0F0@0<0 T0F0@0 T0F0@0>0 T1F0@0<0 S1F0@0 S1L0@0 S1B0@0 S1B0@0>0 S1U@0",
+        )
+    )
+
+
+def test_both_ranks_send_before_they_post() -> None:
+    """Buffered sends would hide it."""
+    schedule = by_hand(
+        "S0D@1 S0D@1>1 S0F0@0 S0F0@0>1 T0F0@0<1 T1F0@0 T1F0@0>1 S1B0@0<1 S0B0@0 S0U@0",
+        "S0D@1<0 T0F0@0 T0F0@0>0 S0F0@0<0 T1F0@0<0 S1F0@0 S1L0@0 S1B0@0 S1B0@0>0 S1U@0",
+    )
+    assert examine(schedule).problems == (
+        "rank 0: S0F0@0>1 waits for S0F0@0<0 for ever (deadlock with rendezvous sends)",
+        "rank 1: T0F0@0>0 waits for T0F0@0<1 for ever (deadlock with rendezvous sends)",
+    )
+    assert deadlock(schedule.unroll(5), schedule.structure, rendezvous=False) == []
+
+
+def test_both_ranks_wait_for_each_other() -> None:
+    schedule = by_hand(
+        "S0D@1 S0D@1>1 T0F0@0<1 T1F0@0 T1F0@0>1 S0F0@0 S0F0@0>1 S1B0@0<1 S0B0@0 S0U@0",
+        "S0D@1<0 S0F0@0<0 T1F0@0<0 S1F0@0 T0F0@0 T0F0@0>0 S1L0@0 S1B0@0 S1B0@0>0 S1U@0",
+    )
+    assert examine(schedule).problems == (
+        "rank 0: T1F0@0 waits for T0F0@0 for ever (deadlock with buffered sends)",
+        "rank 1: S1F0@0 waits for S0F0@0 for ever (deadlock with buffered sends)",
+        "rank 0: T1F0@0 waits for T0F0@0 for ever (deadlock with rendezvous sends)",
+        "rank 1: S1F0@0 waits for S0F0@0 for ever (deadlock with rendezvous sends)",
+    )
+    with pytest.raises(RuntimeError, match=r"rank 0 never runs T1F0@0: the schedule deadlocks"):
+        simulate(schedule, StageCosts((1.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 1.0)))
+
+
+def test_receive_before_the_data_that_sizes_it() -> None:
+    schedule = by_hand(
+        "S0D@1 S0D@1>1 T0F0@0<1 S0F0@0 S0F0@0>1 T1F0@0 T1F0@0>1 S1B0@0<1 S0B0@0 S0U@0",
+        "S0F0@1<0 S0D@1<0 T0F0@0 T0F0@0>0 T1F0@0<0 S1F0@0 S1L0@0 S1B0@0 S1B0@0>0 S1U@0",
+    )
+    assert_refused(schedule, 1, Action.parse("S0F0@0<0"))
+
+
+@st.composite
+def shuffled(draw: st.DrawFn) -> Schedule:
+    """Complete schedules in orders that nobody would write, most of which get stuck, some only after several steps."""
+    num_ranks = draw(st.integers(1, 4))
+    rank = st.integers(0, num_ranks - 1)
+    students = draw(st.lists(rank, min_size=1, max_size=3))
+    teachers = draw(st.lists(rank, max_size=3))
+    gaps = {r: i for i, r in enumerate(sorted({*students, *teachers}))}
+    structure = Structure(
+        tuple(gaps[r] for r in students),
+        tuple(gaps[r] for r in teachers),
+        draw(st.integers(1, 2)),
+        serial=draw(st.booleans()),
+        train=draw(st.booleans()),
+    )
+    rows: list[list[Action]] = [[] for _ in gaps]
+    rng = draw(st.randoms(use_true_random=False))
+    for r, row in enumerate(rows):
+        ahead = {role: rng.randrange(3) for role in Role}
+        mine = [a.at(ahead[a.role]) for a in structure.actions() if a.op is not Op.DATA and structure.rank_of(a) == r]
+        lines = [[a for a in mine if a.role is role] for role in Role]
+        while any(lines):  # each role in its own order, one amid the other
+            row.append(rng.choice([line for line in lines if line]).pop(0))
+    schedule = connect("shuffled", structure, rows, (99,) * len(rows), run_ahead=99)
+    for r in range(len(rows)):
+        if rng.random() < 0.3:  # later posts get stuck on rendezvous sends alone
+            row = list(schedule.rows[r])
+            i = rng.randrange(len(row))
+            if row[i].kind is Kind.RECEIVE and row[i].op is not Op.DATA:
+                row.insert(min(len(row), i + rng.randrange(4)), row.pop(i))
+                schedule = with_row(schedule, r, tuple(row))
+    return schedule
+
+
+@given(shuffled())
+@settings(max_examples=60, deadline=None)
+def test_never_stuck_says_what_a_long_run_would_show(schedule: Schedule) -> None:
+    long = 3 + 2 * schedule.structure.num_ranks * (schedule.lookahead + 1)
+    stuck = deadlock(schedule.unroll(long), schedule.structure, rendezvous=True)
+    assert never_stuck(schedule) == (not stuck)
+    if not never_stuck(schedule):
+        assert any("for ever" in p or "out of order" in p or "in order" in p for p in examine(schedule).problems)
+
+
+# ---------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("name", ["sequential", "gpipe", "1f1b", "fill"])
+def test_stash_beyond_its_bound(name: str) -> None:
+    schedule = VALID[name]
+    for rank, bound in enumerate(schedule.stash):
+        tight = replace(schedule, stash=(*schedule.stash[:rank], bound - 1, *schedule.stash[rank + 1 :]))
+        problems = examine(tight).problems
+        assert len(problems) == 1
+        assert re.fullmatch(
+            rf"rank {rank}: S{rank}F\d@\d makes {bound} stashed microbatches, the bound is {bound - 1}", problems[0]
+        )
+
+
+def test_gpipe_order_within_the_stash_of_1f1b() -> None:
+    schedule = replace(generate("gpipe", 2, 4), stash=(2, 1))
+    assert examine(schedule).problems == (
+        "rank 0: S0F2@0 makes 3 stashed microbatches, the bound is 2",
+        "rank 0: S0F3@0 makes 4 stashed microbatches, the bound is 2",
+        "rank 1: S1F1@0 makes 2 stashed microbatches, the bound is 1",
+        "rank 1: S1F2@0 makes 3 stashed microbatches, the bound is 1",
+        "rank 1: S1F3@0 makes 4 stashed microbatches, the bound is 1",
+    )
+
+
+@pytest.mark.parametrize("name", ["sequential", "gpipe", "1f1b", "fill"])
+def test_teacher_further_ahead_than_its_bound(name: str) -> None:
+    schedule = VALID[name]
+    problems = examine(replace(schedule, run_ahead=schedule.run_ahead - 1)).problems
+    assert problems
+    for problem in problems:
+        assert re.fullmatch(
+            rf"rank \d: T\dF\d@\d runs {schedule.run_ahead} microbatches ahead, the bound is {schedule.run_ahead - 1}",
+            problem,
+        )
+
+
+# ---------------------------------------------------------------- any change at all
+
+
+@given(
+    st.sampled_from(sorted(VALID)),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 999), st.integers(0, 999)), min_size=1, max_size=4),
+)
+@settings(max_examples=150, deadline=None)
+def test_random_swaps_are_refused_or_still_run(name: str, swaps: list[tuple[int, int, int]]) -> None:
+    schedule = VALID[name]
+    for rank, i, j in swaps:
+        rank %= schedule.structure.num_ranks
+        length = len(schedule.rows[rank])
+        schedule = swapped(schedule, rank, i % length, j % length)
+    assert_refused_or_runs(schedule)
+
+
+@given(st.sampled_from(sorted(VALID)), st.integers(0, 999), st.integers(-3, 3))
+@settings(max_examples=150, deadline=None)
+def test_action_moved_in_its_row_is_refused_or_still_runs(name: str, which: int, by: int) -> None:
+    schedule = VALID[name]
+    everything = list(places(schedule))
+    rank, i, action = everything[which % len(everything)]
+    row = list(schedule.rows[rank])
+    row.pop(i)
+    row.insert(max(0, i + by), action)
+    assert_refused_or_runs(with_row(schedule, rank, tuple(row)))
+
+
+def assert_refused_or_runs(schedule: Schedule) -> None:
+    if examine(schedule).problems:
+        assert_refused(schedule)
+        return
+    n = len(schedule.structure.student_ranks)
+    trace = simulate(schedule, StageCosts((1.0,) * n, (2.0,) * n, (0.5,) * n, (1.0,) * n), num_steps=5)
+    done = [e.action for e in trace.events]
+    assert len(done) == len(set(done))
+    assert set(done) == {a for step in range(5) for a in schedule.structure.actions(step)}
+    if schedule.structure.train:
+        assert all(peak <= bound for peak, bound in zip(trace.stash_peak, schedule.stash, strict=True))
+
+
+def test_a_refusal_crosses_processes() -> None:
+    """Workers send their errors to the parent."""
+    error = ScheduleError("fill", [f"rank 0: problem {i}" for i in range(25)])
+    kind, arguments = error.__reduce__()
+    assert kind(*arguments).problems == error.problems
+    assert str(error).endswith("rank 0: problem 19\n  and 5 more")
+
+
+def test_empty_rows_lack_everything() -> None:
+    schedule = VALID["gpipe"]
+    with pytest.raises(ScheduleError) as error:
+        check(replace(schedule, rows=((), ())))
+    expected = sum(len(row) for row in schedule.rows)
+    assert len(error.value.problems) == expected

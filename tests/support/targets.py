@@ -1,0 +1,268 @@
+"""What tests run in processes of their own: targets of `launch`, which are pickled by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import pipestill as ps
+from pipestill.errors import DataError, ModelError
+from pipestill.runtime.process_group import ProcessGroup
+from pipestill.runtime.transport import Message
+from pipestill.schedule import Action, Lane
+from support.fits import unit_costs
+from support.models import CLASSES, vectors
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else -1
+
+
+def note(directory: str, name: str, text: str = "") -> None:
+    """Leave a file for the test to read, whole or not at all."""
+    partial = Path(directory, f".{name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(Path(directory, name))
+
+
+# ---------------------------------------------------------------- runs that fail
+
+
+def strike(how: str, directory: str) -> None:
+    """Fail in the way `how`, and note when."""
+    note(directory, "struck", str(time.monotonic()))
+    if how == "raise":
+        raise ZeroDivisionError("struck")
+    if how == "user error":
+        raise ModelError("struck by the user")
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "hang":
+        threading.Event().wait()
+    if how == "exit":
+        os._exit(3)
+    if how == "sys.exit":
+        sys.exit(3)
+
+
+ROWS = 4
+
+
+class Striker(nn.Module):
+    """A block that fails in the `at`-th forward of a microbatch on rank `where`."""
+
+    def __init__(self, how: str, where: int, directory: str, at: int = 2) -> None:
+        super().__init__()
+        self.how, self.where, self.directory, self.at, self.calls = how, where, directory, at, 0
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += len(x) == ROWS  # the sample before the run has fewer
+        if len(x) == ROWS and self.calls == self.at and rank() == self.where:
+            if self.how == "grow":
+                return torch.cat([self.layer(x), x], 1)
+            if self.how == "nan":
+                return self.layer(x) * float("nan")
+            strike(self.how, self.directory)
+        return self.layer(x)
+
+
+class Loader:
+    """A loader that fails, on rank 0, at its third batch."""
+
+    def __init__(self, how: str | None, directory: str) -> None:
+        self.how, self.directory = how, directory
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, batch in enumerate(vectors((3 * ROWS,) * 6)):
+            if i == 3 and self.how is not None:
+                if self.how == "no rows":
+                    yield batch[0][:0], batch[1][:0]
+                strike(self.how, self.directory)
+            yield batch
+
+
+def train(place: str, how: str, where: int, directory: str, devices: int, timeout_seconds: float = 30.0) -> float:
+    """Train on `devices` ranks, of which rank `where` fails in `place`: its block, the loss, or the loader."""
+    note(directory, f"rank-{rank()}", str(os.getpid()))
+    blocks: list[nn.Module] = [Striker(how if place == "block" else "", where, directory) for _ in range(devices)]
+    blocks[-1] = nn.Sequential(blocks[-1], nn.Linear(4, CLASSES))
+    calls = [0]
+
+    def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Any:
+        calls[0] += len(student) == ROWS
+        if place == "loss" and calls[0] == 4:
+            if how == "nan":
+                return {
+                    "soft_target": student.sum().abs() * float("inf"),
+                    "cross_entropy": student.sum() * float("nan"),
+                }
+            if how == "parts":
+                return {"soft_target": (student - teacher).sum(), "another": student.sum()}
+            strike(how, directory)
+        return ps.losses.SoftTarget()(student, teacher, target)
+
+    torch.manual_seed(3)
+    teacher = nn.Sequential(*(nn.Linear(4, 4) for _ in range(devices - 1)), nn.Linear(4, CLASSES))
+    student = nn.Sequential(*blocks[:-1], *blocks[-1])
+    partition = (1,) * (devices - 1) + (2,)
+    task = ps.Distillation(teacher, student, loss)
+    trainer = ps.Trainer(
+        task, devices=devices, microbatches=3, costs=unit_costs(task), student_partition=partition, device="cpu",
+        timeout_seconds=timeout_seconds,
+    )  # fmt: skip
+    loader = Loader(how if place == "loader" else None, directory)
+    return trainer.fit(loader, epochs=2).metrics["loss"]
+
+
+def strike_in_a_collective(how: str, where: int, directory: str) -> None:
+    """Fail while the others are in a barrier, where no message of ours is under way."""
+    note(directory, f"rank-{rank()}", str(os.getpid()))
+    dist.barrier()
+    if rank() == where:
+        strike(how, directory)
+    dist.barrier()
+
+
+# ---------------------------------------------------------------- small ones
+
+
+def who(prefix: str) -> tuple[str, int, int, str, str]:
+    return prefix, rank(), torch.get_num_threads(), os.environ["LOCAL_RANK"], str(dist.get_backend())
+
+
+def give(value: Any) -> Any:
+    return value if rank() == 0 else "never seen"
+
+
+def unpicklable() -> Any:
+    return lambda: None
+
+
+def raise_on(where: int, error: BaseException) -> None:
+    if rank() == where:
+        raise error
+
+
+def raise_data_error_everywhere() -> None:
+    raise DataError(f"no rows for rank {rank()}")
+
+
+def print_and_wait() -> None:
+    """Say who is there, then wait for ever."""
+    os.write(1, f"ready {os.getpid()}\n".encode())  # in one piece
+    threading.Event().wait()
+
+
+# ---------------------------------------------------------------- messages between two ranks
+
+TYPES = [
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int16, torch.int32,
+    torch.int64, torch.bool, torch.complex64,
+]  # fmt: skip
+
+
+def message(text: str, lane: Lane = Lane.ACTIVATION, phase: int = 0, source: int = 0, destination: int = 1) -> Message:
+    return Message(lane, Action.parse(text), source, destination, phase)
+
+
+def exchange() -> str:
+    """Every type, shapes without numbers or axes, messages taken in another order than they were sent in."""
+    group = ProcessGroup(20.0)
+    sent = {
+        message("S0F0@0"): [torch.arange(6).view(2, 3).to(dtype) for dtype in TYPES],
+        message("S0F1@0"): [torch.tensor(1.5), torch.zeros(0, 3), torch.ones(1)],
+        message("T0F1@0", Lane.TEACHER): [torch.full((1000,), 2.0)],
+        message("S0F1@0", Lane.TOKEN): [torch.full((1,), 3.0)],
+        message("S0F1@0", phase=1): [torch.full((7,), 4.0)],
+        message("S0F1@1"): [torch.full((9,), 5.0)],
+        message("S0F2@1"): [torch.full((2,), float(i)) for i in range(40)],
+    }
+    if rank() == 0:
+        for one, tensors in sent.items():
+            group.send(one, tensors)
+        group.flush(1)
+        group.flush(0)
+        assert not any(group.under_way.values())
+    else:
+        order = list(sent)
+        for one in order[::-1]:
+            group.post(one, [torch.empty_like(t) for t in sent[one]])
+        for one in order[::2] + order[1::2]:
+            assert group.arrived(one)
+            for got, expected in zip(group.take(one), sent[one], strict=True):
+                assert got.dtype == expected.dtype
+                assert torch.equal(got, expected)
+        assert not group.posted
+    return "done"
+
+
+def both_send_first(count: int = 300) -> str:
+    """More messages each way than are kept under way, all sent before any is waited for."""
+    group, other = ProcessGroup(20.0), 1 - rank()
+    for step in range(count):
+        group.post(message(f"S0F0@{step}", source=other, destination=rank()), [torch.empty(10)])
+    for step in range(count):
+        group.send(message(f"S0F0@{step}", source=rank(), destination=other), [torch.full((10,), float(step))])
+    for step in range(count):
+        one = message(f"S0F0@{step}", source=other, destination=rank())
+        assert group.arrived(one)
+        assert group.take(one)[0].eq(step).all()
+    group.flush(0)
+    return "done"
+
+
+def never_sent() -> None:
+    group = ProcessGroup(0.5)
+    if rank() == 0:
+        one = message("S1B2@7", Lane.GRADIENT, source=1, destination=0)
+        group.post(one, [torch.empty(3)])
+        group.arrived(one)
+
+
+def never_taken() -> None:
+    group = ProcessGroup(0.5)
+    if rank() == 0:
+        group.send(message("S0F2@7"), [torch.empty(3)])
+        group.flush(0)
+
+
+def never_posted() -> None:
+    if rank() == 0:
+        ProcessGroup(0.5).arrived(message("S0F2@7", source=1, destination=0))
+
+
+# ---------------------------------------------------------------- the trainer among processes
+
+
+def train_from_other_weights(width: int = 4) -> list[Any]:
+    """As a script does that seeds nothing, or builds another model, in every process."""
+    torch.manual_seed(rank())
+    hidden = width if rank() else 4
+    student = nn.Sequential(nn.Linear(4, hidden), nn.BatchNorm1d(hidden), nn.Linear(hidden, CLASSES))
+    teacher = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES))
+    task = ps.Distillation(teacher, student, ps.losses.SoftTarget())
+    ps.Trainer(task, devices=dist.get_world_size(), microbatches=2, device="cpu").fit(vectors())
+    return [t.tolist() for t in student.state_dict().values()]
+
+
+def train_with_loader(devices: int) -> dict[str, Any]:
+    """The first lines of a training script; what every rank sees is gathered on rank 0."""
+    task = ps.Supervised(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, CLASSES)), ps.losses.cross_entropy)
+    result = ps.Trainer(task, devices=devices, microbatches=2, device="cpu").fit(vectors(), epochs=2)
+    state = [t.tolist() for t in task.student.state_dict().values()]
+    states: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(states, state)
+    return {"result": result, "states": states}
