@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from pipestill.costs import Costs
+from pipestill.costs import Costs, Link
 from pipestill.errors import ConfigError, nearest
 from pipestill.model.dry_run import dry_run
 from pipestill.model.tasks import Distillation
@@ -19,8 +19,9 @@ from pipestill.recipes.recipe import Recipe, Workload
 from pipestill.recipes.run import RunOptions, make_trainer
 from pipestill.runtime.launch import launch
 from pipestill.runtime.memory import peak_bytes, reset_peak
-from pipestill.runtime.world import device_of
+from pipestill.runtime.world import Processes, device_of
 from pipestill.schedule import STRATEGIES, Trace
+from pipestill.schedule.simulate import simulate
 from pipestill.train import REFERENCE, Result
 from pipestill.verify import reference_options
 
@@ -51,8 +52,10 @@ def compare(
     """Train `steps` steps with each strategy in turn, `rounds` times over, on `options.devices` processes.
 
     Every round also measures the machine's own ceiling: how long a step of the plain loop takes in one process
-    alone, and in as many independent processes at once as there are devices. `speedup` is over the first strategy, as the median
-    of the rounds' own ratios; spreads are the least and the largest. Raises `ConfigError` for an unknown strategy.
+    alone, and in as many independent processes at once as there are devices. `speedup` is over the first strategy, as
+    the median of the rounds' own ratios; spreads are the least and the largest. Predictions are from the blocks'
+    profile, scaled to the plain loop's step, and from the medians of what the rounds measured of link and neighbours.
+    Raises `ConfigError` for an unknown strategy.
     """
     known = (REFERENCE, *STRATEGIES, *PEERS)
     for strategy in strategies:
@@ -81,16 +84,30 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     _plain_loop(workload, options, steps)  # the first run pays for imports and for memory from the system
     alone, together, runs = [], [], {name: list[Round]() for name in strategies}
     costs: Costs | None = None
+    links = []
     for _ in range(rounds):
         alone.append(_plain_loop(workload, options, steps, only_rank_0=True))
         together.append(_plain_loop(workload, options, steps))
+        links.append(_link(options, alone[-1]))
         if costs is None:
-            costs = _costs(workload, options, alone[0], together[0])
+            costs = _costs(workload, options)
+            costs = costs if options.costs else _calibrated(costs, options, alone, together, links)
+            costs = _shared(costs)
         for name in strategies:
             _barrier()
             runs[name].append(_run(name, workload, options, costs, steps))
     assert costs is not None
+    if options.costs is None:
+        costs = _calibrated(costs, options, alone, together, links)
     return _figures(options, runs, alone, together, costs, steps)
+
+
+def _link(options: RunOptions, step_seconds: float) -> Link:
+    """The link now, for actions of the length that a step's have on average."""
+    if not dist.is_initialized():
+        return Link()
+    on_cpu = "nccl" not in str(dist.get_backend_config())
+    return Processes().measure_link(step_seconds / (3 * options.devices * options.microbatches) if on_cpu else 0.0)
 
 
 def _plain_loop(workload: Workload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
@@ -111,18 +128,22 @@ def _train(workload: Workload, options: RunOptions, steps: int) -> Result:
     return make_trainer(task, workload, workload.student_training, options).fit(workload.train_loader, steps=steps)
 
 
-def _costs(workload: Workload, options: RunOptions, alone: float, together: float) -> Costs:
-    """Costs of every block that add up to the plain loop's own step, and the interference that the ranks really see."""
+def _costs(workload: Workload, options: RunOptions) -> Costs:
+    """Costs of every block, as a run would measure them itself."""
     if options.costs is not None:
         return Costs.load(options.costs)
     trained = _train(workload, dataclasses.replace(options, strategy="sequential", run_ahead=None), 2)
     assert trained.plan is not None
-    measured = trained.plan.costs
-    scaled = measured.scaled(alone / measured.seconds_of_step(options.microbatches))
-    box = [scaled.with_surroundings(measured.link, max(1.0, together / alone))]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return trained.plan.costs
+
+
+def _calibrated(
+    costs: Costs, options: RunOptions, alone: list[float], together: list[float], links: list[Link]
+) -> Costs:
+    """Costs that add up to the plain loop's own step, among neighbours and over links as all rounds found them."""
+    scaled = costs.scaled(median(alone) / costs.seconds_of_step(options.microbatches))
+    link = Link(*(median(values) for values in zip(*map(dataclasses.astuple, links), strict=True)))
+    return scaled.with_surroundings(link, max(1.0, median(together) / median(alone)))
 
 
 def _run(name: str, workload: Workload, options: RunOptions, costs: Costs, steps: int) -> Round:
@@ -206,11 +227,13 @@ def _figures(
         }
         if result is not None and result.plan is not None and result.trace is not None:
             traces[name] = result.trace
+            stages = costs.stages(result.plan.student_partition, result.plan.teacher_partition)
+            prediction = simulate(result.plan.schedule, stages)
             figures |= {
-                "predicted_seconds_per_step": result.plan.prediction.seconds_per_step,
-                "limit_seconds_per_step": result.plan.limit_seconds_per_step,
+                "predicted_seconds_per_step": prediction.seconds_per_step,
+                "limit_seconds_per_step": stages.limit_seconds_per_step(options.microbatches),
                 "utilisation": median(r.result.utilisation for r in rounds if r.result),
-                "predicted_utilisation": result.plan.prediction.utilisation,
+                "predicted_utilisation": prediction.utilisation,
                 "bubble": median(r.result.bubble for r in rounds if r.result),
                 "stash_peak": list(result.trace.stash_peak),
                 "staleness": result.staleness,
@@ -231,6 +254,14 @@ def _figures(
         "link": dataclasses.asdict(costs.link),
     }
     return Comparison({"calibration": calibration, "results": results}, traces)
+
+
+def _shared(costs: Costs) -> Costs:
+    """Those of rank 0, everywhere."""
+    box = [costs]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _rank() -> int:

@@ -38,13 +38,19 @@ class BlockCosts:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a transfer between two ranks takes: `latency_seconds` + bytes / `bytes_per_second`."""
+    """What a transfer between two ranks takes: `latency_seconds` + bytes / `bytes_per_second`.
+
+    `wake_seconds` is how much later a rank that had to wait for a transfer gets on with its work than one that had not:
+    its core slept, and works more slowly at first.
+    """
 
     latency_seconds: float = 0.0
     bytes_per_second: float = float("inf")
+    wake_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _check_amount("link: latency_seconds", self.latency_seconds)
+        _check_amount("link: wake_seconds", self.wake_seconds)
         if not self.bytes_per_second > 0:
             raise PlanError(f"link: bytes_per_second is {self.bytes_per_second}, expected more than 0")
 

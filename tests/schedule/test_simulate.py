@@ -120,6 +120,17 @@ def test_transfers_on_one_edge_share_its_bandwidth_but_not_its_latency() -> None
     assert trace["S1F1@0"] == (2.75, 3.0)  # sent 1.25 to 2.25
 
 
+def test_a_rank_that_waited_takes_time_to_wake_up() -> None:
+    def seconds(strategy: str, wake: float) -> float:
+        costs = StageCosts(*[(1.0, 1.0)] * 2, update=(0.0, 0.0), teacher=(1.0, 1.0), link=Link(wake_seconds=wake))
+        return simulate(generate(strategy, 2, 3), costs).seconds_per_step
+
+    # Of each microbatch, T1 waits for T0, F0 for T1, F1 for F0, B0 for B1; T0 follows B0 on its own rank.
+    assert seconds("sequential", 0.25) == pytest.approx(seconds("sequential", 0.0) + 3 * 4 * 0.25)
+    one = StageCosts((1.0,), (1.0,), (0.0,), (1.0,), link=Link(wake_seconds=0.25))
+    assert simulate(generate("fill", 1, 3), one).seconds_per_step == pytest.approx(9.0)  # alone, nobody waits
+
+
 def test_opposite_directions_do_not_share() -> None:
     structure = Structure((0, 1), (1, 0), 1)
     rows = [

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from statistics import median
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from pipestill.runtime.transport import InProcess, Message, Transport
 from pipestill.schedule import Lane
 
 T = TypeVar("T")
+_LOAD_BYTES = 4_000_000
+_ROUNDS = 30
 
 
 class World(Protocol):
@@ -51,8 +54,10 @@ class World(Protocol):
     def barrier(self) -> None:
         """Wait for every process."""
 
-    def measure_link(self) -> Link:
-        """Latency and bandwidth between two ranks; free where they share a process. On all ranks together."""
+    def measure_link(self, work_seconds: float) -> Link:
+        """Latency and bandwidth between two ranks, and what it takes a rank to wake up for work of about `work_seconds`
+        on the CPU (0: for work elsewhere). Free where ranks share a process. On all ranks together.
+        """
 
 
 class OneProcess:
@@ -102,7 +107,7 @@ class OneProcess:
     def barrier(self) -> None:
         """Nobody else to wait for."""
 
-    def measure_link(self) -> Link:
+    def measure_link(self, work_seconds: float) -> Link:
         return Link()
 
 
@@ -146,27 +151,49 @@ class Processes:
     def barrier(self) -> None:
         dist.barrier()
 
-    def measure_link(self, num_bytes: int = 4_000_000, repeats: int = 5) -> Link:
-        """From round trips of 1 byte and of `num_bytes` between ranks 0 and 1."""
+    def measure_link(self, work_seconds: float) -> Link:
+        """From round trips of 1 byte and of `_LOAD_BYTES` between ranks 0 and 1, and from taking turns at some work."""
         if self.num_ranks < 2:
             return Link()
-        seconds = []
-        for size in (1, num_bytes):
-            tensor = torch.zeros(size, dtype=torch.uint8)
-            times = []
-            for _ in range(repeats + 1):
-                dist.barrier()
-                start = time.perf_counter()
-                if self.rank < 2:
-                    for sender in (0, 1):
-                        if self.rank == sender:
-                            dist.send(tensor, 1 - sender)
-                        else:
-                            dist.recv(tensor, 1 - self.rank)
-                times.append((time.perf_counter() - start) / 2)
-            seconds.append(min(times[1:]))
-        latency, loaded = self.share(tuple(seconds) if self.is_main else None)
-        return Link(latency, num_bytes / max(loaded - latency, 1e-9))
+        sizes = (1, 1, _LOAD_BYTES)  # the first transfer connects
+        _, latency, loaded = (self._turn_seconds(torch.zeros(size, dtype=torch.uint8)) for size in sizes)
+        wake = 0.0
+        if work_seconds > 0:
+            repeats = max(1, round(work_seconds / _seconds_of_work(1)))
+            wake = max(0.0, self._turn_seconds(torch.zeros(1), repeats) - latency - _seconds_of_work(repeats))
+        latency, loaded, wake = self.share((latency, loaded, wake) if self.is_main else None)
+        return Link(latency, _LOAD_BYTES / max(loaded - latency, 1e-9), wake)
+
+    def _turn_seconds(self, tensor: Tensor, repeats: int = 0) -> float:
+        """Mean seconds of a turn, where ranks 0 and 1 in turn work and give `tensor` to the other."""
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(_ROUNDS if self.rank < 2 else 0):
+            for sender in (0, 1):
+                if self.rank == sender:
+                    _work(repeats)
+                    dist.send(tensor, 1 - sender)
+                else:
+                    dist.recv(tensor, sender)
+        seconds = time.perf_counter() - start
+        dist.barrier()
+        return seconds / (2 * _ROUNDS)
+
+
+def _work(repeats: int) -> None:
+    """Some arithmetic in the caches, such as blocks do."""
+    weights = torch.ones(256, 256)
+    for _ in range(repeats):
+        torch.mm(weights, weights)
+
+
+def _seconds_of_work(repeats: int) -> float:
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        _work(repeats)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
 
 
 def join_world(devices: int, device_type: str, timeout_seconds: float) -> World:

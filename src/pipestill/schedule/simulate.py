@@ -18,8 +18,9 @@ def simulate(schedule: Schedule, costs: StageCosts, num_steps: int | None = None
     """Run `schedule` against the clock of `costs` for `num_steps` steps (default: enough for a steady state).
 
     Each rank does its row in order, as an executor does; a transfer overlaps with work and waits for earlier
-    ones on the same edge. Where ranks disturb each other (`costs.interference`), an action's pace follows from
-    how many ranks compute at that moment. Raises `RuntimeError` on a deadlock; `check` first.
+    ones on the same edge; a rank that had to wait takes `costs.link.wake_seconds` to go on. Where ranks disturb each
+    other (`costs.interference`), an action's pace follows from how many ranks compute at that moment. Raises
+    `RuntimeError` on a deadlock; `check` first.
     """
     if num_steps is None:
         num_steps = 9 + 3 * schedule.lookahead
@@ -77,6 +78,7 @@ class _Simulation:
         self.arrivals: list[tuple[float, int, int, tuple[int, int]]] = []  # time, tie-break, rank, result
         self.ticket = count()
         self.running: dict[int, tuple[_Todo, int, float, float]] = {}  # rank -> work, period, start, work left
+        self.slept = set[int]()  # ranks that have waited since their last work
         self.events: list[Event] = []
 
     def _look_up(self, action: Action, numbers: dict[Action, int]) -> _Todo:
@@ -111,11 +113,14 @@ class _Simulation:
             todo, period = row[self.position[rank]]
             for result, step in todo.needed:
                 if period + step >= 0 and (result, period + step) not in here:
+                    self.slept.add(rank)
                     return
             if todo.action.peer is not None:
                 self._send(rank, todo.action.peer, todo, period)
             elif todo.seconds > 0:
-                self.running[rank] = (todo, period, self.now, todo.seconds)
+                wake = self.costs.link.wake_seconds if rank in self.slept else 0.0
+                self.slept.discard(rank)
+                self.running[rank] = (todo, period, self.now + wake, todo.seconds + wake)
             else:
                 self._finish(rank, todo, period, self.now)
             self.position[rank] += 1
