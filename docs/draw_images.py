@@ -16,6 +16,12 @@ PICTURES = {
     "gpipe": f"{_UNIFORM} --microbatches 8 --strategy gpipe --draw docs/images/gpipe.svg",
     "1f1b": f"{_UNIFORM} --microbatches 8 --strategy 1f1b --draw docs/images/1f1b.svg",
     "fill": f"{_UNIFORM} --microbatches 8 --draw docs/images/fill.svg",
+    "fill-split": f"{_UNIFORM} --microbatches 8 --split_backward --draw docs/images/fill-split.svg",
+    "momentum": f"{_UNIFORM} --microbatches 8 --teacher ema --draw docs/images/momentum.svg",
+    "momentum-split": f"{_UNIFORM} --microbatches 8 --teacher ema --split_backward --draw docs/images/momentum-split.svg",
+    "tspipe": (
+        f"{_UNIFORM} --microbatches 3 --strategy tspipe --teacher ema --views 2 --batch_loss --draw docs/images/tspipe.svg"
+    ),
 }
 
 

@@ -14,26 +14,40 @@ from pipestill.errors import ConfigError, PlanError, UserError
 
 amount = st.floats(0.0, 1e6)
 num_bytes = st.integers(0, 10**12)
-blocks = st.builds(BlockCosts, st.text(max_size=5), amount, amount, amount, num_bytes, num_bytes, num_bytes)
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> BlockCosts:
+    whole = BlockCosts(
+        draw(st.text(max_size=5)), *(draw(amount) for _ in range(3)), *(draw(num_bytes) for _ in range(3))
+    )
+    return replace(whole, weight_seconds=draw(st.floats(0.0, whole.backward_seconds)))
+
+
 links = st.builds(Link, amount, st.floats(1e-3, float("inf"), exclude_min=True))
 all_costs = st.builds(
     Costs,
-    st.lists(blocks, min_size=1, max_size=4).map(tuple),
-    st.lists(blocks, max_size=4).map(tuple),
+    st.lists(blocks(), min_size=1, max_size=4).map(tuple),
+    st.lists(blocks(), max_size=4).map(tuple),
     loss_seconds=amount,
     data_seconds=amount,
     rows=st.integers(1, 64),
     link=links,
     interference=st.floats(1.0, 100.0),
+    views=st.lists(amount, min_size=1, max_size=3).map(tuple),
 )
 
 SIX = Costs(
-    student=tuple(BlockCosts(f"s{i}", 1.0 + i, 10.0 + i, 100.0 + i, output_bytes=1000 + i) for i in range(4)),
-    teacher=tuple(BlockCosts(f"t{i}", 0.5 + i, output_bytes=2000 + i) for i in range(2)),
+    student=tuple(
+        BlockCosts(f"s{i}", 1.0 + i, 10.0 + i, 100.0 + i, output_bytes=1000 + i, weight_seconds=4.0 + i)
+        for i in range(4)
+    ),
+    teacher=tuple(BlockCosts(f"t{i}", 0.5 + i, update_seconds=7.0 + i, output_bytes=2000 + i) for i in range(2)),
     loss_seconds=0.25,
     data_seconds=0.125,
     link=Link(0.5, 100.0),
     interference=1.5,
+    views=(1.0, 0.5),
 )
 
 
@@ -52,7 +66,29 @@ def test_stages_add_up_consecutive_blocks() -> None:
         teacher_bytes=(2000, 2001),
         link=Link(0.5, 100.0),
         interference=1.5,
+        weight=(4.0, 18.0),
+        ema=(7.0, 8.0),
+        views=(1.0, 0.5),
     )
+
+
+def test_seconds_of_a_microbatch_and_of_a_step() -> None:
+    """Student blocks take 10 s forward and 46 s backward, teacher blocks 2 s; the second view takes half of that."""
+    assert SIX.microbatch_seconds() == 1.5 * 56.0 + 2.0 + 0.25
+    assert SIX.microbatch_seconds(teacher_views=2) == 1.5 * 56.0 + 1.5 * 2.0 + 0.25
+    assert SIX.seconds_of_step(2) == 2 * 86.25 + 406.0 + 15.0
+    assert SIX.seconds_of_step(2, teacher_views=2) == 2 * 87.25 + 406.0 + 15.0
+
+
+def test_scaled() -> None:
+    """Everything that takes time, and nothing that takes room."""
+    twice = SIX.scaled(2.0)
+    assert twice.seconds_of_step(3) == 2 * SIX.seconds_of_step(3)
+    assert twice.student[1] == replace(
+        SIX.student[1], forward_seconds=4.0, backward_seconds=22.0, weight_seconds=10.0, update_seconds=202.0
+    )
+    assert twice.data_seconds == 0.25
+    assert (twice.link, twice.interference, twice.views) == (SIX.link, SIX.interference, SIX.views)
 
 
 def test_uniform() -> None:
@@ -61,6 +97,9 @@ def test_uniform() -> None:
     assert [b.seconds for b in costs.teacher] == [1.0] * 3
     assert costs.link.seconds(10**9) == 0.0
     assert Costs.uniform(3, 1.0, 2.0, 4.0, teacher=False).teacher == ()
+    split = Costs.uniform(3, 1.0, 2.0, 4.0, weight=1.5, views=2)
+    assert [(b.backward_seconds, b.weight_seconds) for b in split.student] == [(4.0, 1.5)] * 3
+    assert split.views == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +125,17 @@ def test_busy_seconds() -> None:
     costs = StageCosts((1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), loss=10.0, data=20.0)
     assert costs.busy_seconds(2) == [2 * 11.0 + 5.0 + 20.0, 2 * 24.0 + 6.0]
     assert replace(costs, teacher=()).busy_seconds(1) == [4.0 + 5.0 + 20.0, 16.0 + 6.0]
+
+
+def test_busy_seconds_of_views_and_a_moving_teacher() -> None:
+    """Of three views that cost 1, 0.5 and 2, the teacher sees the first two."""
+    costs = StageCosts((1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), ema=(0.25, 0.5), views=(1.0, 0.5, 2.0))
+    assert costs.busy_seconds(2, teacher_views=2) == [
+        2 * (3.5 * 4.0 + 1.5 * 7.0) + 5.0 + 0.25,
+        2 * (3.5 * 6.0 + 1.5 * 8.0) + 6.0 + 0.5,
+    ]
+    assert costs.limit_seconds_per_step(2, teacher_views=2) == 72.5
+    assert costs.limit_seconds_per_step(2) == 2 * (21.0 + 8.0) + 6.5
 
 
 def test_limit_is_the_work_of_the_most_loaded_rank() -> None:
@@ -136,7 +186,11 @@ def test_impossible_link(latency: float, bandwidth: float, message: str) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["forward_seconds", "backward_seconds", "update_seconds", "parameter_bytes", "output_bytes", "stash_bytes"]
+    "name",
+    [
+        *("forward_seconds", "backward_seconds", "update_seconds", "weight_seconds"),
+        *("parameter_bytes", "output_bytes", "stash_bytes"),
+    ],
 )
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf")])
 def test_block_with_an_impossible_amount(name: str, value: float) -> None:
@@ -144,9 +198,16 @@ def test_block_with_an_impossible_amount(name: str, value: float) -> None:
         BlockCosts("conv1", **{"forward_seconds": 0.0, name: value})
 
 
+def test_block_whose_part_is_more_than_the_whole() -> None:
+    with pytest.raises(PlanError, match=r"block 'conv1': weight_seconds is 2.5, more than all of the backward's 2.0"):
+        BlockCosts("conv1", 1.0, 2.0, weight_seconds=2.5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"views": ()}, "costs have no view; expected at least one"),
+        ({"views": (1.0, -0.5)}, "the cost of a view is -0.5, expected 0 or more"),
         ({"student": ()}, "costs hold no student block; expected at least one"),
         ({"interference": 0.9}, "interference is 0.9, expected 1 or more"),
         ({"interference": float("nan")}, "interference is nan, expected 1 or more"),
@@ -202,6 +263,9 @@ def without(key: str) -> dict[str, Any]:
         {**SIX.to_json(), "link": {"bytes_per_second": 0}},
         {**SIX.to_json(), "interference": "much"},
         {**SIX.to_json(), "loss_seconds": []},
+        {**SIX.to_json(), "views": []},
+        {**SIX.to_json(), "views": 2},
+        {**SIX.to_json(), "views": ["wide"]},
         {**SIX.to_json(), "colour": "blue"},
     ],
 )

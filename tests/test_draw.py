@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -369,6 +370,33 @@ def test_chrome_trace_names_and_categories() -> None:
         ("B", "backward"),
         ("U", "update"),
     }
+
+
+def test_every_kind_of_work_has_a_name_and_a_letter(tmp_path: Path) -> None:
+    """Backwards in two halves, norms and a momentum teacher's updates too."""
+    costs = replace(uniform(2), weight=(1.0, 1.0), update=(0.5, 0.5), ema=(0.5, 0.5))
+    schedule = generate("fill", 2, 3, costs=costs, momentum=True, split_backward=True, clip=True)
+    trace = simulate(schedule, costs)
+    names = {
+        (e["name"].rstrip("0123456789"), e["cat"]) for e in draw.chrome_trace(trace)["traceEvents"] if e["ph"] == "X"
+    }
+    assert names == {
+        ("D", "data"),
+        ("t", "teacher forward"),
+        ("F", "student forward"),
+        ("L", "loss"),
+        ("I", "input gradient"),
+        ("W", "weight gradient"),
+        ("N", "gradient norm"),
+        ("U", "update"),
+        ("E", "teacher update"),
+    }
+    legend = draw.text(trace).splitlines()[-1]
+    assert "I input gradient  W weight gradient  U update  E teacher update" in legend
+    draw.picture([trace], tmp_path / "a.svg", titles=["fill"])
+    boxes = groups(tmp_path / "a.svg")
+    for name in ("input-gradient", "weight-gradient"):
+        assert len(boxes[f"trace0-{name}-0"]) == len(boxes[f"trace0-{name}-1"]) == 2 * 3
 
 
 def test_neighbours_in_a_chrome_trace_do_not_overlap() -> None:

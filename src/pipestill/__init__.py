@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pipestill import losses
     from pipestill.errors import PipestillError, RankFailure, UserError
     from pipestill.model.blocks import Block, BlockModel
-    from pipestill.model.tasks import Distillation, Supervised
+    from pipestill.model.tasks import Distillation, Momentum, Supervised
     from pipestill.plan import Plan
     from pipestill.runtime.launch import launch
     from pipestill.train import Result, Trainer
@@ -21,6 +21,7 @@ _HOMES = {
     "Block": "pipestill.model.blocks",
     "BlockModel": "pipestill.model.blocks",
     "Distillation": "pipestill.model.tasks",
+    "Momentum": "pipestill.model.tasks",
     "PipestillError": "pipestill.errors",
     "Plan": "pipestill.plan",
     "RankFailure": "pipestill.errors",
@@ -35,6 +36,7 @@ __all__ = [
     "Block",
     "BlockModel",
     "Distillation",
+    "Momentum",
     "PipestillError",
     "Plan",
     "RankFailure",

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from pipestill.costs import Costs, Link
 from pipestill.errors import ConfigError, nearest
+from pipestill.model.boundary import num_rows
 from pipestill.model.dry_run import dry_run
-from pipestill.model.tasks import Distillation
-from pipestill.recipes.recipe import Recipe, Workload
+from pipestill.recipes.recipe import AnyWorkload, Recipe
 from pipestill.recipes.run import RunOptions, make_trainer
 from pipestill.runtime.launch import launch
 from pipestill.runtime.memory import peak_bytes, reset_peak
@@ -27,6 +27,24 @@ from pipestill.verify import reference_options
 
 PEERS: dict[str, Literal["1f1b", "gpipe"]] = {"torch-1f1b": "1f1b", "torch-gpipe": "gpipe"}
 """`torch.distributed.pipelining`, the teacher run first: what users would have without us."""
+
+
+VARIANTS: dict[str, dict[str, Any]] = {"split": {"split_backward": True}, "stale": {"staleness": 1}}
+"""What may follow `fill` after a `+`: fill+split, fill+stale, fill+split+stale."""
+
+
+def variant(name: str) -> tuple[str, dict[str, Any]]:
+    """A strategy's name with its variant -> the strategy and its knobs; `ConfigError` for what is unknown."""
+    strategy, *given = name.split("+")
+    known = (REFERENCE, *STRATEGIES, *PEERS)
+    if strategy not in known:
+        raise ConfigError(f"no strategy '{strategy}'{nearest(strategy, known)}; there are {', '.join(known)}")
+    knobs: dict[str, Any] = {}
+    for knob in given:
+        if strategy != "fill" or knob not in VARIANTS:
+            raise ConfigError(f"no variant '{name}'; there are fill+split, fill+stale and fill+split+stale")
+        knobs |= VARIANTS[knob]
+    return strategy, knobs
 
 
 @dataclass(frozen=True)
@@ -57,10 +75,8 @@ def compare(
     profile, scaled to the plain loop's step, and from the medians of what the rounds measured of link and neighbours.
     Raises `ConfigError` for an unknown strategy.
     """
-    known = (REFERENCE, *STRATEGIES, *PEERS)
     for strategy in strategies:
-        if strategy not in known:
-            raise ConfigError(f"no strategy '{strategy}'{nearest(strategy, known)}; there are {', '.join(known)}")
+        variant(strategy)
     arguments = (recipe, options, tuple(strategies), rounds, steps)
     if options.devices == 1:
         return _measure(*arguments)
@@ -77,28 +93,28 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
         torch.set_num_threads(options.threads or 1)
     probe = recipe.workload(options.seed)
     batch_size = probe.train_loader.batch_size or 1
-    num_samples = sum(len(targets) for _, targets in probe.train_loader) // batch_size * batch_size
+    num_samples = sum(num_rows(inputs, "a batch") for inputs, _ in probe.train_loader) // batch_size * batch_size
     if num_samples == 0:
         raise ConfigError(f"batch_size {batch_size} is more than there are samples; comparing needs whole batches")
     workload = recipe.workload(options.seed, num_samples=num_samples)
     _plain_loop(workload, options, steps)  # the first run pays for imports and for memory from the system
     alone, together, runs = [], [], {name: list[Round]() for name in strategies}
     costs: Costs | None = None
-    links = []
+    links, seen = [], workload.task().demands.teacher_views
     for _ in range(rounds):
         alone.append(_plain_loop(workload, options, steps, only_rank_0=True))
         together.append(_plain_loop(workload, options, steps))
         links.append(_link(options, alone[-1]))
         if costs is None:
             costs = _costs(workload, options)
-            costs = costs if options.costs else _calibrated(costs, options, alone, together, links)
+            costs = costs if options.costs else _calibrated(costs, options, alone, together, links, seen)
             costs = _shared(costs)
         for name in strategies:
             _barrier()
             runs[name].append(_run(name, workload, options, costs, steps))
     assert costs is not None
     if options.costs is None:
-        costs = _calibrated(costs, options, alone, together, links)
+        costs = _calibrated(costs, options, alone, together, links, seen)
     return _figures(options, runs, alone, together, costs, steps)
 
 
@@ -110,7 +126,7 @@ def _link(options: RunOptions, step_seconds: float) -> Link:
     return Processes().measure_link(step_seconds / (3 * options.devices * options.microbatches) if on_cpu else 0.0)
 
 
-def _plain_loop(workload: Workload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
+def _plain_loop(workload: AnyWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
     """Seconds of a step of the plain loop: the slowest process's, in all of them at once or in rank 0's alone."""
     _barrier()
     seconds = 0.0
@@ -123,53 +139,59 @@ def _plain_loop(workload: Workload, options: RunOptions, steps: int, only_rank_0
     return seconds
 
 
-def _train(workload: Workload, options: RunOptions, steps: int) -> Result:
-    task = Distillation(workload.build_teacher(), workload.build_student(), workload.loss)
+def _train(workload: AnyWorkload, options: RunOptions, steps: int) -> Result:
+    task = workload.task()
     return make_trainer(task, workload, workload.student_training, options).fit(workload.train_loader, steps=steps)
 
 
-def _costs(workload: Workload, options: RunOptions) -> Costs:
+def _costs(workload: AnyWorkload, options: RunOptions) -> Costs:
     """Costs of every block, as a run would measure them itself."""
     if options.costs is not None:
         return Costs.load(options.costs)
-    trained = _train(workload, dataclasses.replace(options, strategy="sequential", run_ahead=None), 2)
+    trained = _train(workload, _plain(options, "sequential"), 2)
     assert trained.plan is not None
     return trained.plan.costs
 
 
 def _calibrated(
-    costs: Costs, options: RunOptions, alone: list[float], together: list[float], links: list[Link]
+    costs: Costs, options: RunOptions, alone: list[float], together: list[float], links: list[Link], teacher_views: int
 ) -> Costs:
     """Costs that add up to the plain loop's own step, among neighbours and over links as all rounds found them."""
-    scaled = costs.scaled(median(alone) / costs.seconds_of_step(options.microbatches))
+    scaled = costs.scaled(median(alone) / costs.seconds_of_step(options.microbatches, teacher_views))
     link = Link(*(median(values) for values in zip(*map(dataclasses.astuple, links), strict=True)))
     return scaled.with_surroundings(link, max(1.0, median(together) / median(alone)))
 
 
-def _run(name: str, workload: Workload, options: RunOptions, costs: Costs, steps: int) -> Round:
-    if name in PEERS:
-        return _run_peer(PEERS[name], workload, options, costs, steps)
-    if name == REFERENCE:
+def _run(name: str, workload: AnyWorkload, options: RunOptions, costs: Costs, steps: int) -> Round:
+    strategy, knobs = variant(name)
+    if strategy in PEERS:
+        return _run_peer(PEERS[strategy], workload, options, costs, steps)
+    if strategy == REFERENCE:
         result = _train(workload, reference_options(options), steps)
     else:
-        chosen = dataclasses.replace(options, strategy=name, run_ahead=options.run_ahead if name == "fill" else None)
-        task = Distillation(workload.build_teacher(), workload.build_student(), workload.loss)
-        trainer = make_trainer(task, workload, workload.student_training, dataclasses.replace(chosen, costs=None))
+        chosen = dataclasses.replace(_plain(options, strategy), **knobs)
+        trainer = make_trainer(workload.task(), workload, workload.student_training, chosen)
         trainer.costs = costs
         result = trainer.fit(workload.train_loader, steps=steps)
     return Round(result.seconds_per_step, result.peak_memory_bytes, result)
 
 
+def _plain(options: RunOptions, strategy: str) -> RunOptions:
+    """The options for a strategy; knobs that only `fill` has are left to it."""
+    own: dict[str, Any] = {"run_ahead": None, "staleness": None, "split_backward": False, "stash": None}
+    return dataclasses.replace(options, strategy=strategy, costs=None, **({} if strategy == "fill" else own))
+
+
 def _run_peer(
-    kind: Literal["1f1b", "gpipe"], workload: Workload, options: RunOptions, costs: Costs, steps: int
+    kind: Literal["1f1b", "gpipe"], workload: AnyWorkload, options: RunOptions, costs: Costs, steps: int
 ) -> Round:
     """torch.distributed.pipelining on the partition that our own 1F1B would take."""
     from pipestill.runtime.torch_pipelining import train_with_torch
 
     if not dist.is_initialized():
         raise ConfigError("torch's pipelines need a process group; compare them on 2 devices or more")
-    task = Distillation(workload.build_teacher(), workload.build_student(), workload.loss)
-    trainer = make_trainer(task, workload, workload.student_training, dataclasses.replace(options, strategy="1f1b"))
+    task = workload.task()
+    trainer = make_trainer(task, workload, workload.student_training, _plain(options, "1f1b"))
     trainer.costs = costs
     inputs, targets = next(iter(workload.train_loader))
     batches = list(_repeated(workload, steps))  # read beforehand: ours are read ahead by a thread
@@ -185,7 +207,7 @@ def _run_peer(
     return Round(median(seconds[third:]), peaks, None)
 
 
-def _repeated(workload: Workload, steps: int) -> Iterator[tuple[Any, Any]]:
+def _repeated(workload: AnyWorkload, steps: int) -> Iterator[tuple[Any, Any]]:
     """`steps` batches that are the same on every rank."""
     torch.manual_seed(0)
     count = 0
@@ -231,7 +253,9 @@ def _figures(
             prediction = simulate(result.plan.schedule, stages)
             figures |= {
                 "predicted_seconds_per_step": prediction.seconds_per_step,
-                "limit_seconds_per_step": stages.limit_seconds_per_step(options.microbatches),
+                "limit_seconds_per_step": stages.limit_seconds_per_step(
+                    options.microbatches, result.plan.demands.teacher_views
+                ),
                 "utilisation": median(r.result.utilisation for r in rounds if r.result),
                 "predicted_utilisation": prediction.utilisation,
                 "bubble": median(r.result.bubble for r in rounds if r.result),

@@ -16,7 +16,10 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class BlockCosts:
-    """What one block costs for one microbatch. A teacher's backward and update are 0."""
+    """What one block costs for one microbatch (in one view). A teacher's backward is 0, and its update 0 when frozen.
+
+    `weight_seconds` is the part of the backward that the gradients of the weights take.
+    """
 
     name: str
     forward_seconds: float
@@ -25,10 +28,16 @@ class BlockCosts:
     parameter_bytes: int = 0
     output_bytes: int = 0
     stash_bytes: int = 0
+    weight_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self)[1:]:
             _check_amount(f"block '{self.name}': {item.name}", getattr(self, item.name))
+        if self.weight_seconds > self.backward_seconds * (1 + 1e-9):
+            raise PlanError(
+                f"block '{self.name}': weight_seconds is {self.weight_seconds}, "
+                f"more than all of the backward's {self.backward_seconds}"
+            )
 
     @property
     def seconds(self) -> float:
@@ -62,6 +71,7 @@ class Link:
 class Costs:
     """Costs of both models' blocks for one microbatch of `rows` samples.
 
+    `views` holds how much longer each view of a sample takes than the blocks say, and how many more bytes it has.
     `interference` is how much longer work takes while every rank computes than while one does alone: 1 on
     separate devices, more where processes share memory bandwidth, caches or cores.
     """
@@ -73,8 +83,13 @@ class Costs:
     rows: int = 1
     link: Link = field(default_factory=Link)
     interference: float = 1.0
+    views: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
+        if not self.views:
+            raise PlanError("costs have no view; expected at least one")
+        for view in self.views:
+            _check_amount("the cost of a view", view)
         if not self.student:
             raise PlanError("costs hold no student block; expected at least one")
         _check_amount("loss_seconds", self.loss_seconds)
@@ -82,10 +97,10 @@ class Costs:
         if not 1.0 <= self.interference < float("inf"):
             raise PlanError(f"interference is {self.interference}, expected 1 or more")
 
-    @property
-    def seconds(self) -> float:
-        """Work of one microbatch through everything."""
-        return sum(block.seconds for block in self.student + self.teacher) + self.loss_seconds
+    def microbatch_seconds(self, teacher_views: int = 1) -> float:
+        """Work of one microbatch, in all its views, through everything."""
+        student, teacher = (sum(block.seconds for block in blocks) for blocks in (self.student, self.teacher))
+        return sum(self.views) * student + sum(self.views[:teacher_views]) * teacher + self.loss_seconds
 
     def with_surroundings(self, link: Link, interference: float) -> Costs:
         """The same blocks with other links and neighbours."""
@@ -99,6 +114,7 @@ class Costs:
                 block,
                 forward_seconds=block.forward_seconds * factor,
                 backward_seconds=block.backward_seconds * factor,
+                weight_seconds=block.weight_seconds * factor,
                 update_seconds=block.update_seconds * factor,
             )
 
@@ -110,18 +126,29 @@ class Costs:
             data_seconds=self.data_seconds * factor,
         )
 
-    def seconds_of_step(self, microbatches: int) -> float:
+    def seconds_of_step(self, microbatches: int, teacher_views: int = 1) -> float:
         """One step on one device."""
-        return microbatches * self.seconds + sum(block.update_seconds for block in self.student)
+        updates = sum(block.update_seconds for block in self.student + self.teacher)
+        return microbatches * self.microbatch_seconds(teacher_views) + updates
 
     @classmethod
     def uniform(
-        cls, num_blocks: int, teacher_forward: float, forward: float, backward: float, *, teacher: bool = True
+        cls,
+        num_blocks: int,
+        teacher_forward: float,
+        forward: float,
+        backward: float,
+        *,
+        weight: float = 0.0,
+        teacher: bool = True,
+        views: int = 1,
     ) -> Costs:
-        """The same seconds in every block and free communication: what theory speaks about."""
-        student = [BlockCosts(f"student.{i}", forward, backward) for i in range(num_blocks)]
+        """The same seconds in every block and free communication: what theory speaks about. `weight` is a part of
+        `backward`.
+        """
+        student = [BlockCosts(f"student.{i}", forward, backward, weight_seconds=weight) for i in range(num_blocks)]
         frozen = [BlockCosts(f"teacher.{i}", teacher_forward) for i in range(num_blocks)] if teacher else []
-        return cls(tuple(student), tuple(frozen))
+        return cls(tuple(student), tuple(frozen), views=(1.0,) * views)
 
     def stages(self, student_partition: Sequence[int], teacher_partition: Sequence[int]) -> StageCosts:
         """Sum blocks into stages; a partition gives the number of consecutive blocks of each stage."""
@@ -131,13 +158,16 @@ class Costs:
             forward=tuple(sum(b.forward_seconds for b in s) for s in student),
             backward=tuple(sum(b.backward_seconds for b in s) for s in student),
             update=tuple(sum(b.update_seconds for b in s) for s in student),
+            weight=tuple(sum(b.weight_seconds for b in s) for s in student),
             teacher=tuple(sum(b.forward_seconds for b in s) for s in teacher),
+            ema=tuple(sum(b.update_seconds for b in s) for s in teacher),
             loss=self.loss_seconds,
             data=self.data_seconds,
             activation_bytes=tuple(s[-1].output_bytes for s in student),
             teacher_bytes=tuple(s[-1].output_bytes for s in teacher),
             link=self.link,
             interference=self.interference,
+            views=self.views,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -154,7 +184,7 @@ class Costs:
         try:
             for role in ("student", "teacher"):
                 rest[role] = tuple(BlockCosts(**block) for block in rest.get(role, ()))
-            return cls(**{**rest, "link": Link(**rest.get("link", {}))})
+            return cls(**{**rest, "link": Link(**rest.get("link", {})), "views": tuple(rest.get("views", (1.0,)))})
         except TypeError as error:
             raise ConfigError(f"costs: {error}") from None
 
@@ -183,22 +213,28 @@ class StageCosts:
     teacher_bytes: tuple[int, ...] = ()
     link: Link = field(default_factory=Link)
     interference: float = 1.0
+    weight: tuple[float, ...] = ()
+    ema: tuple[float, ...] = ()
+    views: tuple[float, ...] = (1.0,)
 
-    def busy_seconds(self, num_microbatches: int) -> list[float]:
+    def busy_seconds(self, num_microbatches: int, teacher_views: int = 1) -> list[float]:
         """Work of one step on each rank, where stage i of both roles sits on rank i."""
-        teacher = self.teacher or (0.0,) * len(self.forward)
-        last = len(self.forward) - 1
+        num_stages = len(self.forward)
+        teacher, ema = (costs or (0.0,) * num_stages for costs in (self.teacher, self.ema))
+        last = num_stages - 1
+        seen, taught = sum(self.views), sum(self.views[:teacher_views])
         return [
-            num_microbatches * (t + f + b + (self.loss if i == last else 0.0)) + u + (0.0 if i else self.data)
-            for i, (t, f, b, u) in enumerate(zip(teacher, self.forward, self.backward, self.update, strict=True))
-        ]
+            num_microbatches * (taught * t + seen * (f + b) + (self.loss if i == last else 0.0))
+            + u + e + (0.0 if i else self.data)
+            for i, (t, f, b, u, e) in enumerate(zip(teacher, self.forward, self.backward, self.update, ema, strict=True))
+        ]  # fmt: skip
 
-    def limit_seconds_per_step(self, num_microbatches: int) -> float:
+    def limit_seconds_per_step(self, num_microbatches: int, teacher_views: int = 1) -> float:
         """The physical limit of a step: the work of the most loaded rank (PAPERS.md, section 3).
 
         With interference, k ranks together do at most g(k) seconds of work a second, and so take their work / g(k).
         """
-        busy = sorted(self.busy_seconds(num_microbatches), reverse=True)
+        busy = sorted(self.busy_seconds(num_microbatches, teacher_views), reverse=True)
         crowding = (self.interference - 1.0) / max(1, len(busy) - 1)
         together = [k / (1.0 + crowding * (k - 1)) for k in range(1, len(busy) + 1)]
         return max(sum(busy[:k]) / max(1.0, g) for k, g in enumerate(together, start=1))

@@ -6,15 +6,17 @@ and whose names are logged. Any callable of that form is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 LossValue = Tensor | Mapping[str, Tensor]
 DistillationLoss = Callable[[Any, Any, Any], LossValue]
+MomentumLoss = Callable[[Sequence[Any], Sequence[Any], Any], LossValue]
 SupervisedLoss = Callable[[Any, Any], LossValue]
 Metric = Callable[[Any, Any], Tensor]
 
@@ -79,6 +81,36 @@ def _check_shapes(student: Tensor, teacher: Tensor) -> None:
 def cross_entropy(output: Tensor, target: Tensor) -> dict[str, Tensor]:
     """Cross entropy of logits (rows, classes) with class indices (rows,): the loss of a model without a teacher."""
     return {"cross_entropy": F.cross_entropy(output, target)}
+
+
+def byol(student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -> dict[str, Tensor]:
+    """Sum of 2 - 2 cosine(student's view i, teacher's view j) over all pairs of different views, the mean over rows.
+
+    Outputs (rows, dim) a view (Grill et al. 2020, equation 2, in both directions).
+    """
+    pairs = [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
+    terms = [(2.0 - 2.0 * F.cosine_similarity(s, t, dim=-1)).mean() for s, t in pairs]
+    return {"byol": torch.stack(terms).sum()}
+
+
+@dataclass(frozen=True)
+class InfoNCE:
+    """2 T times the cross entropy of telling each sample's other view from those of all other samples, at temperature T.
+
+    Outputs (rows, dim) a view; the negatives are the rest of what it is given, so use it with `batch_loss=True` (Chen et al.
+    2021, MoCo v3, algorithm 1).
+    """
+
+    temperature: float = 0.2
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -> dict[str, Tensor]:
+        t, terms = self.temperature, []
+        for i, s in enumerate(student):
+            for j, key in enumerate(teacher):
+                if i != j:
+                    logits = F.normalize(s, dim=-1) @ F.normalize(key, dim=-1).t() / t
+                    terms.append(F.cross_entropy(logits, torch.arange(len(logits), device=logits.device)) * (2 * t))
+        return {"info_nce": torch.stack(terms).sum()}
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:

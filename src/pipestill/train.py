@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import platform
 import time
@@ -21,19 +22,21 @@ from pipestill.costs import BlockCosts, Costs
 from pipestill.data import Reader, SplitBatch, inputs_and_targets, sample
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.losses import Metric
+from pipestill.model.batchnorm import Norms, batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
 from pipestill.model.dry_run import Contracts, dry_run
 from pipestill.model.profile import profile
-from pipestill.model.tasks import Task
+from pipestill.model.tasks import Momentum, Task, teacher_trains
 from pipestill.plan import Plan, make_plan
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.memory import peak_bytes, reset_peak
-from pipestill.runtime.rank import LogClock, RankRun, Settings, Tally, check_finite, logged_values
+from pipestill.runtime.rank import LogClock, RankRun, Settings, Tally, check_finite, logged_momentum, logged_values
 from pipestill.runtime.reference import evaluate, reference
 from pipestill.runtime.stage import gradient_squares, move
 from pipestill.runtime.world import OneProcess, World, choose_device_type, device_of, join_world
-from pipestill.schedule import STRATEGIES, Event, Trace
+from pipestill.schedule import STRATEGIES, Event, Trace, check
 from pipestill.schedule.comms import edges
+from pipestill.schedule.program import Demands
 
 REFERENCE = "reference"
 CPU = torch.device("cpu")
@@ -57,14 +60,17 @@ class Result:
     staleness: int
     peak_memory_bytes: list[int]
     metrics: dict[str, float]
-    plan: Plan | None = field(repr=False)
-    trace: Trace | None = field(repr=False)
+    whole_backwards: tuple[str, ...] = ()
+    """Blocks whose backward stayed whole where `split_backward` was asked for, and why."""
+    plan: Plan | None = field(repr=False, default=None)
+    trace: Trace | None = field(repr=False, default=None)
 
     def summary(self) -> dict[str, Any]:
         """What summary.json holds, apart from the recipe's name."""
         values = {name: value for name, value in vars(self).items() if name not in ("plan", "trace")}
         versions = {"pipestill": version("pipestill"), "torch": torch.__version__, "python": platform.python_version()}
-        return {**values, "samples_per_second": self.samples / self.seconds, "exact": True, "versions": versions}
+        exact = True if not self.staleness else f"no: each step reads weights that are {self.staleness} step old"
+        return {**values, "samples_per_second": self.samples / self.seconds, "exact": exact, "versions": versions}
 
 
 class _Reporter:
@@ -125,7 +131,12 @@ class Trainer:
         devices: int = 1,
         strategy: str = "fill",
         microbatches: int = 8,
+        staleness: int | None = None,
+        split_backward: bool = False,
+        stash: int | str | None = None,
         run_ahead: int | None = None,
+        clip_grad_norm: float | None = None,
+        batch_norm: str = "microbatch",
         student_partition: Sequence[int] | None = None,
         teacher_partition: Sequence[int] | None = None,
         costs: Costs | None = None,
@@ -146,7 +157,21 @@ class Trainer:
                 raise PlanError(f"{name} is {value}; expected at least 1")
         if strategy == REFERENCE and devices > 1:
             raise PlanError(f"strategy 'reference' runs on one device, not {devices}; choose another, or --devices 1")
-        self.task = task
+        if clip_grad_norm is not None and not clip_grad_norm > 0:
+            raise ConfigError(f"clip_grad_norm is {clip_grad_norm}; expected more than 0, or none")
+        if strategy == REFERENCE and staleness and not task.demands.momentum:
+            raise PlanError("staleness is of a momentum teacher; a frozen one has no versions; leave it out")
+        stale = strategy in ("tspipe", "async") or staleness
+        if stale and isinstance(task, Momentum) and task.teacher_buffers == "copy":
+            raise PlanError(
+                "with a stale teacher, copies of the student's buffers would be of another step than its weights; "
+                "use teacher_buffers='own', or 'fill' with staleness 0"
+            )
+        check_norms(batch_norm, [m for m in (task.student_blocks, task.teacher_blocks) if m is not None])
+        self.task, self.batch_norm = task, batch_norm
+        self.staleness, self.split_backward, self.stash = staleness, split_backward, stash
+        self.clip_grad_norm = clip_grad_norm
+        self.student_staleness = 0  # of `reference`, to emulate the asynchronous strategy
         self.optimizer, self.lr, self.optimizer_options = optimizer, lr, dict(optimizer_options or {})
         self.param_groups, self.lr_factor = param_groups, lr_schedule or _constant
         self.devices, self.strategy, self.microbatches, self.run_ahead = devices, strategy, microbatches, run_ahead
@@ -189,7 +214,7 @@ class Trainer:
         try:
             few = world.share(sample(source.peek()) if source else None)
             rows = world.share(source.peek().rows if source else None)
-            contracts = dry_run(self.task, *few)
+            contracts = dry_run(self.task, *few, split=self.split_backward)
             plan = None if self.strategy == REFERENCE else self._plan(world, contracts, few, rows)
             total = _total_steps(loader, epochs, steps)
             for callback in reporter.callbacks:
@@ -198,10 +223,11 @@ class Trainer:
                 None if validate is None else lambda: readers.enter_context(closing(self._reader(validate, 1, None)))
             )
             counted = _Counted(source) if source else None
-            if plan is None:
-                assert counted is not None
-                return self._run_reference(counted, contracts, validation, reporter)
-            return self._run(world, plan, contracts, counted, validation, reporter, validate is not None)
+            with batch_norms(self.batch_norm, self._training_models()) as norms:
+                if plan is None:
+                    assert counted is not None
+                    return self._run_reference(counted, contracts, validation, reporter, norms)
+                return self._run(world, plan, contracts, counted, validation, reporter, norms, validate is not None)
         finally:
             for callback in reporter.callbacks:
                 callback.end()
@@ -210,18 +236,30 @@ class Trainer:
     def preflight(self, loader: Iterable[Any]) -> None:
         """Raise the `UserError`s that `fit` would, from the first batch and without training or measuring anything."""
         inputs, targets = self.split_batch(next(iter(loader)))
-        dry_run(self.task, inputs, targets)
+        dry_run(self.task, inputs, targets, split=self.split_backward)
         teacher = self.task.teacher_blocks
         costs = self.costs or Costs(
             tuple(BlockCosts(b.name, 1.0, 1.0) for b in self.task.student_blocks.blocks),
             tuple(BlockCosts(b.name, 1.0) for b in teacher.blocks) if teacher else (),
+            views=(1.0,) * self.task.demands.views,
         )
         if self.strategy != REFERENCE:
             plan = self.plan_for(costs)
             assert plan.schedule
 
+    @property
+    def demands(self) -> Demands:
+        """What the task and the clipping ask of the schedule."""
+        return dataclasses.replace(self.task.demands, clip=self.clip_grad_norm is not None)
+
     def _models(self) -> list[BlockModel]:
         return [model for model in (self.task.student_blocks, self.task.teacher_blocks) if model is not None]
+
+    def _training_models(self) -> list[BlockModel]:
+        models = [self.task.student_blocks]
+        if self.task.teacher_blocks is not None and teacher_trains(self.task):
+            models.append(self.task.teacher_blocks)
+        return models
 
     def _reader(self, loader: Iterable[Any], epochs: int | None, steps: int | None) -> Reader:
         return Reader(
@@ -248,6 +286,7 @@ class Trainer:
         plan = make_plan(
             costs, devices=self.devices, strategy=self.strategy, microbatches=self.microbatches,
             student_partition=self.student_partition, teacher_partition=self.teacher_partition, run_ahead=self.run_ahead,
+            staleness=self.staleness, split_backward=self.split_backward, stash=self.stash, demands=self.demands,
         )  # fmt: skip
         self.task.student_blocks.check_ties(ranges(plan.student_partition))
         return plan
@@ -256,7 +295,9 @@ class Trainer:
         """Costs of every block measured on rank 0 alone, and how much longer it takes while all ranks compute."""
 
         def once() -> Costs:
-            return profile(self.task, contracts, *few, rows=rows, optimizer=self.make_optimizer)
+            return profile(
+                self.task, contracts, *few, rows=rows, optimizer=self.make_optimizer, split=self.split_backward
+            )
 
         alone = once() if world.is_main else None
         if len(world.ranks) == world.num_ranks:
@@ -264,12 +305,13 @@ class Trainer:
             return alone
         world.barrier()
         together = once()
-        on_cpu = self.device_type == "cpu"
-        link = world.measure_link(together.seconds / (3 * self.devices) if on_cpu else 0.0)  # an action's, on average
-        slowest = world.gather([together.seconds])
+        on_cpu, seen = self.device_type == "cpu", self.task.demands.teacher_views
+        an_action = together.microbatch_seconds(seen) / (3 * self.devices * self.task.demands.views)  # on average
+        link = world.measure_link(an_action if on_cpu else 0.0)
+        slowest = world.gather([together.microbatch_seconds(seen)])
         interference = 1.0
         if alone is not None and on_cpu:
-            interference = max(1.0, sum(slowest) / len(slowest) / alone.seconds)
+            interference = max(1.0, sum(slowest) / len(slowest) / alone.microbatch_seconds(seen))
         return world.share(alone and alone.with_surroundings(link, interference))
 
     def _run(
@@ -280,12 +322,20 @@ class Trainer:
         source: _Counted | None,
         validation: Callable[[], Iterator[Batch]] | None,
         reporter: _Reporter,
+        norms: Norms,
         validate: bool,
     ) -> Result:
         for rank in world.ranks:
             reset_peak(device_of(rank, self.device_type))
         settings = Settings(
-            self.seed, self.log_every, self.lr, self.lr_factor, self.metrics, validate, self.timeout_seconds
+            self.seed,
+            self.log_every,
+            self.lr,
+            self.lr_factor,
+            self.metrics,
+            validate,
+            self.timeout_seconds,
+            self.clip_grad_norm,
         )
         for model in self._models():
             forms = world.share(model.forms_of(range(len(model))) if world.is_main else None)
@@ -294,7 +344,7 @@ class Trainer:
         runs = [
             RankRun(
                 plan, rank, self.task, contracts, settings=settings, device=device_of(rank, self.device_type),
-                optimizer=self.make_optimizer, transport=world.transport(rank, used, self.timeout_seconds),
+                optimizer=self.make_optimizer, norms=norms, transport=world.transport(rank, used, self.timeout_seconds),
                 source=source if rank == 0 else None, validation=validation if rank == 0 else None,
                 reporter=reporter if rank == 0 else None,
             )
@@ -317,8 +367,8 @@ class Trainer:
             seconds_per_step=trace.median_seconds_per_step or seconds / max(steps, 1),
             utilisation=trace.utilisation, bubble=trace.bubble,
             predicted_seconds_per_step=plan.prediction.seconds_per_step,
-            limit_seconds_per_step=plan.limit_seconds_per_step, staleness=0, peak_memory_bytes=peaks,
-            metrics=dict(reporter.metrics), plan=plan, trace=trace,
+            limit_seconds_per_step=plan.limit_seconds_per_step, staleness=check(plan.schedule).staleness, peak_memory_bytes=peaks,
+            metrics=dict(reporter.metrics), whole_backwards=_whole(self.task, contracts), plan=plan, trace=trace,
         )  # fmt: skip
 
     def _collect(self, world: World, plan: Plan, runs: Sequence[RankRun]) -> None:
@@ -327,9 +377,13 @@ class Trainer:
             run.recorder.events()  # on CUDA: until all work is done
         for model in self._models():
             move(model, range(len(model)), CPU)
-        for rank, blocks in enumerate(ranges(plan.student_partition)):
-            forms = world.share(self.task.student_blocks.forms_of(blocks) if rank in world.ranks else None, rank)
-            world.copy_from(self.task.student_blocks.adopt(forms), rank)
+        moved = [(self.task.student_blocks, plan.student_partition)]
+        if isinstance(self.task, Momentum):
+            moved.append((self.task.teacher_blocks, plan.teacher_partition))
+        for model, partition in moved:
+            for rank, blocks in enumerate(ranges(partition)):
+                forms = world.share(model.forms_of(blocks) if rank in world.ranks else None, rank)
+                world.copy_from(model.adopt(forms), rank)
 
     def _run_reference(
         self,
@@ -337,6 +391,7 @@ class Trainer:
         contracts: Contracts,
         validation: Callable[[], Iterator[Batch]] | None,
         reporter: _Reporter,
+        norms: Norms,
     ) -> Result:
         """Training without a schedule, with the same logs."""
         device = device_of(0, self.device_type)
@@ -360,6 +415,7 @@ class Trainer:
                     logged_values(
                         step, batch.epoch, state["losses"], lr=self.lr * self.lr_factor(step), bubble=0.0,
                         grad_norm=state["grad_norm"], seconds=seconds / steps, samples_per_second=rows / seconds,
+                        **logged_momentum(self.task, step),
                     )
                 )  # fmt: skip
             if batch.last and validation is not None:
@@ -370,6 +426,8 @@ class Trainer:
         reference(
             self.task, contracts, source, self.make_optimizer(trained), microbatches=self.microbatches, lr_factor=self.lr_factor,
             seed=self.seed, device=device, before_update=before_update, after_update=after_update,
+            norms=norms, largest_norm=self.clip_grad_norm, staleness=self.staleness or 0,
+            student_staleness=self.student_staleness,
         )  # fmt: skip
         for model in self._models():
             move(model, range(len(model)), CPU)
@@ -377,8 +435,8 @@ class Trainer:
         return Result(
             strategy=REFERENCE, devices=1, backend=self.device_type, steps=source.steps, samples=source.samples,
             seconds=seconds, seconds_per_step=median(b - a for a, b in pairwise(step_ends)),
-            utilisation=1.0, bubble=0.0, predicted_seconds_per_step=None, limit_seconds_per_step=None, staleness=0,
-            peak_memory_bytes=[peak_bytes(device)], metrics=dict(reporter.metrics), plan=None, trace=None,
+            utilisation=1.0, bubble=0.0, predicted_seconds_per_step=None, limit_seconds_per_step=None,
+            staleness=self.staleness or 0, peak_memory_bytes=[peak_bytes(device)], metrics=dict(reporter.metrics),
         )  # fmt: skip
 
     def _evaluate(self, batches: Iterator[Batch], device: torch.device) -> dict[str, float]:
@@ -388,6 +446,11 @@ class Trainer:
             self.task.student_blocks, batches, tally.add, microbatches=self.microbatches, seed=self.seed, device=device
         )
         return tally.means()
+
+
+def _whole(task: Task, contracts: Contracts) -> tuple[str, ...]:
+    blocks = task.student_blocks.blocks
+    return tuple(f"block {i} ('{blocks[i].name}'): {reason}" for i, reason in sorted(contracts.unsplit.items()))
 
 
 def _constant(step: int) -> float:

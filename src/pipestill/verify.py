@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipestill.model.tasks import Distillation
 from pipestill.recipes.recipe import Recipe
 from pipestill.recipes.run import RunOptions, make_trainer
 from pipestill.runtime.launch import launch
@@ -21,14 +20,16 @@ TRANSPORTS = ("in-process", "process-group")
 def verify(
     recipe: Recipe, options: RunOptions, *, steps: int, transports: tuple[str, ...], device_type: str
 ) -> dict[str, Any]:
-    """Train the recipe's student under `options` and as `reference`, with a short last batch in every epoch.
+    """Train the recipe's task under `options` and as `reference`, with a short last batch in every epoch.
 
-    Compares all weights and buffers bit by bit over each of `transports`; returns what `pipestill check --json` prints.
+    Compares all weights and buffers of student and teacher bit by bit over each of `transports`; returns what `pipestill
+    check --json` prints. Where a schedule declares stale weights, the reference keeps copies of the old ones and reads
+    those (PAPERS.md, section 1.1).
     """
-    expected, _ = train_few(recipe, reference_options(options), steps)
     largest = 0.0
     versions: list[dict[str, Any]] = []
     problems = []
+    expected: dict[str, Tensor] = {}
     for transport in transports:
         if transport == "process-group" and options.devices > 1:
             got, result = launch(
@@ -37,6 +38,7 @@ def verify(
             )  # fmt: skip
         else:
             got, result = train_few(recipe, options, steps)
+        expected = expected or _expected(recipe, options, steps, result)
         for name, tensor in expected.items():
             if not torch.equal(tensor, got[name]):
                 difference = float((tensor.double() - got[name].double()).abs().max())
@@ -53,9 +55,21 @@ def verify(
         "transports": list(transports),
         "exact": not problems,
         "max_abs_difference": largest,
+        "staleness": result.staleness,
+        "whole_backwards": list(result.whole_backwards),
         "versions": versions,
         "problems": problems,
     }
+
+
+def _expected(recipe: Recipe, options: RunOptions, steps: int, result: Result) -> dict[str, Tensor]:
+    """What the plain loop gives that reads the weights which the schedule of `result` declares."""
+    plain = reference_options(options)
+    if result.plan is None:
+        return train_few(recipe, plain, steps)[0]
+    structure = result.plan.schedule.structure
+    plain = dataclasses.replace(plain, microbatches=structure.num_microbatches, staleness=structure.staleness or None)
+    return train_few(recipe, plain, steps, structure.student_staleness)[0]
 
 
 def reference_options(options: RunOptions) -> RunOptions:
@@ -65,22 +79,30 @@ def reference_options(options: RunOptions) -> RunOptions:
         strategy=REFERENCE,
         devices=1,
         run_ahead=None,
+        split_backward=False,
+        stash=None,
+        staleness=None,
         student_partition=None,
         teacher_partition=None,
         costs=None,
     )
 
 
-def train_few(recipe: Recipe, options: RunOptions, steps: int) -> tuple[dict[str, Tensor], Result]:
-    """The student's state after `steps` steps of distillation from a teacher as it is initialised, on one thread."""
+def train_few(
+    recipe: Recipe, options: RunOptions, steps: int, student_staleness: int = 0
+) -> tuple[dict[str, Tensor], Result]:
+    """Both models' state after `steps` steps from models as they are initialised, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums that are split over threads differ in their last bits
     try:
         batch_size = recipe.workload(options.seed).train_loader.batch_size or 1
         workload = recipe.workload(options.seed, num_samples=6 * batch_size + max(1, batch_size * 2 // 5))
-        task = Distillation(workload.build_teacher(), workload.build_student(), workload.loss)
+        task = workload.task()
         trainer = make_trainer(task, workload, workload.student_training, options)
+        trainer.student_staleness = student_staleness
         result = trainer.fit(workload.train_loader, steps=steps)
-        return {name: t.detach().clone() for name, t in task.student.state_dict().items()}, result
+        state = {f"student.{name}": t.detach().clone() for name, t in task.student.state_dict().items()}
+        state |= {f"teacher.{name}": t.detach().clone() for name, t in task.teacher.state_dict().items()}
+        return state, result
     finally:
         torch.set_num_threads(threads)

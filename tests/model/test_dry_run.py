@@ -91,21 +91,22 @@ def test_a_block_names_all_that_it_trains() -> None:
 def test_what_it_learns() -> None:
     contracts = dry_run(CASES["dictionaries"].task(), X, Y)
     assert contracts.loss_parts == ("soft_target", "cross_entropy")
-    assert len(contracts.student) == 4 and len(contracts.teacher) == 4
-    leaves = [leaf for leaf in contracts.student[0].leaves if isinstance(leaf, TensorLeaf)]
+    (student,), (teacher,) = contracts.student, contracts.teacher
+    assert len(student) == 4 and len(teacher) == 4
+    leaves = [leaf for leaf in student[0].leaves if isinstance(leaf, TensorLeaf)]
     assert [(leaf.tracked, leaf.gradient is not None) for leaf in leaves] == [
         (True, True),
         (False, False),
         (True, True),
     ]
-    assert contracts.student[-1].values[0].shape_of(7) == (7, CLASSES)
-    assert not any(leaf.tracked for contract in contracts.teacher for leaf in contract.tensor_leaves)
+    assert student[-1].values[0].shape_of(7) == (7, CLASSES)
+    assert not any(leaf.tracked for contract in teacher for leaf in contract.tensor_leaves)
     assert [form.shape_of(5) for form in contracts.inputs.values + contracts.targets.values] == [(5, 4), (5,)]
 
 
 def test_frozen_blocks_get_no_gradient() -> None:
     contracts = dry_run(CASES["frozen_first"].task(), X, Y)
-    assert [len(contract.gradients) for contract in contracts.student] == [0, 0, 0, 0, 1, 1, 1]
+    assert [len(contract.gradients) for contract in contracts.student[0]] == [0, 0, 0, 0, 1, 1, 1]
 
 
 def test_it_finds_who_writes_in_place() -> None:
@@ -116,14 +117,14 @@ def test_it_finds_who_writes_in_place() -> None:
 
 def test_gradients_keep_their_strides() -> None:
     contracts = dry_run(CASES["turned"].task(), X, Y)
-    value, gradient = contracts.student[0].values[0], contracts.student[0].gradients[0]
+    value, gradient = contracts.student[0][0].values[0], contracts.student[0][0].gradients[0]
     assert value.order(5) == [0, 1]
     assert gradient.order(5) == [1, 0]
 
 
 def test_one_row_is_enough() -> None:
     contracts = dry_run(distilled(*linears(4, 8, CLASSES)), X[:1], Y[:1])
-    assert contracts.student[0].values[0].shape_of(9) == (9, 8)
+    assert contracts.student[0][0].values[0].shape_of(9) == (9, 8)
 
 
 def broken(function: Callable[..., Any]) -> ps.Supervised:

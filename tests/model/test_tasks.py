@@ -30,21 +30,21 @@ def test_supervised_has_no_teacher() -> None:
     task = ps.Supervised(model(), ps.losses.cross_entropy)
     assert task.teacher_blocks is None
     output, target = torch.randn(3, 4), torch.tensor([1, 2, 3])
-    assert torch.equal(task.loss_parts(output, None, target)["cross_entropy"], F.cross_entropy(output, target))
+    assert torch.equal(task.loss_parts([output], [], target)["cross_entropy"], F.cross_entropy(output, target))
 
 
 def test_a_scalar_loss_is_one_part() -> None:
     def loss(student: Tensor, teacher: Tensor, target: Any) -> Tensor:
         return (student - teacher).sum() + target
 
-    parts = ps.Distillation(model(), model(), loss).loss_parts(torch.ones(2), torch.zeros(2), 3)
+    parts = ps.Distillation(model(), model(), loss).loss_parts([torch.ones(2)], [torch.zeros(2)], 3)
     assert {name: part.item() for name, part in parts.items()} == {"loss": 5.0}
 
 
 @pytest.mark.parametrize("value", [torch.zeros(1), torch.zeros(2, 2), 0.5, None, {}, {"a": torch.zeros(()), "b": 1}])
 def test_a_loss_gives_scalars(value: Any) -> None:
     with pytest.raises(ModelError, match="the loss gave .*expected a scalar, or a dict of scalars that add up"):
-        ps.Supervised(model(), lambda output, target: value).loss_parts(torch.ones(2), None, None)
+        ps.Supervised(model(), lambda output, target: value).loss_parts([torch.ones(2)], [], None)
 
 
 def test_a_loss_with_something_to_train_is_refused() -> None:

@@ -85,7 +85,8 @@ def test_nothing_stays_behind(strategy: str, microbatches: int, kept: Kept) -> N
         assert len(executor.batches) <= 1 + executor.schedule.lookahead  # the end of the data
         assert executor.student is not None
         assert not executor.student.stash
-        assert not executor.student.losses
+        assert not executor.student.from_loss
+        assert not executor.student.loss_sums.any()
     left = worlds[0]._boxes.items()  # nothing but the news, read ahead, that there is no more data
     assert all(message.lane is Lane.DATA and header[0] == 0 for message, (header,) in left)
 

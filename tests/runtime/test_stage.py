@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 import pipestill as ps
 from pipestill.errors import ModelError
+from pipestill.model.batchnorm import Norms
 from pipestill.model.dry_run import dry_run
 from pipestill.runtime.stage import StudentStage, TeacherStage, gradient_squares, guard_batch, weighted_loss
 
 CPU = torch.device("cpu")
+NORMS = Norms("microbatch")
 X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 4, 0])
 
 
@@ -24,17 +26,20 @@ def sgd(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
 def stages(task: Any, *sizes: int) -> list[StudentStage]:
     contracts = dry_run(task, X[:3], Y[:3])
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [StudentStage(task, contracts, range(e - n, e), CPU, 0, sgd) for e, n in zip(ends, sizes, strict=True)]
+    return [
+        StudentStage(task, contracts, range(e - n, e), CPU, 0, sgd, NORMS) for e, n in zip(ends, sizes, strict=True)
+    ]
 
 
-def through(first: StudentStage, second: StudentStage, rows: slice, microbatch: int, share: float) -> None:
+def through(first: StudentStage, second: StudentStage, rows: slice, unit: int, share: float) -> None:
     """Forward, loss and backward of one microbatch over two stages."""
     n = len(X[rows])
-    out = first.forward(X[rows], [], 0, microbatch, n)
-    value, gradients = second.enter([t.detach().clone() for t in first.output.split(out, n)], n)
-    output = second.forward(value, gradients, 0, microbatch, n)
-    second.loss(output, None, Y[rows], 0, microbatch, share)
-    first.backward(second.backward(None, 0, microbatch), 0, microbatch)
+    out = first.forward(X[rows], [], 0, unit, n)
+    contract = first.contracts.student[0][first.blocks[-1]]
+    value, gradients = second.enter([t.detach().clone() for t in contract.split(out, n)], n, unit)
+    output = second.forward(value, gradients, 0, unit, n)
+    second.loss(unit, {unit: output}, {}, Y[rows], 0, share)
+    first.backward(second.backward(None, 0, unit), 0, unit)
 
 
 def model() -> ps.Supervised:
@@ -58,7 +63,7 @@ def test_two_stages_are_one_model() -> None:
     )
     assert second.take_losses() == {"cross_entropy": expected}
     assert second.take_losses() == {"cross_entropy": 0.0}
-    assert not any([first.stash, second.stash, first.losses, second.losses])
+    assert not any([first.stash, second.stash, first.from_loss, second.from_loss])
 
 
 def test_update_scales_every_groups_rate() -> None:
@@ -114,7 +119,7 @@ def test_a_loss_with_other_parts_is_refused() -> None:
 
     (stage,) = stages(ps.Supervised(nn.Sequential(nn.Linear(4, 4)), loss), 1)
     with pytest.raises(ModelError, match="the loss had the parts few on the sample batch and now has many"):
-        stage.loss(stage.forward(X, [], 0, 0, 6), None, Y, 0, 0, 1.0)
+        stage.loss(0, {0: stage.forward(X, [], 0, 0, 6)}, {}, Y, 0, 1.0)
 
 
 def test_infer_is_in_eval_mode_and_forward_in_train_mode() -> None:
@@ -130,8 +135,7 @@ def test_infer_is_in_eval_mode_and_forward_in_train_mode() -> None:
 def test_the_teacher_has_no_graph_and_is_in_eval_mode() -> None:
     task = distilled(nn.Linear(4, CLASSES))
     task.teacher.train()
-    assert task.teacher_blocks is not None
-    stage = TeacherStage(task.teacher_blocks, range(4), CPU, 0)
+    stage = TeacherStage(task, range(4), CPU, 0, NORMS)
     assert not stage.forward(X, 0, 0).requires_grad
     assert not any(module.training for module in task.teacher.modules())
 

@@ -12,7 +12,8 @@ number = st.integers(0, 999_999_999)
 @st.composite
 def actions(draw: st.DrawFn) -> Action:
     role = draw(st.sampled_from(Role))
-    op = draw(st.sampled_from(Op)) if role is Role.STUDENT else Op.FORWARD
+    of_teacher = {Op.FORWARD, Op.EMA}
+    op = draw(st.sampled_from(sorted(of_teacher if role is Role.TEACHER else {*Op} - {Op.EMA})))
     kind = draw(st.sampled_from(Kind))
     return Action(
         role,
@@ -34,6 +35,12 @@ def actions(draw: st.DrawFn) -> Action:
         ("S1L5@0", Action(Role.STUDENT, 1, Op.LOSS, 5, 0)),
         ("S10B11@12", Action(Role.STUDENT, 10, Op.BACKWARD, 11, 12)),
         ("S1U@4", Action(Role.STUDENT, 1, Op.UPDATE, None, 4)),
+        ("S2I0@1", Action(Role.STUDENT, 2, Op.INPUT, 0, 1)),
+        ("S2W10@1", Action(Role.STUDENT, 2, Op.WEIGHT, 10, 1)),
+        ("S1N@4", Action(Role.STUDENT, 1, Op.NORM, None, 4)),
+        ("T1E@4", Action(Role.TEACHER, 1, Op.EMA, None, 4)),
+        ("S1N@4>0", Action(Role.STUDENT, 1, Op.NORM, None, 4, Kind.SEND, 0)),
+        ("S2I0@1<3", Action(Role.STUDENT, 2, Op.INPUT, 0, 1, Kind.RECEIVE, 3)),
         ("S2F0@1>3", Action(Role.STUDENT, 2, Op.FORWARD, 0, 1, Kind.SEND, 3)),
         ("S2F0@1<2", Action(Role.STUDENT, 2, Op.FORWARD, 0, 1, Kind.RECEIVE, 2)),
     ],
@@ -48,7 +55,7 @@ def test_text_round_trip(action: Action) -> None:
     assert Action.parse(str(action)) == action
 
 
-@given(st.text() | st.from_regex(r"[STX][0-9]{1,2}[DFLBUX][0-9]{0,2}@-?[0-9]{1,2}([<>][0-9]?)?\n?", fullmatch=True))
+@given(st.text() | st.from_regex(r"[STX][0-9]{1,2}[DFLBIWNUEX][0-9]{0,2}@-?[0-9]{1,2}([<>][0-9]?)?\n?", fullmatch=True))
 def test_what_parses_is_what_prints(text: str) -> None:
     try:
         action = Action.parse(text)
@@ -95,8 +102,13 @@ def test_text_that_is_no_action(text: str) -> None:
         ("S2F@1", "op FORWARD needs microbatch"),
         ("S2U0@1", "op UPDATE takes no microbatch"),
         ("S2D0@1", "op DATA takes no microbatch"),
-        ("T2B0@1", "the teacher only runs forward, not BACKWARD"),
-        ("T2U@1", "the teacher only runs forward, not UPDATE"),
+        ("S2W@1", "op WEIGHT needs microbatch"),
+        ("S2N0@1", "op NORM takes no microbatch"),
+        ("T2E0@1", "op EMA takes no microbatch"),
+        ("T2B0@1", "the teacher only runs forward and moves its weights, not BACKWARD"),
+        ("T2I0@1", "the teacher only runs forward and moves its weights, not INPUT"),
+        ("T2U@1", "the teacher only runs forward and moves its weights, not UPDATE"),
+        ("S2E@1", "only the teacher's weights are an average of others"),
     ],
 )
 def test_text_of_an_impossible_action(text: str, reason: str) -> None:
@@ -124,4 +136,4 @@ def test_transfers_of_a_work(action: Action, rank: int, step: int) -> None:
 
 
 def test_ops_of_a_microbatch() -> None:
-    assert {op for op in Op if op.per_microbatch} == {Op.FORWARD, Op.LOSS, Op.BACKWARD}
+    assert {op for op in Op if op.per_microbatch} == {Op.FORWARD, Op.LOSS, Op.BACKWARD, Op.INPUT, Op.WEIGHT}

@@ -1,5 +1,7 @@
 """What each action waits for, and the lane it travels on."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,15 @@ BOTH = Structure((0, 1, 2), (0, 1, 2), 2)
 ALONE = Structure((0, 1, 2), (), 2)
 SERIAL = Structure((0, 1, 2), (0, 1, 2), 2, serial=True)
 VALIDATION = Structure((0, 1, 2), (), 2, train=False)
+EMA = replace(BOTH, momentum=True)
+STALE = replace(BOTH, momentum=True, staleness=1)
+ASYNC = replace(BOTH, momentum=True, staleness=1, student_staleness=1)
+SPLIT = replace(BOTH, split=True)
+CLIP = replace(BOTH, clip=True)
+VIEWS = replace(BOTH, views=2, teacher_views=1)
+WHOLE = replace(VIEWS, batch_loss=True)
+SERIAL_VIEWS = replace(SERIAL, views=2, teacher_views=2)
+SERIAL_WHOLE = replace(SERIAL, batch_loss=True)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +40,44 @@ VALIDATION = Structure((0, 1, 2), (), 2, train=False)
         (SERIAL, "S0F1@4", "S0D@4 T2F1@4 S0U@3"),
         (SERIAL, "S1F1@4", "S0D@4 S0F1@4 S1U@3"),
         (VALIDATION, "S1F1@4", "S0D@4 S0F1@4"),
+        # a momentum teacher
+        (EMA, "T0F1@4", "S0D@4 T0E@3"),
+        (EMA, "T2F1@4", "S0D@4 T1F1@4 T2E@3"),
+        (EMA, "S1F1@4", "S0D@4 S0F1@4 S1U@3"),
+        (EMA, "T1E@4", "S1U@4 T1E@3"),
+        (STALE, "T1F1@4", "S0D@4 T0F1@4 T1E@2"),
+        (STALE, "S1F1@4", "S0D@4 S0F1@4 S1U@3"),
+        (STALE, "T1E@4", "S1U@4 T1E@3"),
+        (ASYNC, "T1F1@4", "S0D@4 T0F1@4 T1E@2"),
+        (ASYNC, "S1F1@4", "S0D@4 S0F1@4 S1U@2"),
+        (ASYNC, "S1U@4", "S1B0@4 S1B1@4 S1U@3"),
+        (replace(ASYNC, clip=True), "S1U@4", "S0N@4 S1N@4 S2N@4 S1U@3"),
+        # backwards in two halves
+        (SPLIT, "S2I1@4", "S2F1@4 S2L1@4"),
+        (SPLIT, "S0I1@4", "S0F1@4 S1I1@4"),
+        (SPLIT, "S1W1@4", "S1I1@4"),
+        (SPLIT, "S1U@4", "S1W0@4 S1W1@4"),
+        (replace(SPLIT, clip=True), "S1N@4", "S1W0@4 S1W1@4"),
+        # clipping by the norm of all gradients
+        (CLIP, "S1N@4", "S1B0@4 S1B1@4"),
+        (CLIP, "S1U@4", "S0N@4 S1N@4 S2N@4"),
+        # several views: units 2 and 3 of the student are microbatch 1, of which the teacher sees one view
+        (VIEWS, "S2L1@4", "S0D@4 T2F1@4 S2F2@4 S2F3@4"),
+        (VIEWS, "S2B3@4", "S2F3@4 S2L1@4"),
+        (VIEWS, "S1U@4", "S1B0@4 S1B1@4 S1B2@4 S1B3@4"),
+        (WHOLE, "S2L0@4", "S0D@4 T2F0@4 T2F1@4 S2F0@4 S2F1@4 S2F2@4 S2F3@4"),
+        (WHOLE, "S2B3@4", "S2F3@4 S2L0@4"),
+        (SERIAL_VIEWS, "T0F1@4", "S0D@4 T2F0@4"),
+        (SERIAL_VIEWS, "S0F0@4", "S0D@4 T2F1@4 S0U@3"),
+        (SERIAL_VIEWS, "S0F1@4", "S0D@4 S2F0@4 S0U@3"),
+        (SERIAL_VIEWS, "S2B1@4", "S2F1@4 S2L0@4 S0B0@4"),
+        (SERIAL_VIEWS, "T0F2@4", "S0D@4 S0B1@4"),
+        (SERIAL_WHOLE, "T0F1@4", "S0D@4 S2F0@4"),
+        (SERIAL_WHOLE, "S2B0@4", "S2F0@4 S2L0@4 S2F1@4"),
+        # transfers
+        (CLIP, "S1N@4>2", "S1N@4"),
+        (CLIP, "S1N@4<1", "S0D@4"),
+        (SPLIT, "S1I1@4>0", "S1I1@4"),
         (BOTH, "S1F1@4>2", "S1F1@4"),
         (BOTH, "S1F1@4<1", "S0D@4"),
         (BOTH, "S0D@4>1", "S0D@4"),
@@ -39,11 +88,25 @@ def test_needs(structure: Structure, action: str, expected: str) -> None:
     assert " ".join(map(str, needs(Action.parse(action), structure))) == expected
 
 
-def structures() -> st.SearchStrategy[Structure]:
-    def build(students: int, teachers: int, microbatches: int, serial: bool, train: bool) -> Structure:
-        return Structure(tuple(range(students)), tuple(range(teachers)), microbatches, serial, train)
-
-    return st.builds(build, st.integers(1, 4), st.integers(0, 4), st.integers(1, 4), st.booleans(), st.booleans())
+@st.composite
+def structures(draw: st.DrawFn) -> Structure:
+    students = tuple(range(draw(st.integers(1, 4))))
+    momentum, views = draw(st.booleans()), draw(st.integers(1, 3))
+    return Structure(
+        students,
+        students if momentum else tuple(range(draw(st.integers(0, 4)))),
+        num_microbatches=draw(st.integers(1, 4)),
+        serial=draw(st.booleans()),
+        train=momentum or draw(st.booleans()),
+        views=views,
+        teacher_views=draw(st.integers(1, views)),
+        batch_loss=draw(st.booleans()),
+        momentum=momentum,
+        staleness=draw(st.integers(0, int(momentum))),
+        student_staleness=draw(st.integers(0, int(momentum))),
+        split=draw(st.booleans()),
+        clip=draw(st.booleans()),
+    )
 
 
 @given(structures())
@@ -62,7 +125,7 @@ def test_a_plain_loop_meets_every_need(structure: Structure) -> None:
 def test_every_result_is_needed(structure: Structure) -> None:
     """Nothing is computed in vain: all work leads to the next update, or to the loss of a validation."""
     wanted = {need for step in (0, 1) for action in structure.actions(step) for need in needs(action, structure)}
-    ends = {Op.LOSS} if not structure.train else {Op.UPDATE}
+    ends = {Op.LOSS} if not structure.train else {Op.UPDATE, Op.EMA}
     for action in structure.actions(0):
         assert action in wanted or action.op in ends
 
@@ -77,6 +140,13 @@ def test_every_result_is_needed(structure: Structure) -> None:
         ("T2F0@0>2", 2, Lane.TEACHER),
         ("T2F0@0>0", 0, Lane.TOKEN),
         ("T2F0@0<2", 0, Lane.TOKEN),
+        ("S2F0@0>0", 0, Lane.TOKEN),  # only tells that a pass has ended
+        ("S0B0@0>2", 2, Lane.TOKEN),
+        ("S0I0@0>2", 2, Lane.TOKEN),
+        ("S1I0@0>0", 0, Lane.GRADIENT),
+        ("S1I0@0<1", 0, Lane.GRADIENT),
+        ("S1N@0>0", 0, Lane.NORM),
+        ("S0N@0<0", 2, Lane.NORM),
     ],
 )
 def test_lanes(transfer: str, destination: int, expected: Lane) -> None:

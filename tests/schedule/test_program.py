@@ -1,19 +1,20 @@
 """What a step computes, and schedules as rows and as text."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule.tasks import Task, rows_of, tasks, texts_of
 
-from pipestill.schedule import STRATEGIES, Action, Op, Role, Schedule, Structure, generate
+from pipestill.schedule import Action, Op, Role, Schedule, Structure, generate
 from pipestill.schedule.gpipe import forward_only
 
 
 def schedules() -> st.SearchStrategy[Schedule]:
-    stages, microbatches = st.integers(1, 4), st.integers(1, 5)
-    training = st.builds(generate, st.sampled_from(sorted(STRATEGIES)), stages, microbatches, teacher=st.booleans())
-    return training | st.builds(forward_only, stages, microbatches)
+    training = tasks(most_stages=3, most_units=4).map(Task.schedule)
+    return training | st.builds(forward_only, st.integers(1, 4), st.integers(1, 5))
 
 
 # ---------------------------------------------------------------- structure
@@ -51,6 +52,64 @@ def test_structure_without_work(ranks: tuple[int, ...], microbatches: int) -> No
         Structure(ranks, (), microbatches)
 
 
+def test_backwards_in_two_halves() -> None:
+    structure = Structure((0, 1), (), 1, split=True)
+    assert (
+        " ".join(map(str, structure.actions())) == "S0D@0 S0F0@0 S1F0@0 S1L0@0 S1I0@0 S1W0@0 S0I0@0 S0W0@0 S0U@0 S1U@0"
+    )
+    assert structure.backward_ops == (Op.INPUT, Op.WEIGHT)
+    assert Structure((0,), (), 1).backward_ops == (Op.BACKWARD,)
+
+
+def test_what_ends_a_step_of_a_momentum_teacher() -> None:
+    structure = Structure((0, 1), (0, 1), 1, momentum=True, clip=True)
+    assert " ".join(map(str, structure.actions(step=2))) == (
+        "S0D@2 T0F0@2 T1F0@2 S0F0@2 S1F0@2 S1L0@2 S1B0@2 S0B0@2 S0N@2 S1N@2 S0U@2 T0E@2 S1U@2 T1E@2"
+    )
+
+
+def test_views_of_a_microbatch_share_its_loss() -> None:
+    structure = Structure((0,), (0,), 2, views=2, teacher_views=1)
+    assert texts_of([list(structure.actions())]) == [
+        "S0D@0 T0F0@0 S0F0@0 S0F1@0 S0L0@0 S0B0@0 S0B1@0 T0F1@0 S0F2@0 S0F3@0 S0L1@0 S0B2@0 S0B3@0 S0U@0"
+    ]
+    assert (structure.num_units(Role.STUDENT), structure.num_units(Role.TEACHER), structure.num_losses) == (4, 2, 2)
+    assert [structure.loss_of_unit(u) for u in range(4)] == [0, 0, 1, 1]
+    assert structure.units_of_loss(1, Role.STUDENT) == range(2, 4)
+    assert structure.units_of_loss(1, Role.TEACHER) == range(1, 2)
+
+
+def test_a_loss_over_the_batch_comes_once() -> None:
+    structure = Structure((0,), (0,), 2, views=2, teacher_views=1, batch_loss=True)
+    assert texts_of([list(structure.actions())]) == [
+        "S0D@0 T0F0@0 S0F0@0 S0F1@0 T0F1@0 S0F2@0 S0F3@0 S0L0@0 S0B0@0 S0B1@0 S0B2@0 S0B3@0 S0U@0"
+    ]
+    assert structure.num_losses == 1
+    assert {structure.loss_of_unit(u) for u in range(4)} == {0}
+    assert structure.units_of_loss(0, Role.TEACHER) == range(2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pieces": 2}, "3 microbatches are not cut into 2 pieces each"),
+        ({"pieces": 0}, "3 microbatches are not cut into 0 pieces each"),
+        ({"views": 0}, "a teacher that sees 1 of 0 views; expected 1 to all"),
+        ({"views": 2, "teacher_views": 3}, "a teacher that sees 3 of 2 views; expected 1 to all"),
+        ({"teacher_views": 0}, "a teacher that sees 0 of 1 views; expected 1 to all"),
+        ({"teacher_ranks": (1, 0), "momentum": True}, "a momentum teacher's stages sit where the student's do"),
+        ({"teacher_ranks": (), "momentum": True}, "a momentum teacher's stages sit where the student's do"),
+        ({"momentum": True, "staleness": 2}, "staleness 2 and 0; expected 0 or 1"),
+        ({"momentum": True, "student_staleness": -1}, "staleness 0 and -1; expected 0 or 1"),
+        ({"staleness": 1}, "only a momentum teacher's weights, and then the student's, can be stale"),
+        ({"student_staleness": 1}, "only a momentum teacher's weights, and then the student's, can be stale"),
+    ],
+)
+def test_impossible_structure(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Structure(**{"student_ranks": (0, 1), "teacher_ranks": (0, 1), "num_microbatches": 3, **fields})
+
+
 @pytest.mark.parametrize("ranks", [(1,), (0, 2), (-1, 0)])
 def test_ranks_have_no_gaps(ranks: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"ranks \[.*\] are not 0 to"):
@@ -73,6 +132,7 @@ def test_unrolled_rows_leave_out_steps_before_the_first_and_after_the_last() -> 
 
 
 @given(schedules(), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
 def test_unrolled_rows_hold_every_work_of_every_step(schedule: Schedule, num_steps: int) -> None:
     done = [a for row in schedule.unroll(num_steps) for a in row if a.computes]
     assert len(done) == len(set(done))
@@ -103,6 +163,7 @@ def test_work_of_a_step_before_its_period_is_refused() -> None:
 
 
 @given(schedules())
+@settings(max_examples=30, deadline=None)
 def test_text_round_trip(schedule: Schedule) -> None:
     assert Schedule.from_text(schedule.to_text()) == schedule
 
@@ -115,16 +176,65 @@ def test_text() -> None:
         "student ranks: 0\n"
         "teacher ranks: 0\n"
         "microbatches: 1\n"
+        "views: 1\n"
+        "teacher views: 1\n"
+        "staleness: 0\n"
+        "student staleness: 0\n"
+        "pieces: 1\n"
         "serial: yes\n"
         "train: yes\n"
+        "batch loss: no\n"
+        "momentum: no\n"
+        "split: no\n"
+        "clip: no\n"
         "stash: 1\n"
         "run ahead: 1\n"
         "rank 0: S0D@1 T0F0@0 S0F0@0 S0L0@0 S0B0@0 S0U@0\n"
     )
 
 
+def test_text_of_everything_else() -> None:
+    structure = Structure(
+        student_ranks=(0,),
+        teacher_ranks=(0,),
+        num_microbatches=2,
+        views=3,
+        teacher_views=2,
+        batch_loss=True,
+        momentum=True,
+        staleness=1,
+        student_staleness=1,
+        split=True,
+        clip=True,
+        pieces=2,
+    )
+    schedule = Schedule("mine", structure, rows_of("S0D@1 S0I4@0 S0W4@0 S0N@0 S0U@0 T0E@0"), (6,), 9)
+    assert schedule.to_text() == (
+        "pipestill schedule 1\n"
+        "strategy: mine\n"
+        "student ranks: 0\n"
+        "teacher ranks: 0\n"
+        "microbatches: 2\n"
+        "views: 3\n"
+        "teacher views: 2\n"
+        "staleness: 1\n"
+        "student staleness: 1\n"
+        "pieces: 2\n"
+        "serial: no\n"
+        "train: yes\n"
+        "batch loss: yes\n"
+        "momentum: yes\n"
+        "split: yes\n"
+        "clip: yes\n"
+        "stash: 6\n"
+        "run ahead: 9\n"
+        "rank 0: S0D@1 S0I4@0 S0W4@0 S0N@0 S0U@0 T0E@0\n"
+    )
+    assert Schedule.from_text(schedule.to_text()) == schedule
+
+
 @given(schedules(), st.data())
-@settings(max_examples=60)
+@settings(max_examples=30, deadline=None)
 def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) -> None:
     lines = schedule.to_text().splitlines()
     gone = lines.pop(data.draw(st.integers(0, len(lines) - 1)))
@@ -153,6 +263,12 @@ def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) 
         ("strategy: 1f1b", "strategy: 1f1b\nnonsense", "not a line of a schedule.*'nonsense'"),
         ("strategy: 1f1b", "strategy: 1f1b\nrank 2: S0U@0", "lines that mean nothing: rank 2"),
         ("rank 1:", "rank 7:", "the schedule lacks the line 'rank 1'"),
+        ("\nviews: 1", "\nviews: 0", "a teacher that sees 1 of 0 views; expected 1 to all"),
+        ("teacher views: 1", "teacher views: 2", "a teacher that sees 2 of 1 views; expected 1 to all"),
+        ("\nstaleness: 0", "\nstaleness: yes", "'staleness: yes' in a schedule: expected a whole number"),
+        ("\nstaleness: 0", "\nstaleness: 1", "only a momentum teacher's weights, and then the student's, can be stale"),
+        ("pieces: 1", "pieces: 3", "2 microbatches are not cut into 3 pieces each"),
+        ("clip: no", "clip: 1", "'clip: 1' in a schedule: expected yes or no"),
         ("S1U@0", "S1X@0", "'S1X@0' is not an action"),
         ("S1U@0", "S1U4@0", "'S1U4@0' is not an action: op UPDATE takes no microbatch"),
     ],

@@ -1,5 +1,7 @@
 """The clock: hand-computed examples, to the last digit."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +11,8 @@ from pipestill.schedule import Action, Op, Schedule, Structure, Trace, generate
 from pipestill.schedule.comms import connect
 from pipestill.schedule.gpipe import forward_only
 from pipestill.schedule.simulate import action_seconds, simulate, transfer_seconds
+
+BOTH = Structure((0, 1), (0, 1), 1)
 
 
 def times(trace: Trace) -> dict[str, tuple[float, float]]:
@@ -85,11 +89,90 @@ def test_validation_has_no_gradients() -> None:
 
 @pytest.mark.parametrize(
     ("action", "seconds"),
-    [("S1F0@0", 2.0), ("S1B0@0", 4.0), ("S0U@0", 5.0), ("T0F0@0", 7.0), ("S1L0@0", 9.0), ("S0D@0", 10.0)],
+    [
+        ("S1F0@0", 2.0),
+        ("S1B0@0", 4.0),
+        ("S1I0@0", 2.5),
+        ("S1W0@0", 1.5),
+        ("S0U@0", 5.0),
+        ("T0F0@0", 7.0),
+        ("T1E@0", 12.0),
+        ("S1N@0", 0.0),
+        ("S1L0@0", 9.0),
+        ("S0D@0", 10.0),
+    ],
 )
 def test_seconds_of_each_kind_of_work(action: str, seconds: float) -> None:
-    costs = StageCosts((1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), loss=9.0, data=10.0)
-    assert action_seconds(Action.parse(action), costs) == seconds
+    """The two halves of a backward are as long as the whole."""
+    costs = StageCosts(
+        (1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), loss=9.0, data=10.0, weight=(0.5, 1.5), ema=(11.0, 12.0)
+    )
+    assert action_seconds(Action.parse(action), BOTH, costs) == seconds
+
+
+def test_seconds_of_what_costs_leave_out() -> None:
+    costs = StageCosts((1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0))
+    seconds = [action_seconds(Action.parse(text), BOTH, costs) for text in ("S1I0@0", "S1W0@0", "T1E@0")]
+    assert seconds == [4.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("action", "seconds"),
+    [
+        ("S0F0@0", 1.0),
+        ("S0F1@0", 3.0),
+        ("S0F2@0", 1.0),
+        ("S0B3@0", 6.0),
+        ("S0I3@0", 4.5),
+        ("S0W3@0", 1.5),
+        ("T0F0@0", 5.0),
+        ("T0F1@0", 5.0),  # of the second microbatch, which it sees in the first view alone
+        ("S0U@0", 9.0),
+    ],
+)
+def test_seconds_in_each_view(action: str, seconds: float) -> None:
+    """The second view takes three times as long as the first; a teacher that sees one view has a unit a microbatch."""
+    costs = StageCosts((1.0,), (2.0,), (9.0,), (5.0,), weight=(0.5,), views=(1.0, 3.0))
+    structure = Structure((0,), (0,), 2, views=2, teacher_views=1)
+    assert action_seconds(Action.parse(action), structure, costs) == seconds
+    if Action.parse(action).microbatch is not None:  # cut in two, all that is done once a microbatch is half as long
+        assert action_seconds(Action.parse(action), replace(structure, pieces=2), costs) == seconds / 2
+    else:
+        assert action_seconds(Action.parse(action), replace(structure, pieces=2), costs) == seconds
+
+
+def test_seconds_of_a_loss_over_the_batch() -> None:
+    """As much as all its microbatches, in however many pieces these are cut."""
+    costs = StageCosts((1.0,), (2.0,), (0.0,), loss=0.5)
+    loss = Action.parse("S0L0@0")
+    assert action_seconds(loss, Structure((0,), (), 6), costs) == 0.5
+    assert action_seconds(loss, Structure((0,), (), 6, batch_loss=True), costs) == 3.0
+    assert action_seconds(loss, Structure((0,), (), 6, pieces=2), costs) == 0.25
+    assert action_seconds(loss, Structure((0,), (), 6, batch_loss=True, pieces=2), costs) == 1.5
+
+
+def test_momentum_teacher_waits_for_its_own_stage_alone() -> None:
+    """Stage 1 updates for 4 s and then moves its teacher for 8; stage 0's next batch does not wait for that."""
+    costs = StageCosts((1.0, 1.0), (1.0, 1.0), (2.0, 4.0), (1.0, 1.0), ema=(1.0, 8.0))
+    trace = times(simulate(generate("gpipe", 2, 1, momentum=True), costs, num_steps=2))
+    assert trace["S1B0@0"] == (3.0, 4.0)
+    assert trace["S1U@0"] == (4.0, 8.0)
+    assert trace["T1E@0"] == (8.0, 16.0)
+    assert trace["S0B0@0"] == (4.0, 5.0)
+    assert trace["S0U@0"] == (5.0, 7.0)
+    assert trace["T0E@0"] == (7.0, 8.0)
+    assert trace["T0F0@1"] == (8.0, 9.0)
+    assert trace["T1F0@1"] == (16.0, 17.0)
+
+
+def test_clipping_holds_every_update_until_the_last_gradient() -> None:
+    costs = StageCosts((1.0, 1.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0), link=Link(latency_seconds=0.5))
+    free = times(simulate(generate("gpipe", 2, 1), costs, num_steps=1))
+    clipped = times(simulate(generate("gpipe", 2, 1, clip=True), costs, num_steps=1))
+    assert free["S1U@0"][0] == free["S1B0@0"][1] == 4.5
+    assert clipped["S0B0@0"] == (5.0, 6.0)
+    assert clipped["S0U@0"] == (6.0, 7.0)  # the other norm has long come
+    assert clipped["S1U@0"] == (6.5, 7.5)  # this one takes half a second
 
 
 # ---------------------------------------------------------------- links
@@ -159,12 +242,32 @@ def test_a_token_carries_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("action", "seconds"), [("S0F0@0", 1.0), ("S1B0@0", 1.0), ("S2B0@0", 2.0), ("T1F0@0", 5.0), ("S0D@0", 0.0)]
+    ("action", "seconds"),
+    [
+        ("S0F0@0", 1.0),
+        ("S1B0@0", 1.0),
+        ("S2B0@0", 2.0),
+        ("S2I0@0", 2.0),
+        ("T1F0@0", 5.0),
+        ("S0D@0", 0.0),
+        ("S2N@0", 0.0),
+    ],
 )
 def test_seconds_of_each_kind_of_transfer(action: str, seconds: float) -> None:
     """A gradient is as large as the activation that it belongs to: the one before its stage."""
     costs = StageCosts(*[(1.0,) * 3] * 4, activation_bytes=(1, 2, 3), teacher_bytes=(4, 5, 6), link=Link(0.0, 1.0))
-    assert transfer_seconds(Action.parse(action), costs) == seconds
+    assert transfer_seconds(Action.parse(action), Structure((0, 1, 2), (0, 1, 2), 1), costs) == seconds
+
+
+def test_seconds_of_a_transfer_in_each_view_and_piece() -> None:
+    """A view that takes half as long is half as large."""
+    ones = (1.0, 1.0)
+    costs = StageCosts(*[ones] * 4, activation_bytes=(8, 8), link=Link(0.25, 1.0), views=(1.0, 0.5))
+    structure = Structure((0, 1), (0, 1), 2, views=2)
+    seconds = [transfer_seconds(Action.parse(f"S0F{u}@0"), structure, costs) for u in range(4)]
+    assert seconds == [8.25, 4.25, 8.25, 4.25]
+    halves = replace(structure, pieces=2)
+    assert [transfer_seconds(Action.parse(f"S1B{u}@0"), halves, costs) for u in range(2)] == [4.25, 2.25]
 
 
 # ---------------------------------------------------------------- interference

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import pipestill as ps
 from pipestill.callbacks import Callback
 from pipestill.costs import BlockCosts, Costs
+from pipestill.schedule import generate
 
 TIMES = ("seconds", "samples_per_second", "bubble", "utilisation")
 
@@ -32,7 +35,7 @@ class Listener(Callback):
 
 @dataclass
 class Outcome:
-    """The student after training and all that was reported on the way."""
+    """Both models after training (the teacher's names behind "teacher ") and all that was reported on the way."""
 
     state: dict[str, Tensor]
     steps: list[dict[str, float]]
@@ -66,20 +69,42 @@ class Case:
         listener = Listener()
         options: dict[str, Any] = {"lr": 0.05, "microbatches": 3, "log_every": 1, "costs": unit_costs(task)}
         options |= {"device": "cpu", "timeout_seconds": 60.0, "callbacks": [listener], **self.trainer, **trainer}
-        result = ps.Trainer(task, strategy=strategy, devices=devices, **options).fit(
-            self.loader(), validate=self.validate() if self.validate else None, **self.fit
-        )
-        state = {name: tensor.detach().clone() for name, tensor in task.student.state_dict().items()}
+        student_staleness = options.pop("student_staleness", 0)
+        trainer_of = ps.Trainer(task, strategy=strategy, devices=devices, **options)
+        trainer_of.student_staleness = student_staleness  # of `reference`, no option of users
+        result = trainer_of.fit(self.loader(), validate=self.validate() if self.validate else None, **self.fit)
+        state = state_of(task)
         return Outcome(state, listener.steps, listener.validations, result.metrics, task.student)
+
+
+def state_of(task: Any) -> dict[str, Tensor]:
+    """Copies of all weights and buffers of both models."""
+    taught = task.teacher_blocks
+    state = {name: tensor.detach().clone() for name, tensor in task.student.state_dict().items()}
+    if taught is not None:
+        state |= {f"teacher {name}": tensor.detach().clone() for name, tensor in taught.model.state_dict().items()}
+    return state
 
 
 def unit_costs(task: Any) -> Costs:
     """The same cost for every block: plans without measuring."""
     teacher = task.teacher_blocks
     return Costs(
-        tuple(BlockCosts(block.name, 1.0, 2.0) for block in task.student_blocks.blocks),
+        tuple(BlockCosts(block.name, 1.0, 2.0, weight_seconds=1.0) for block in task.student_blocks.blocks),
         tuple(BlockCosts(block.name, 1.0) for block in teacher.blocks) if teacher else (),
+        views=(1.0,) * task.demands.views,
     )
+
+
+_generate_once = cache(generate)
+
+
+def search_less(patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Schedules without the long search for the fastest, and each only once: for tests of what they compute."""
+    fill, plan = (importlib.import_module(f"pipestill.{name}") for name in ("schedule.fill", "plan.plan"))
+    patch(fill, "_MOST_WOVEN", 0)
+    patch(fill, "_MOVES", 0)
+    patch(plan, "generate", _generate_once)
 
 
 def assert_same(got: Outcome, expected: Outcome) -> None:

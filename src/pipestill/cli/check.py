@@ -61,7 +61,11 @@ def run(words: list[str]) -> int:
     for problem in result["problems"]:
         console.print(f"  {problem}")
     verdict = "bit-identical to" if result["exact"] else "NOT identical to"
-    console.print(f"weights after {wanted.steps} steps: {verdict} the reference ({' and '.join(transports)})")
+    stale = result["staleness"]
+    which = "the reference" + (f" that reads weights {stale} step old" if stale else "")
+    console.print(f"weights after {wanted.steps} steps: {verdict} {which} ({' and '.join(transports)})")
+    if result["whole_backwards"]:
+        console.print(f"backwards that stay whole: {'; '.join(result['whole_backwards'])}")
     return 0 if result["exact"] else 1
 
 

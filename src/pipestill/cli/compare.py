@@ -1,22 +1,71 @@
-"""`pipestill compare RECIPE --devices N --strategies a,b,c`: side by side, in one run."""
+"""`pipestill compare RECIPE --devices N --strategies a,b,c`: side by side, in one run.
+
+With `--virtual`, on devices that wait instead of computing: of a recipe or a costs file, or of uniform stages.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from pipestill import draw
+from pipestill.cli.measure import costs_of_recipe
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
-from pipestill.compare import compare
+from pipestill.cli.simulate import uniform, without_recipe
+from pipestill.compare import Comparison, compare
+from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.recipes.run import RunOptions, preflight
 from pipestill.runtime.world import choose_device_type
+from pipestill.virtual_compare import VirtualOptions, compare_virtual
+
+
+@dataclass(frozen=True)
+class VirtualCompareOptions:
+    """What is compared on virtual devices.
+
+    Args:
+        virtual: devices wait for as long as the costs say, instead of computing
+        devices: pipeline stages, each one process
+        microbatches: slices of a batch
+        strategies: names with commas between them, among them fill+split (split backwards) and fill+stale (staleness 1);
+            speedups are over the first
+        costs: a costs file
+        uniform: T,F,BI,BW in seconds: what every stage takes for a teacher forward, a student forward, its input gradient
+            and its weight gradient
+        teacher: without a recipe: frozen, ema, or none for the student alone
+        views: without a recipe: views of each sample, all seen by both models
+        batch_loss: without a recipe: the loss takes the whole batch at once
+        clip: without a recipe: gradients are clipped by their global norm
+        rounds: how often each is measured, in turn
+        steps: updates of each measurement, at least 6
+        timeout_seconds: deadline of every wait
+        draw: a .svg or .png file for all timelines, one above the other
+        json: print the figures as one JSON object
+    """
+
+    virtual: bool = True
+    devices: int = 2
+    microbatches: int = 8
+    strategies: str = "sequential,gpipe,1f1b,fill"
+    costs: str | None = None
+    uniform: str | None = None
+    teacher: Literal["frozen", "ema", "none"] = "frozen"
+    views: int = 1
+    batch_loss: bool = False
+    clip: bool = False
+    rounds: int = 3
+    steps: int = 12
+    timeout_seconds: float = 600.0
+    draw: str | None = None
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -24,8 +73,9 @@ class CompareOptions:
     """What is compared.
 
     Args:
-        strategies: names with commas between them, among them reference, torch-1f1b and torch-gpipe (PyTorch's own
-            pipelines, the teacher run first); speedups are over the first
+        strategies: names with commas between them, among them fill+split (split backwards), fill+stale (staleness 1),
+            reference, torch-1f1b and torch-gpipe (PyTorch's own pipelines, the teacher run first); speedups are over
+            the first
         rounds: how often each is measured, in turn
         steps: updates of each measurement, at least 6
         draw: a .svg or .png file for all timelines, one above the other
@@ -41,6 +91,8 @@ class CompareOptions:
 
 def run(words: list[str]) -> int:
     """Run the command."""
+    if any(word.replace("_", "-").startswith("--virtual") for word in words):
+        return run_on_virtual_devices(words)
     try:
         kind, defaults, rest = recipe_and_rest("compare", words)
         recipe, options, wanted = parse(
@@ -50,16 +102,52 @@ def run(words: list[str]) -> int:
         return 0
     refuse(rest, ("strategy",), "names one; 'compare' takes several: --strategies a,b,c")
     refuse(rest, ("teacher",), "is not read by 'compare': how well a teacher does takes no time")
+    strategies = _strategies(wanted)
+    preflight(recipe, options)
+    device_type = choose_device_type(options.device, options.devices)
+    comparison = compare(recipe, options, strategies, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type)
+    return _tell(comparison, wanted)
+
+
+def run_on_virtual_devices(words: list[str]) -> int:
+    """Run the command with `--virtual`."""
+    source = words[0] if words and not words[0].startswith("--") else None
+    try:
+        if source is not None:
+            costs, demands, wanted = costs_of_recipe("compare", words, VirtualCompareOptions)
+            refuse(
+                words,
+                ("uniform", "teacher", "views", "batch_loss", "clip"),
+                "is for stages without a recipe; leave it out",
+            )
+        else:
+            (wanted,) = parse("compare --virtual", words, VirtualCompareOptions)
+            if (wanted.uniform is None) == (wanted.costs is None):
+                raise ConfigError("'compare --virtual' needs a recipe, --costs FILE, or --uniform T,F,BI,BW in seconds")
+            costs = uniform(wanted.uniform, wanted) if wanted.uniform is not None else Costs.load(wanted.costs)
+            demands = without_recipe(costs, wanted)
+    except Helped:
+        return 0
+    options = VirtualOptions(
+        wanted.devices, wanted.microbatches, _strategies(wanted), wanted.rounds, wanted.steps, wanted.timeout_seconds
+    )
+    costs = costs.with_surroundings(dataclasses.replace(costs.link, wake_seconds=0.0), 1.0)
+    return _tell(compare_virtual(costs, demands, options), wanted)
+
+
+def _strategies(wanted: CompareOptions | VirtualCompareOptions) -> list[str]:
+    """Their names, once all that can be wrong with the options has been looked at."""
     if wanted.rounds < 1 or wanted.steps < 6:
         raise ConfigError(f"rounds {wanted.rounds} and steps {wanted.steps}; expected at least 1 and 6")
-    preflight(recipe, options)
     strategies = [name.strip() for name in wanted.strategies.split(",") if name.strip()]
     if not strategies:
         raise ConfigError("--strategies names none; expected some such as sequential,fill")
     if wanted.draw and not Path(wanted.draw).parent.is_dir():  # seen before minutes of measuring, not after
         raise ConfigError(f"cannot write '{wanted.draw}': there is no directory '{Path(wanted.draw).parent}'")
-    device_type = choose_device_type(options.device, options.devices)
-    comparison = compare(recipe, options, strategies, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type)
+    return strategies
+
+
+def _tell(comparison: Comparison, wanted: CompareOptions | VirtualCompareOptions) -> int:
     if wanted.draw and comparison.traces:
         draw.picture(list(comparison.traces.values()), Path(wanted.draw), titles=list(comparison.traces))
     if wanted.json:
@@ -76,35 +164,50 @@ def show(figures: dict[str, Any], console: Console) -> None:
     calibration, results = figures["calibration"], figures["results"]
     console.width = max(console.width, 100)  # the table takes what it needs
     console.print(table(results), crop=False)
+    if calibration.get("virtual"):
+        machine = (
+            f"Virtual devices: processes and messages are real, work waits. On this machine a trivial pipeline reaches "
+            f"{calibration['share_of_ideal']:.1%} (+-{_half(calibration['share_of_ideal_spread']):.1%}) of its ideal; clocks "
+            f"were set back by {calibration['late']:.1%} for waits that ended late."
+        )
+    else:
+        machine = (
+            f"This machine: a step of the plain loop takes {calibration['alone_seconds_per_step'] * 1e3:.1f} ms alone and "
+            f"{calibration['together_seconds_per_step'] * 1e3:.1f} ms in {calibration['devices']} processes at once, so no "
+            f"way to share the work can be more than {calibration['ceiling']:.2f} times as fast "
+            f"(+-{_half(calibration['ceiling_spread']):.2f}). MiB is the peak of the largest rank."
+        )
     console.print(
-        f"This machine: a step of the plain loop takes {calibration['alone_seconds_per_step'] * 1e3:.1f} ms alone and "
-        f"{calibration['together_seconds_per_step'] * 1e3:.1f} ms in {calibration['devices']} processes at once, so no "
-        f"way to share the work can be more than {calibration['ceiling']:.2f} times as fast "
-        f"(+-{_half(calibration['ceiling_spread']):.2f}). Speedups are over {results[0]['strategy']}; stash is in "
-        "microbatches of the rank that holds most, and MiB is the peak of the largest rank.",
+        f"{machine} Speedups are over {results[0]['strategy']}; stash is in units (a microbatch in one view) of the rank "
+        "that holds most; stale is how many steps old the weights are that a step reads.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
 def table(results: list[dict[str, Any]]) -> Table:
     """One row a strategy; what follows +- is half the range of the rounds."""
+    real = any("share_of_ceiling" in result for result in results)
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
     shown.add_column("strategy", no_wrap=True)
-    for name in ("ms a step", "predicted", "speedup", "of ceiling", "busy", "stash", "MiB"):
+    ends = ("of ceiling", "MiB") if real else ()
+    for name in ("ms a step", "predicted", "speedup", "busy", "expected", "stash", "stale", *ends):
         shown.add_column(name, justify="right", no_wrap=True)
     for result in results:
         predicted = result.get("predicted_seconds_per_step")
         spread = [s * 1e3 for s in result["seconds_per_step_spread"]]
-        shown.add_row(
+        cells = [
             result["strategy"],
             f"{result['seconds_per_step'] * 1e3:.1f} +-{_half(spread):.1f}",
             f"{predicted * 1e3:.1f}" if predicted else "",
             f"{result['speedup']:.2f} +-{_half(result['speedup_spread']):.2f}",
-            f"{result['share_of_ceiling']:.0%}",
-            f"{result['utilisation']:.0%}" if "utilisation" in result else "",
+            f"{result['utilisation']:.1%}" if "utilisation" in result else "",
+            f"{result['predicted_utilisation']:.1%}" if "predicted_utilisation" in result else "",
             str(max(result["stash_peak"])) if "stash_peak" in result else "",
-            f"{max(result['peak_memory_bytes']) / 2**20:.0f}",
-        )
+            str(result["staleness"]) if "staleness" in result else "",
+        ]
+        if real:
+            cells += [f"{result['share_of_ceiling']:.0%}", f"{max(result['peak_memory_bytes']) / 2**20:.0f}"]
+        shown.add_row(*cells)
     return shown
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
 from rich.text import Text
@@ -16,8 +16,12 @@ from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan, make_plan
 from pipestill.schedule import check
+from pipestill.schedule.program import Demands
 
-_FIXED = ("devices", "strategy", "microbatches", "run_ahead", "uniform", "teacher", "costs")
+_WITHOUT_RECIPE = ("uniform", "teacher", "views", "batch_loss", "clip")
+_FIXED = (
+    "devices", "strategy", "microbatches", "staleness", "split_backward", "stash", "run_ahead", "costs", *_WITHOUT_RECIPE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,18 @@ class SimulateOptions:
 
     Args:
         devices: pipeline stages
-        strategy: sequential, gpipe, 1f1b or fill
+        strategy: sequential, gpipe, 1f1b, tspipe, async or fill
         microbatches: slices of a batch
+        staleness: of a momentum teacher under 'fill': 0 or 1
+        split_backward: 'fill' takes gradients of weights apart from those of inputs
+        stash: most microbatches that a rank of 'fill' holds: a number, n, 2n-1 or all
         run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student
         uniform: T,F,BI,BW such as 1,1,1,1: what every stage takes for a teacher forward, a student forward,
             its input gradient and its weight gradient
-        teacher: with --uniform: frozen, or none for the student alone
+        teacher: without a recipe: frozen, ema, or none for the student alone
+        views: without a recipe: views of each sample, all seen by both models
+        batch_loss: without a recipe: the loss takes the whole batch at once
+        clip: without a recipe: gradients are clipped by their global norm
         costs: a costs file, alone or to spare measuring a recipe
         draw: a .svg or .png file for the picture
         steps: steady steps in the picture
@@ -42,9 +52,15 @@ class SimulateOptions:
     devices: int = 2
     strategy: str = "fill"
     microbatches: int = 8
+    staleness: int | None = None
+    split_backward: bool = False
+    stash: int | str | None = None
     run_ahead: int | None = None
     uniform: str | None = None
-    teacher: Literal["frozen", "none"] = "frozen"
+    teacher: Literal["frozen", "ema", "none"] = "frozen"
+    views: int = 1
+    batch_loss: bool = False
+    clip: bool = False
     costs: str | None = None
     draw: str | None = None
     steps: int = 2
@@ -115,43 +131,72 @@ def _plan(source: str | None, words: list[str]) -> tuple[Plan, SimulateOptions, 
     if source is not None:
         from pipestill.cli.measure import costs_of_recipe
 
-        recipe_costs, options = costs_of_recipe("simulate", [source, *words], SimulateOptions)
-        refuse(words, ("uniform", "teacher"), "is for stages without a recipe; leave it out, or leave out the recipe")
-        plan = _make(recipe_costs, options)
+        recipe_costs, demands, options = costs_of_recipe("simulate", [source, *words], SimulateOptions)
+        refuse(words, _WITHOUT_RECIPE, "is for stages without a recipe; leave it out, or leave out the recipe")
+        plan = _make(recipe_costs, demands, options)
         return plan, options, f"{source}: {_title(plan)}"
     (options,) = parse("simulate [RECIPE|config.yaml|plan.json]", words, SimulateOptions)
     if (options.uniform is None) == (options.costs is None):
         raise ConfigError(
             "'simulate' needs one of: a recipe, a config.yaml, a plan.json, --costs FILE, or --uniform T,F,BI,BW"
         )
-    if options.costs is not None:
-        refuse(words, ("teacher",), "goes with --uniform; the costs say whether there is a teacher")
-    costs = uniform(options) if options.uniform is not None else Costs.load(options.costs)
-    plan = _make(costs, options)
+    costs = uniform(options.uniform, options) if options.uniform is not None else Costs.load(options.costs)
+    plan = _make(costs, without_recipe(costs, options), options)
     return plan, options, _title(plan)
 
 
-def uniform(options: SimulateOptions) -> Costs:
+class Shape(Protocol):
+    """What stages without a recipe are described by."""
+
+    @property
+    def devices(self) -> int: ...
+    @property
+    def teacher(self) -> str: ...
+    @property
+    def views(self) -> int: ...
+    @property
+    def batch_loss(self) -> bool: ...
+    @property
+    def clip(self) -> bool: ...
+
+
+def without_recipe(costs: Costs, options: Shape) -> Demands:
+    """What a task of that shape asks of a schedule; `ConfigError` when the costs are of another."""
+    if options.views < 1:
+        raise ConfigError(f"views is {options.views}; expected at least 1")
+    if options.teacher == "ema" and not costs.teacher:
+        raise ConfigError("--teacher ema needs costs of a teacher, and these have none")
+    if len(costs.views) != options.views:
+        raise ConfigError(f"the costs are of {len(costs.views)} views, --views is {options.views}")
+    return Demands(options.teacher == "ema", options.views, options.views, options.batch_loss, options.clip)
+
+
+def uniform(times: str, options: Shape) -> Costs:
     """One block a stage, all alike."""
-    assert options.uniform is not None
     try:
-        teacher, forward, input_gradient, weight_gradient = (float(x) for x in options.uniform.split(","))
+        teacher, forward, input_gradient, weight_gradient = (float(x) for x in times.split(","))
     except ValueError:
-        raise ConfigError(f"--uniform takes four numbers T,F,BI,BW such as 1,1,1,1, got '{options.uniform}'") from None
+        raise ConfigError(f"--uniform takes four numbers T,F,BI,BW such as 1,1,1,1, got '{times}'") from None
     if min(teacher, forward, input_gradient, weight_gradient) < 0 or forward + input_gradient + weight_gradient == 0:
-        raise ConfigError(f"--uniform takes times of 0 or more, and a student that takes time, got '{options.uniform}'")
-    backward = input_gradient + weight_gradient
-    return Costs.uniform(max(1, options.devices), teacher, forward, backward, teacher=options.teacher == "frozen")
+        raise ConfigError(f"--uniform takes times of 0 or more, and a student that takes time, got '{times}'")
+    return Costs.uniform(
+        max(1, options.devices), teacher, forward, input_gradient + weight_gradient, weight=weight_gradient,
+        teacher=options.teacher != "none", views=max(1, options.views),
+    )  # fmt: skip
 
 
-def _make(costs: Costs, options: SimulateOptions) -> Plan:
+def _make(costs: Costs, demands: Demands, options: SimulateOptions) -> Plan:
     if options.strategy == "reference":
         raise ConfigError("'reference' is a plain loop without a schedule; there is nothing to simulate")
     return make_plan(
         costs, devices=options.devices, strategy=options.strategy, microbatches=options.microbatches,
-        run_ahead=options.run_ahead,
+        run_ahead=options.run_ahead, staleness=options.staleness, split_backward=options.split_backward,
+        stash=options.stash, demands=demands,
     )  # fmt: skip
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.strategy}, {plan.num_devices} devices, {plan.microbatches} microbatches"
+    knobs = [f"stash {plan.stash}"] if plan.stash is not None else []
+    knobs += ["split backward"] if plan.split_backward else []
+    knobs += [f"staleness {plan.staleness}"] if plan.staleness is not None else []
+    return ", ".join([plan.strategy, *knobs, f"{plan.num_devices} devices", f"{plan.microbatches} microbatches"])

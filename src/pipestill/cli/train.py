@@ -77,15 +77,22 @@ def run(words: list[str]) -> int:
 def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> None:
     """The end of a run, for a person."""
     metrics = summary["metrics"]
-    names = [name for name in metrics["student"] if name != "loss"]
+    rows = [
+        (title, key)
+        for title, key in (
+            ("teacher", "teacher"), ("student, distilled", "student"), ("student alone", "student_alone"),
+            ("the same network, untrained", "untrained"),
+        )
+        if set(metrics.get(key, {})) - {"loss"}
+    ]  # fmt: skip
+    names = [name for name in metrics[rows[0][1]] if name not in ("loss", "read_from")]
     table = Table(title=f"{summary['recipe']}: on data that no model was trained on", title_justify="left")
     table.add_column("model")
     table.add_column("parameters", justify="right")
     for name in names:
-        table.add_column(f"test {name}", justify="right")
-    rows = (("teacher", "teacher"), ("student, distilled", "student"), ("student alone", "student_alone"))
+        table.add_column(f"test {name.replace('_', ' ')}", justify="right")
     for title, key in rows:
-        parameters = metrics["parameters"]["teacher" if key == "teacher" else "student"]
+        parameters = metrics["parameters"]["student" if key.startswith("student") else "teacher"]
         table.add_row(title, f"{parameters:,}", *(f"{metrics[key][name]:.4f}" for name in names))
     console.print(table)
     predicted = summary["predicted_seconds_per_step"]

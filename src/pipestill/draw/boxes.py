@@ -40,7 +40,11 @@ WORKS = {  # colours that stay apart for colour-blind readers, and from each oth
     (Role.STUDENT, Op.FORWARD): Work("F", "student forward", ("#1457a8", "#79a8e8"), (25, 111), ("white", "black")),
     (Role.STUDENT, Op.LOSS): Work("L", "loss", ("#8f2f7a", "#d07fbf"), (90, 175), ("white", "black")),
     (Role.STUDENT, Op.BACKWARD): Work("B", "backward", ("#e69f00", "#fad58a"), (172, 222), ("black", "black")),
+    (Role.STUDENT, Op.INPUT): Work("I", "input gradient", ("#e69f00", "#fad58a"), (172, 222), ("black", "black")),
+    (Role.STUDENT, Op.WEIGHT): Work("W", "weight gradient", ("#c4603c", "#eeb49c"), (130, 216), ("white", "black")),
+    (Role.STUDENT, Op.NORM): Work("N", "gradient norm", ("#555555", "#555555"), (240, 240), ("white", "white")),
     (Role.STUDENT, Op.UPDATE): Work("U", "update", ("#222222", "#222222"), (124, 124), ("white", "white")),
+    (Role.TEACHER, Op.EMA): Work("E", "teacher update", ("#0b4f31", "#0b4f31"), (22, 22), ("white", "white")),
 }
 
 
@@ -132,9 +136,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def typical_seconds(boxes: Iterable[Box]) -> dict[str, float]:
-    """The median seconds of teacher forwards, student forwards and backwards, by their letters."""
+    """The median seconds of forwards and backwards, by their letters."""
     seconds = defaultdict[str, list[float]](list)
     for box in boxes:
-        if box.work.letter in "tFB":
+        if box.work.letter in "tFBIW":
             seconds[box.work.letter].append(box.seconds)
     return {letter: median(values) for letter, values in seconds.items()}

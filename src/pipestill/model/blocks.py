@@ -38,6 +38,8 @@ class BlockModel:
         self.blocks: tuple[Block, ...] = tuple(_block(model, cut) for cut in (cuts or _own_cuts(model)))
         if not self.blocks:
             raise ModelError(f"{type(model).__name__} has no block; expected at least one")
+        self.frozen_norms: Sequence[nn.Module] = ()
+        """Layers that stay in eval mode while the model trains."""
         self._owned = [self._names_used(block) for block in self.blocks]
         owned = set[str]().union(*self._owned)
         left = [name for name, _ in self._named_tensors() if name not in owned]
@@ -70,6 +72,14 @@ class BlockModel:
         """
         if self.model.training is not train:
             self.model.train(train)
+            for layer in self.frozen_norms:
+                layer.eval()
+
+    def modules_of(self, blocks: range) -> list[nn.Module]:
+        """The modules that consecutive blocks use, with all inside them."""
+        uses = [use for i in blocks for use in self.blocks[i].uses]
+        named = self.model.named_modules()
+        return [m for name, m in named if any(not use or name == use or name.startswith(f"{use}.") for use in uses)]
 
     def parameters_of(self, blocks: range) -> dict[str, nn.Parameter]:
         """The parameters of consecutive blocks under their names in the unsplit model, in its order, once each."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,31 +13,37 @@ from torch.utils import _pytree as pytree
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import FEW, MORE, Contract, copied, distinct_tensors, learn, num_rows, rows_of
-from pipestill.model.stepwise import stepwise, untouched
-from pipestill.model.tasks import Task
+from pipestill.model.split import why_whole
+from pipestill.model.stepwise import Values, describe, stepwise, untouched
+from pipestill.model.tasks import Task, check_views, view
 
 
 @dataclass(frozen=True)
 class Contracts:
-    """Every contract of a task: what crosses after each block, and what a batch is made of.
+    """Every contract of a task: what crosses after each block in each view, and what a batch is made of.
 
     `copies` holds the student blocks whose input is written to in place, by themselves or by a block after them. The
     first one gets a copy of its rows then: microbatches are parts of one batch, and autograd looks after it as a whole.
+    `unsplit` says of blocks whose backward cannot be taken in two halves why not.
     """
 
     inputs: Contract
     targets: Contract
-    student: tuple[Contract, ...]
-    teacher: tuple[Contract, ...]
+    student: tuple[tuple[Contract, ...], ...]
+    teacher: tuple[tuple[Contract, ...], ...]
     loss_parts: tuple[str, ...]
     copies: frozenset[int]
+    unsplit: Mapping[int, str] = field(default_factory=dict)
 
 
-def dry_run(task: Task, inputs: Any, targets: Any) -> Contracts:
+def dry_run(task: Task, inputs: Any, targets: Any, *, split: bool = False) -> Contracts:
     """Run forward, loss and backward on 2 and on 3 rows of a sample batch, without a trace left in the models.
+
+    `split`: find out which student blocks cannot take their backward in two halves, too.
 
     Raises `ModelError` naming the block or the loss that fails, or the boundary that changes with more than its rows.
     """
+    check_views(task, inputs)
     rows = num_rows(inputs, "the batch's inputs")
     if distinct_tensors(targets) and num_rows(targets, "the batch's targets") != rows:
         raise ModelError(f"the batch has {rows} rows of inputs and {num_rows(targets, 'targets')} of targets")
@@ -47,18 +53,60 @@ def dry_run(task: Task, inputs: Any, targets: Any) -> Contracts:
             index = torch.arange(count) % rows
             values.append((rows_of(inputs, index), rows_of(targets, index)))
         few, more = (stepwise(task, *value, _UsesCheck(task.student_blocks)) for value in values)
+        unsplit = _unsplit(task.student_blocks, more.student) if split else {}
+    if task.demands.batch_loss:
+        _check_joinable(few, more)
     teacher = task.teacher_blocks
-    check_chain(task, "student", task.student_blocks, values[1][0])
+    check_chain(task, "student", task.student_blocks, view(task, values[1][0], 0))
     if teacher is not None:
-        check_chain(task, "teacher", teacher, values[1][0])
+        check_chain(task, "teacher", teacher, view(task, values[1][0], 0))
     return Contracts(
         inputs=learn("the batch's inputs", values[0][0], values[1][0]),
         targets=learn("the batch's targets", values[0][1], values[1][1]),
-        student=_learn_all("student", task.student_blocks, few.student, more.student, (few.gradients, more.gradients)),
-        teacher=_learn_all("teacher", teacher, few.teacher, more.teacher, None) if teacher else (),
+        student=tuple(
+            _learn_all(
+                "student", task.student_blocks, few.student[v], more.student[v], (few.gradients[v], more.gradients[v])
+            )
+            for v in range(task.demands.views)
+        ),
+        teacher=tuple(
+            _learn_all("teacher", teacher, few.teacher[v], more.teacher[v], None)
+            for v in range(task.demands.teacher_views if teacher else 0)
+            if teacher is not None
+        ),
         loss_parts=more.loss_parts,
         copies=more.copies,
+        unsplit=unsplit,
     )
+
+
+def _unsplit(model: BlockModel, views: list[list[Any]]) -> dict[int, str]:
+    """Why blocks' backwards have to stay whole; those of the first block are one half anyway: its input has no gradient."""
+    reasons: dict[int, str] = {}
+    named = [set(model.parameters_of(range(i, i + 1))) for i in range(len(model))]
+    for i in range(len(model)):
+        if any(named[i] & named[j] for j in range(len(model)) if j != i):
+            reasons[i] = "it shares a weight with another block"
+    for outputs in views:
+        for i in range(1, len(model)):
+            parameters = list(model.parameters_of(range(i, i + 1)).values())
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            reason = why_whole(model.blocks[i].call, trained, outputs[i - 1]) if trained and i not in reasons else None
+            if reason is not None:
+                reasons[i] = reason
+    return reasons
+
+
+def _check_joinable(few: Values, more: Values) -> None:
+    """Refuse outputs that a loss over the whole batch could not get joined, microbatch after microbatch."""
+    for rows, values in ((FEW, few), (MORE, more)):
+        for output in (outputs[-1] for outputs in (*values.student, *values.teacher)):
+            for leaf in pytree.tree_leaves(output):
+                if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
+                    raise ModelError(
+                        f"a loss over the whole batch joins the outputs of microbatches by their first axis, "
+                        f"but for {rows} rows there is {describe(leaf)} in an output; give tensors of one row a sample"
+                    )
 
 
 def check_chain(task: Task, role: str, model: BlockModel, inputs: Any) -> None:

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipestill.schedule import Role
 
 
-def seed_block(seed: int, role: Role, block: int, step: int, microbatch: int, device: torch.device) -> None:
+def seed_block(seed: int, role: Role, block: int, step: int, unit: int, device: torch.device) -> None:
     """Seed the device's default generator for one forward of one block, the same on any schedule."""
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[_index(device)]
-    generator.manual_seed(derive(seed, role.value, block, step, microbatch))
+    generator.manual_seed(derive(seed, role.value, block, step, unit))
 
 
 def derive(*parts: object) -> int:

@@ -14,18 +14,30 @@ from torch.utils import _pytree as pytree
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import cut, distinct_tensors
-from pipestill.model.tasks import Task
+from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
 
 @dataclass
 class Values:
-    """The values after each block for one number of rows, and the gradients of the student's distinct tensors."""
+    """The values after each block for one number of rows, in each view, and the gradients of the student's distinct
+    tensors.
+    """
 
-    student: list[Any]
-    gradients: list[list[Tensor | None]]
-    teacher: list[Any]
+    student: list[list[Any]]
+    gradients: list[list[list[Tensor | None]]]
+    teacher: list[list[Any]]
     loss_parts: tuple[str, ...]
     copies: frozenset[int]
+
+
+@dataclass
+class _Forward:
+    """A student's forward in one view, cut after every block."""
+
+    outputs: list[Any]
+    inputs: list[list[tuple[Tensor, int]]]  # of every block, with their versions before it
+    cuts: list[tuple[list[Tensor], list[Tensor | None]]]
+    last: Any
 
 
 def stepwise(
@@ -33,33 +45,22 @@ def stepwise(
 ) -> Values:
     """Forward, loss and backward of one microbatch, cut between all blocks; call inside `untouched`.
 
-    `done(what, block)` is called as each piece ends: "teacher", "student", "loss", "backward". The gradients stay in the
-    models. Raises `ModelError` naming the block or the loss that fails.
+    `done(what, block)` is called as each piece ends: "teacher", "student", "loss", "backward"; in every view anew. The
+    gradients stay in the models. Raises `ModelError` naming the block or the loss that fails.
     """
-    teacher_values: list[Any] = []
+    check_views(task, inputs)
+    demands = task.demands
     versions = [tensor._version for tensor in distinct_tensors(inputs)]
+    taught: list[list[Any]] = []
     if task.teacher_blocks is not None:
         with torch.no_grad():
-            value = inputs
-            for i in range(len(task.teacher_blocks)):
-                value = _call("teacher", task.teacher_blocks, i, value)
-                teacher_values.append(value)
-                done("teacher", i)
+            taught = [_teach(task.teacher_blocks, view(task, inputs, v), done) for v in range(demands.teacher_views)]
         _check_unwritten("teacher", inputs, versions)
-    outputs: list[Any] = []
-    inputs_of: list[list[tuple[Tensor, int]]] = []  # of every block, with their versions before it
-    cuts: list[tuple[list[Tensor], list[Tensor | None]]] = []
-    value = inputs
     with torch.enable_grad():
-        for i in range(len(task.student_blocks)):
-            inputs_of.append([(tensor, tensor._version) for tensor in distinct_tensors(value)])
-            outputs.append(_call("student", task.student_blocks, i, value))
-            done("student", i)
-            value, tracked, gradients = cut(outputs[-1])
-            cuts.append((tracked, gradients))
+        forwards = [_learn(task.student_blocks, view(task, inputs, v), done) for v in range(demands.views)]
         if task.teacher_blocks is not None:
             _check_unwritten("student", inputs, versions)
-        parts = _loss(task, value, teacher_values[-1] if teacher_values else None, targets)
+        parts = _loss(task, [f.last for f in forwards], [values[-1] for values in taught], targets)
         total = torch.stack([part.double() for part in parts.values()]).sum()
         if not total.requires_grad:
             raise ModelError(
@@ -67,18 +68,49 @@ def stepwise(
             )
         total.backward()
         done("loss", 0)
-        for i in reversed(range(len(outputs))):
-            roots = [(tensor, gradient) for tensor, gradient in zip(*cuts[i], strict=True) if gradient is not None]
-            if roots:
-                _backward(task.student_blocks, i, roots)
-            done("backward", i)
+        for forward in forwards:
+            for i in reversed(range(len(forward.outputs))):
+                pairs = zip(*forward.cuts[i], strict=True)
+                roots = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+                if roots:
+                    _backward(task.student_blocks, i, roots)
+                done("backward", i)
     return Values(
-        student=outputs,
-        gradients=[_of_distinct(output, *ends) for output, ends in zip(outputs, cuts, strict=True)],
-        teacher=teacher_values,
+        student=[forward.outputs for forward in forwards],
+        gradients=[
+            [_of_distinct(output, *ends) for output, ends in zip(forward.outputs, forward.cuts, strict=True)]
+            for forward in forwards
+        ],
+        teacher=taught,
         loss_parts=tuple(parts),
-        copies=frozenset(i for i, given in enumerate(inputs_of) if any(t._version != v for t, v in given)),
+        copies=frozenset(
+            i
+            for forward in forwards
+            for i, given in enumerate(forward.inputs)
+            if any(t._version != v for t, v in given)
+        ),
     )
+
+
+def _teach(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> list[Any]:
+    values = []
+    for i in range(len(model)):
+        value = _call("teacher", model, i, value)
+        values.append(value)
+        done("teacher", i)
+    return values
+
+
+def _learn(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> _Forward:
+    forward = _Forward([], [], [], None)
+    for i in range(len(model)):
+        forward.inputs.append([(tensor, tensor._version) for tensor in distinct_tensors(value)])
+        forward.outputs.append(_call("student", model, i, value))
+        done("student", i)
+        value, tracked, gradients = cut(forward.outputs[-1])
+        forward.cuts.append((tracked, gradients))
+    forward.last = value
+    return forward
 
 
 def _check_unwritten(role: str, inputs: Any, versions: list[int]) -> None:
@@ -115,15 +147,16 @@ def _call(role: str, model: BlockModel, index: int, value: Any) -> Any:
         ) from error
 
 
-def _loss(task: Task, student: Any, teacher: Any, targets: Any) -> dict[str, Tensor]:
+def _loss(task: Task, student: list[Any], teacher: list[Any], targets: Any) -> dict[str, Tensor]:
     try:
         return task.loss_parts(student, teacher, targets)
     except ModelError:
         raise
     except Exception as error:
-        given = [f"student output {describe(student)}", f"target {describe(targets)}"]
-        if task.teacher_blocks is not None:
-            given.insert(1, f"teacher output {describe(teacher)}")
+        single = task.demands.views == 1
+        shown = [describe(values[0] if single else values) for values in (student, teacher) if values]
+        given = [f"{who} output {value}" for who, value in zip(("student", "teacher"), shown, strict=False)]
+        given.append(f"target {describe(targets)}")
         raise ModelError(
             f"the loss cannot take {', '.join(given)}: {type(error).__name__}: {error}; "
             "make the outputs fit each other, or choose another loss"
@@ -140,7 +173,7 @@ def describe(value: Any) -> str:
 
 @contextmanager
 def untouched(task: Task) -> Iterator[None]:
-    """Train mode for the student and eval mode for the teacher, and everything put back afterwards: buffers,
+    """The modes of training for student and teacher, and everything put back afterwards: buffers,
     gradients, modes and the random state.
     """
     models: list[nn.Module] = [task.student_blocks.model]
@@ -156,7 +189,7 @@ def untouched(task: Task) -> Iterator[None]:
         parameter.grad = None
     task.student_blocks.model.train()
     if task.teacher_blocks is not None:
-        task.teacher_blocks.model.eval()
+        task.teacher_blocks.model.train(teacher_trains(task))
     try:
         with torch.random.fork_rng():
             yield

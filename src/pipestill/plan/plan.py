@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from pipestill.costs import Costs, StageCosts
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.plan.balance import balance
-from pipestill.schedule import STRATEGIES, Schedule, Trace, check, generate
+from pipestill.schedule import STRATEGIES, Proof, Schedule, Trace, check, generate
+from pipestill.schedule.program import Demands
 from pipestill.schedule.simulate import simulate
 
 _VERSION = 1
@@ -28,6 +29,10 @@ class Plan:
     teacher_partition: tuple[int, ...]
     costs: Costs
     run_ahead: int | None = None
+    staleness: int | None = None
+    split_backward: bool = False
+    stash: int | str | None = None
+    demands: Demands = field(default_factory=Demands)
 
     def __post_init__(self) -> None:
         """Raises `PlanError` when counts, partitions or the strategy's name make no sense."""
@@ -37,13 +42,18 @@ class Plan:
             problems.append(
                 f"no strategy '{self.strategy}'{nearest(str(self.strategy), STRATEGIES)}; there are {known}"
             )
-        counts = {"microbatches": self.microbatches, "run_ahead": 1 if self.run_ahead is None else self.run_ahead}
+        counts = {"microbatches": self.microbatches}
+        counts |= {n: v for n, v in (("run_ahead", self.run_ahead), ("staleness", self.staleness)) if v is not None}
         problems += [
             f"{name} is {count!r}; expected a whole number" for name, count in counts.items() if type(count) is not int
         ]
         problems += _partition_problems(
             self.costs, len(self.student_partition), self.student_partition, self.teacher_partition
         )
+        if not problems and self.demands.momentum:
+            problems += _momentum_problems(self.costs, self.student_partition, self.teacher_partition)
+        if len(self.costs.views) != self.demands.views:
+            problems.append(f"costs of {len(self.costs.views)} views for a task with {self.demands.views}")
         if not problems and self.microbatches < 1:
             problems.append(f"{self.microbatches} microbatches; expected at least 1 (--microbatches)")
         if problems:
@@ -67,9 +77,18 @@ class Plan:
             teacher=bool(self.teacher_partition),
             costs=self.stage_costs if self.strategy == "fill" else None,
             run_ahead=self.run_ahead,
+            staleness=self.staleness,
+            split_backward=self.split_backward,
+            stash=self.stash,
+            **dataclasses.asdict(self.demands),
         )
         check(schedule)
         return schedule
+
+    @cached_property
+    def proof(self) -> Proof:
+        """What the checker established about the schedule."""
+        return check(self.schedule)
 
     @cached_property
     def prediction(self) -> Trace:
@@ -79,7 +98,7 @@ class Plan:
     @property
     def limit_seconds_per_step(self) -> float:
         """No schedule of this partition is faster: the work of its most loaded rank."""
-        return self.stage_costs.limit_seconds_per_step(self.microbatches)
+        return self.stage_costs.limit_seconds_per_step(self.microbatches, self.demands.teacher_views)
 
     def to_json(self) -> dict[str, Any]:
         return {"version": _VERSION, **dataclasses.asdict(self), "costs": self.costs.to_json()}
@@ -96,7 +115,9 @@ class Plan:
         try:
             for key in ("student_partition", "teacher_partition"):
                 data[key] = tuple(data[key])
-            return cls(**{**data, "costs": Costs.from_json(data["costs"])})
+            return cls(
+                **{**data, "costs": Costs.from_json(data["costs"]), "demands": Demands(**data.get("demands", {}))}
+            )
         except (TypeError, KeyError) as error:
             raise ConfigError(f"the plan lacks or does not know: {error}") from None
 
@@ -110,6 +131,10 @@ def make_plan(
     student_partition: Sequence[int] | None = None,
     teacher_partition: Sequence[int] | None = None,
     run_ahead: int | None = None,
+    staleness: int | None = None,
+    split_backward: bool = False,
+    stash: int | str | None = None,
+    demands: Demands = Demands(),  # noqa: B008 - frozen
 ) -> Plan:
     """The plan with a level partition from `costs`, or with the partitions given by hand.
 
@@ -120,6 +145,9 @@ def make_plan(
     if microbatches < 1:
         raise PlanError(f"{microbatches} microbatches; expected at least 1 (--microbatches)")
     problems = _partition_problems(costs, devices, student_partition, teacher_partition)
+    if not problems and demands.momentum and student_partition is not None:
+        followed = _following(costs, student_partition) if teacher_partition is None else teacher_partition
+        problems = _momentum_problems(costs, student_partition, followed)
     if problems:
         raise PlanError("; ".join(problems))
     plans = [
@@ -130,10 +158,31 @@ def make_plan(
             teacher_partition=tuple(teacher_cut if teacher_partition is None else teacher_partition),
             costs=costs,
             run_ahead=run_ahead,
+            staleness=staleness,
+            split_backward=split_backward,
+            stash=stash,
+            demands=demands,
         )
-        for student_cut, teacher_cut in _cuts(costs, devices, strategy, microbatches)
+        for student_cut, teacher_cut in _cuts(costs, devices, strategy, microbatches, demands, student_partition)
     ]
     return min(plans, key=lambda plan: plan.prediction.seconds_per_step) if len(plans) > 1 else plans[0]
+
+
+def _following(costs: Costs, student: Sequence[int]) -> tuple[int, ...]:
+    """A momentum teacher's partition: each of its blocks where the student's is."""
+    tail = len(costs.student) - len(costs.teacher)
+    return (*student[:-1], student[-1] - tail)
+
+
+def _momentum_problems(costs: Costs, student: Sequence[int], teacher: Sequence[int]) -> list[str]:
+    tail = len(costs.student) - len(costs.teacher)
+    if student[-1] <= tail:
+        need = f"the last stage holds the {tail} blocks that the teacher lacks, and at least one block before them"
+        return [f"student partition {list(student)}: {need}"]
+    if tuple(teacher) != _following(costs, student):
+        need = f"a momentum teacher's blocks are where the student's are, so it is {list(_following(costs, student))}"
+        return [f"teacher partition {list(teacher)}: {need}; leave it out"]
+    return []
 
 
 def _partition_problems(
@@ -163,12 +212,30 @@ def _partition_problems(
 
 
 def _cuts(
-    costs: Costs, devices: int, strategy: str, microbatches: int
+    costs: Costs,
+    devices: int,
+    strategy: str,
+    microbatches: int,
+    demands: Demands,
+    given: Sequence[int] | None,
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The partitions worth a simulation: both models levelled together, and, where the teacher runs first, each alone."""
-    student = [b.seconds for b in costs.student]
+    """The partitions worth a simulation: both models levelled together, and, where the teacher runs first, each alone.
+
+    A momentum teacher goes with the student, whose last stage holds at least one block that the teacher has too.
+    """
+    views, taught = sum(costs.views), sum(costs.views[: demands.teacher_views])
+    student = [b.seconds * views for b in costs.student]
     student[-1] += costs.loss_seconds
-    teacher = [b.seconds for b in costs.teacher]
+    teacher = [b.forward_seconds * taught for b in costs.teacher]
+    if demands.momentum:
+        if given is not None:
+            return [(tuple(given), _following(costs, given))]
+        both = [s + t for s, t in zip(student, [*teacher, *[0.0] * (len(student) - len(teacher))], strict=True)]
+        last = len(teacher) - 1
+        merged = [*both[:last], sum(both[last:])]
+        cut = balance(merged, [], devices)[0]
+        cut = (*cut[:-1], cut[-1] + len(both) - len(merged))
+        return [(cut, _following(costs, cut))]
     path = (microbatches + devices - 1) / microbatches
     cuts = [balance(student, teacher, devices, student_weight=path)]
     if strategy in ("gpipe", "1f1b") and teacher:

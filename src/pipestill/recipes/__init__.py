@@ -33,6 +33,13 @@ RECIPES = {
         "scikit-learn's digits: 1,797 real 8x8 scans of handwriting, embedded",
         ("scikit-learn",),
     ),
+    "byol": Entry(
+        "byol",
+        "pipestill.recipes.byol:Byol",
+        "learn without labels from two views and a momentum teacher (Grill et al.; TSPipe's SSL benchmark)",
+        "scikit-learn's digits: 1,797 real 8x8 scans of handwriting, embedded",
+        ("scikit-learn",),
+    ),
 }
 
 

@@ -12,8 +12,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pipestill.losses import DistillationLoss, Metric, SupervisedLoss
+from pipestill.model.tasks import Distillation, Momentum
+from pipestill.optim import LARS
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,39 @@ class Workload:
     teacher_training: Training
     student_training: Training
 
+    def task(self) -> Distillation:
+        """What a schedule runs: the distillation, of fresh models."""
+        return Distillation(self.build_teacher(), self.build_student(), self.loss)
+
+
+@dataclass(frozen=True)
+class MomentumWorkload:
+    """Everything that training with a momentum teacher takes.
+
+    `build()` gives a fresh task, the same every time. `evaluate(encoder)` gives metrics of what has been learnt, by data with
+    labels that training never sees; the encoder is the teacher, or the same network untrained.
+    """
+
+    build: Callable[[], Momentum]
+    evaluate: Callable[[nn.Module], dict[str, float]]
+    train_loader: DataLoader[Any]
+    student_training: Training
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+    def task(self) -> Momentum:
+        """What a schedule runs."""
+        return self.build()
+
+
+AnyWorkload = Workload | MomentumWorkload
+
 
 class Recipe(Protocol):
     """A frozen dataclass whose fields are the options on the command line."""
 
     name: ClassVar[str]
 
-    def workload(self, seed: int, num_samples: int | None = None) -> Workload:
+    def workload(self, seed: int, num_samples: int | None = None) -> AnyWorkload:
         """Build it; `num_samples` keeps only the first training samples."""
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -18,7 +18,7 @@ from pipestill.callbacks import Callback, JsonLines, Terminal
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.model.tasks import Distillation, Supervised, Task
-from pipestill.recipes.recipe import Recipe, Training, Workload
+from pipestill.recipes.recipe import AnyWorkload, MomentumWorkload, Recipe, Training, Workload
 from pipestill.run_directory import RunDirectory
 from pipestill.runtime.rank import Tally
 from pipestill.runtime.world import in_main_process
@@ -37,8 +37,14 @@ class RunOptions:
 
     Args:
         devices: pipeline stages, each one process with one device
-        strategy: reference, sequential, gpipe, 1f1b or fill
+        strategy: reference, sequential, gpipe, 1f1b, tspipe, async or fill
         microbatches: slices of a batch whose gradients add up
+        staleness: of a momentum teacher under 'fill': 0 is exact, with 1 it is one step old (default: 0)
+        split_backward: 'fill' takes gradients of weights apart from those of inputs, and fills bubbles with them
+        stash: most microbatches that a rank of 'fill' holds between forward and backward: a number, n (as many as
+            stages), 2n-1 or all (default: n, and 2n-1 with split backwards)
+        clip_grad_norm: largest norm of all gradients together (default: no limit)
+        batch_norm: running statistics move with each microbatch, once a batch (deferred), or not at all (frozen)
         run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as needed)
         student_partition: blocks of each student stage, such as 3,3 (default: levelled from measured costs)
         teacher_partition: blocks of each teacher stage
@@ -54,6 +60,11 @@ class RunOptions:
     devices: int = 1
     strategy: str = "fill"
     microbatches: int = 8
+    staleness: int | None = None
+    split_backward: bool = False
+    stash: int | str | None = None
+    clip_grad_norm: float | None = None
+    batch_norm: Literal["microbatch", "deferred", "frozen"] = "microbatch"
     run_ahead: int | None = None
     student_partition: Numbers | None = None
     teacher_partition: Numbers | None = None
@@ -67,14 +78,19 @@ class RunOptions:
 
 
 def make_trainer(
-    task: Task, workload: Workload, training: Training, options: RunOptions, callbacks: Sequence[Callback] = ()
+    task: Task, workload: AnyWorkload, training: Training, options: RunOptions, callbacks: Sequence[Callback] = ()
 ) -> Trainer:
     """The trainer of one phase. Given partitions and costs belong to the distillation, so others are levelled anew."""
-    distils = isinstance(task, Distillation)
+    distils = not isinstance(task, Supervised)
+    strategy = options.strategy
+    if not distils and strategy in ("tspipe", "async"):
+        strategy = "1f1b"  # without a teacher, that is what is left of them
     return Trainer(
         task, optimizer=training.optimizer, lr=training.lr, optimizer_options=training.optimizer_options,
-        lr_schedule=training.factor(workload.train_loader), devices=options.devices, strategy=options.strategy,
+        lr_schedule=training.factor(workload.train_loader), devices=options.devices, strategy=strategy,
         microbatches=options.microbatches, run_ahead=options.run_ahead if distils else None,
+        staleness=options.staleness if distils else None, split_backward=options.split_backward, stash=options.stash,
+        clip_grad_norm=options.clip_grad_norm, batch_norm=options.batch_norm,
         student_partition=options.student_partition if distils else None,
         teacher_partition=options.teacher_partition if distils else None,
         costs=Costs.load(options.costs) if options.costs and distils else None, device=options.device,
@@ -86,24 +102,42 @@ def make_trainer(
 def preflight(recipe: Recipe, options: RunOptions) -> None:
     """Everything that can be seen to be wrong before anything is trained: options, partitions, models, loss, files."""
     workload = recipe.workload(options.seed)
-    task = Distillation(workload.build_teacher(), workload.build_student(), workload.loss)
+    task = workload.task()
     make_trainer(task, workload, workload.student_training, options).preflight(workload.train_loader)
     if options.teacher is not None:
+        if isinstance(workload, MomentumWorkload):
+            raise ConfigError(f"recipe '{recipe.name}' makes its own teacher out of the student; leave out --teacher")
+        assert isinstance(task, Distillation)
         load_into(task.teacher, Path(options.teacher))
 
 
 def run_recipe(
     recipe: Recipe, options: RunOptions, directory: RunDirectory | None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Train all three models, on every rank of the world that this process is in; returns the summary on rank 0.
+    """Train what the recipe says, on every rank of the world that this process is in; returns the summary on rank 0.
 
-    Only rank 0 writes to `directory`; the others return {}, and may have None. The teacher's weights stay there, in
-    teacher/export, and can be given to the next run.
+    Only rank 0 writes to `directory`; the others return {}, and may have None.
     """
     workload = recipe.workload(options.seed)
-    teacher, student, alone = workload.build_teacher(), workload.build_student(), workload.build_student()
     directory = directory if in_main_process() else None
     runner = _Runner(workload, options, directory, quiet)
+    if isinstance(workload, MomentumWorkload):
+        main, student, metrics = _run_momentum(workload, runner)
+    else:
+        main, student, metrics = _run_distillation(workload, options, runner)
+    if directory is None:
+        return {}
+    summary = {"recipe": recipe.name, **main.summary(), "metrics": metrics}
+    save(main, directory, student, {"recipe": recipe.name, "options": dataclasses.asdict(recipe)})  # type: ignore[call-overload]
+    directory.write_json("summary.json", summary)
+    return summary
+
+
+def _run_distillation(
+    workload: Workload, options: RunOptions, runner: _Runner
+) -> tuple[Result, nn.Module, dict[str, Any]]:
+    """Teacher once (its weights stay in teacher/export, and can be given to the next run), student, student alone."""
+    teacher, student, alone = workload.build_teacher(), workload.build_student(), workload.build_student()
     taught: dict[str, Any] = {"read_from": options.teacher}
     if options.teacher is not None:
         load_into(teacher, Path(options.teacher))
@@ -115,27 +149,29 @@ def run_recipe(
     lone = runner.phase(
         "student alone", Supervised(alone, workload.supervised_loss), workload.student_training, "student_alone"
     )
-    if directory is None:
-        return {}
-    summary = {
-        "recipe": recipe.name,
-        **main.summary(),
-        "metrics": {
-            "student": main.metrics,
-            "teacher": taught,
-            "student_alone": lone.metrics,
-            "parameters": {"student": _count(student), "teacher": _count(teacher)},
-        },
-    }
-    save(main, directory, student, {"recipe": recipe.name, "options": dataclasses.asdict(recipe)})  # type: ignore[call-overload]
-    directory.write_json("summary.json", summary)
-    return summary
+    parameters = {"student": _count(student), "teacher": _count(teacher)}
+    return main, student, {
+        "student": main.metrics, "teacher": taught, "student_alone": lone.metrics, "parameters": parameters,
+    }  # fmt: skip
+
+
+def _run_momentum(workload: MomentumWorkload, runner: _Runner) -> tuple[Result, nn.Module, dict[str, Any]]:
+    """Student and teacher together; what the teacher has learnt, beside the same network untrained."""
+    task = workload.task()
+    before = workload.evaluate(task.teacher)
+    main = runner.phase("student", task, workload.student_training, None)
+    if runner.directory is not None:
+        export(task.teacher, runner.directory / "export" / "teacher.safetensors")
+    return main, task.student, {
+        "student": main.metrics, "teacher": workload.evaluate(task.teacher), "untrained": before,
+        "parameters": {"student": _count(task.student), "teacher": _count(task.teacher)},
+    }  # fmt: skip
 
 
 class _Runner:
     """Runs phases one after the other, each with its own logs."""
 
-    def __init__(self, workload: Workload, options: RunOptions, directory: RunDirectory | None, quiet: bool) -> None:
+    def __init__(self, workload: AnyWorkload, options: RunOptions, directory: RunDirectory | None, quiet: bool) -> None:
         self.workload, self.options, self.directory, self.quiet = workload, options, directory, quiet
         self.console = Console()
 
@@ -159,7 +195,7 @@ class _Runner:
         return trainer.fit(
             self.workload.train_loader,
             epochs=training.epochs,
-            validate=self.workload.validation_loader,
+            validate=self.workload.validation_loader if isinstance(self.workload, Workload) else None,
             description=name,
         )
 

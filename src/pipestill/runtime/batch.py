@@ -30,6 +30,10 @@ class Batch:
         """What every rank has to know, as three whole numbers."""
         return torch.tensor([self.rows, self.epoch, self.last], dtype=torch.int64)
 
+    def view(self, index: int) -> Any:
+        """One view of the samples, of inputs that are a tuple of these."""
+        return self.inputs[index]
+
     @classmethod
     def from_header(cls, header: Tensor) -> Batch:
         rows, epoch, last = header.tolist()

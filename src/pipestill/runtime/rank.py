@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pipestill.errors import ConfigError, TrainingError
 from pipestill.losses import Metric
+from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import ranges
 from pipestill.model.dry_run import Contracts
-from pipestill.model.tasks import Task
+from pipestill.model.tasks import Momentum, Task
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.executor import Executor, Waiting
@@ -47,6 +48,7 @@ class Settings:
     metrics: Mapping[str, Metric]
     validate: bool
     timeout_seconds: float
+    clip: float | None = None
 
 
 class Tally:
@@ -103,6 +105,7 @@ class RankRun:
         settings: Settings,
         device: torch.device,
         optimizer: OptimizerFactory,
+        norms: Norms,
         transport: Transport,
         source: Iterator[Batch] | None,
         validation: Callable[[], Iterator[Batch]] | None,
@@ -113,9 +116,12 @@ class RankRun:
         self.structure = plan.schedule.structure
         self.recorder = Recorder(rank, device)
         self.student_stages, self.teacher_stages = ranges(plan.student_partition), ranges(plan.teacher_partition)
-        self.student = StudentStage(task, contracts, self.student_stages[rank], device, settings.seed, optimizer)
-        teacher = task.teacher_blocks
-        self.teacher = TeacherStage(teacher, self.teacher_stages[rank], device, settings.seed) if teacher else None
+        self.student = StudentStage(
+            task, contracts, self.student_stages[rank], device, settings.seed, optimizer, norms,
+            split=self.structure.split, staleness=self.structure.student_staleness,
+        )  # fmt: skip
+        taught = task.teacher_blocks is not None
+        self.teacher = TeacherStage(task, self.teacher_stages[rank], device, settings.seed, norms) if taught else None
         self.holds_loss = self.structure.student_ranks[self.structure.last] == rank
         self.evaluation = forward_only(plan.num_devices, plan.microbatches)
         stages = [task.student_blocks.parameters_of(stage).values() for stage in self.student_stages]
@@ -124,15 +130,18 @@ class RankRun:
         self.losses: dict[str, float] = {}
         self.gradient_squares = torch.zeros(0, dtype=torch.float64)
         self.busy_seconds = 0.0
+        self.unreported: tuple[int, int, Tensor, dict[str, float]] | None = None
         self.clock = LogClock()
 
     def run(self) -> Waiting:
         """Train over everything that the source gives."""
-        self.task.student.train()
+        self.task.student_blocks.in_mode(train=False)
+        self.task.student_blocks.in_mode(train=True)  # anew: some layers may stay in eval mode
         self.clock.forget()
         executor = self._executor(
             self.plan.schedule, self.source, self.recorder, lr_factor=self.settings.lr_factor,
-            before_update=self._before_update, after_update=self._after_update,
+            before_update=self._before_update, after_update=self._after_update, clip=self.settings.clip,
+            views=isinstance(self.task, Momentum), num_trained=self.num_trained,
         )  # fmt: skip
         yield from executor.run()
         self.task.student.train()  # where the last thing was a validation
@@ -160,38 +169,63 @@ class RankRun:
 
     def _after_update(self, step: int, batch: Batch) -> Waiting:
         self.clock.count(batch.rows)
+        yield from self._report()
         if self._logged(step, batch):
-            yield from self._log(step, batch)
+            self._log(step, batch)
+        if batch.last:
+            yield from self._report()
         if batch.last and self.settings.validate:
             yield from self._validate(step, batch)
             self.recorder.cut(step)
             self.clock.forget()
 
-    def _log(self, step: int, batch: Batch) -> Waiting:
+    def _log(self, step: int, batch: Batch) -> None:
+        """Send what rank 0 has to know of a step. It looks at it after its next update, or now where all ranks meet: others
+        may update later than rank 0, and wait for it meanwhile.
+        """
         busy, self.busy_seconds = self.recorder.busy_seconds - self.busy_seconds, self.recorder.busy_seconds
         losses = [self.losses.get(name, 0.0) for name in self.contracts.loss_parts]
         mine = torch.cat([torch.tensor([busy, *losses], dtype=torch.float64), self.gradient_squares])
-        total, squares = mine[: len(losses) + 1], self.gradient_squares.tolist()
-        for rank in range(1, self.structure.num_ranks):
-            message = Message(Lane.REPORT, Action(Role.STUDENT, rank, Op.UPDATE, None, step), rank, 0)
-            if self.rank == rank:
-                self.transport.send(message, [mine])
-            elif self.rank == 0:
-                buffer = torch.empty(len(total) + self.num_trained[rank], dtype=torch.float64)
-                theirs = yield from self._receive(message, buffer)
-                total = total + theirs[: len(total)]
-                squares += theirs[len(total) :].tolist()
-        if self.reporter is not None:
-            self.reporter.step(self._values(step, batch, total.tolist(), squares))
-
-    def _values(self, step: int, batch: Batch, total: list[float], squares: list[float]) -> dict[str, float]:
-        busy, *losses = total
+        if self.rank:
+            self.transport.send(self._message(step, self.rank), [mine])
+            return
         seconds, steps, rows = self.clock.lap()
+        timing = {"seconds": seconds / steps, "samples_per_second": rows / seconds, "lap": seconds}
+        self.unreported = (step, batch.epoch, mine, timing)
+        for rank in range(1, self.structure.num_ranks):
+            size = 1 + len(losses) + self.num_trained[rank]
+            self.transport.post(self._message(step, rank), [torch.empty(size, dtype=torch.float64)])
+
+    @staticmethod
+    def _message(step: int, rank: int) -> Message:
+        return Message(Lane.REPORT, Action(Role.STUDENT, rank, Op.UPDATE, None, step), rank, 0)
+
+    def _report(self) -> Waiting:
+        """Tell the reporter of the step that was logged last, if it has not heard of it."""
+        if self.unreported is None:
+            return
+        (step, epoch, mine, timing), self.unreported = self.unreported, None
+        count = 1 + len(self.contracts.loss_parts)
+        total, squares = mine[:count], mine[count:].tolist()
+        for rank in range(1, self.structure.num_ranks):
+            message = self._message(step, rank)
+            while not self.transport.arrived(message):
+                yield message
+            (theirs,) = self.transport.take(message)
+            total = total + theirs[:count]
+            squares += theirs[count:].tolist()
+        if self.reporter is not None:
+            self.reporter.step(self._values(step, epoch, total.tolist(), squares, timing))
+
+    def _values(
+        self, step: int, epoch: int, total: list[float], squares: list[float], timing: dict[str, float]
+    ) -> dict[str, float]:
+        busy, *losses = total
         return logged_values(
-            step, batch.epoch, dict(zip(self.contracts.loss_parts, losses, strict=True)),
+            step, epoch, dict(zip(self.contracts.loss_parts, losses, strict=True)), **logged_momentum(self.task, step),
             lr=self.settings.lr * self.settings.lr_factor(step), grad_norm=math.sqrt(math.fsum(squares)),
-            seconds=seconds / steps, samples_per_second=rows / seconds,
-            bubble=max(0.0, 1.0 - busy / (seconds * self.structure.num_ranks)),
+            seconds=timing["seconds"], samples_per_second=timing["samples_per_second"],
+            bubble=max(0.0, 1.0 - busy / (timing["lap"] * self.structure.num_ranks)),
         )  # fmt: skip
 
     def _validate(self, step: int, batch: Batch) -> Waiting:
@@ -219,6 +253,11 @@ class RankRun:
         while not self.transport.arrived(message):
             yield message
         return self.transport.take(message)[0]
+
+
+def logged_momentum(task: Task, step: int) -> dict[str, float]:
+    """The teacher's momentum after a step, for tasks that have one."""
+    return {"momentum": task.momentum_at(step)} if isinstance(task, Momentum) else {}
 
 
 def logged_values(step: int, epoch: int, losses: dict[str, float], **rest: float) -> dict[str, float]:

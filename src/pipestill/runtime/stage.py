@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError
+from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import distinct_tensors, enter
+from pipestill.model.boundary import Contract, cut, distinct_tensors, enter
 from pipestill.model.dry_run import Contracts
 from pipestill.model.seeding import seed_block
-from pipestill.model.tasks import Task
+from pipestill.model.split import SplitBlock, start_of
+from pipestill.model.tasks import Momentum, Task, teacher_trains
 from pipestill.schedule import Role
 
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
@@ -27,12 +35,12 @@ def run_blocks(
     *,
     seed: int,
     step: int,
-    microbatch: int,
+    unit: int,
     device: torch.device,
 ) -> Any:
     """The value after `blocks`, each with its own random numbers (see `seed_block`)."""
     for i in blocks:
-        seed_block(seed, role, i, step, microbatch, device)
+        seed_block(seed, role, i, step, unit, device)
         value = model.blocks[i].call(value)
     return value
 
@@ -57,24 +65,90 @@ def guard_batch(value: Any) -> Callable[[str], None]:
 
 
 class TeacherStage:
-    """Runs forward without gradients, in eval mode, on weights that nobody changes."""
+    """Runs forward without gradients, and moves its weights towards the student's where they are an average of these."""
 
-    def __init__(self, model: BlockModel, blocks: range, device: torch.device, seed: int) -> None:
-        self.model, self.blocks, self.device, self.seed = model, blocks, device, seed
-        move(model, blocks, device)
-        model.model.eval()
+    def __init__(self, task: Task, blocks: range, device: torch.device, seed: int, norms: Norms) -> None:
+        assert task.teacher_blocks is not None
+        self.model, self.blocks, self.device, self.seed = task.teacher_blocks, blocks, device, seed
+        self.train = teacher_trains(task)
+        self.norms, self.modules = norms, self.model.modules_of(blocks)
+        move(self.model, blocks, device)
+        self.model.in_mode(train=self.train)
+        self.average = MovingAverage(task, blocks) if isinstance(task, Momentum) else None
 
-    def forward(self, value: Any, step: int, microbatch: int) -> Any:
-        self.model.in_mode(train=False)
+    def forward(self, value: Any, step: int, unit: int) -> Any:
+        self.model.in_mode(train=self.train)
         with torch.no_grad():
             return run_blocks(
-                self.model, self.blocks, value, Role.TEACHER,
-                seed=self.seed, step=step, microbatch=microbatch, device=self.device,
-            )  # fmt: skip
+                self.model, self.blocks, value, Role.TEACHER, seed=self.seed, step=step, unit=unit, device=self.device
+            )
+
+    def end_batch(self) -> None:
+        """All forwards of a batch are over."""
+        self.norms.end_batch(self.modules)
+
+    def note(self) -> None:
+        """The student has just been updated: a later move copies its buffers as they are now."""
+        if self.average is not None:
+            self.average.note()
+
+    def follow(self, step: int) -> None:
+        """Move after the update of `step`."""
+        assert self.average is not None
+        self.average.move(step)
+
+
+class MovingAverage:
+    """The teacher's weights in some blocks, and the student's that they follow."""
+
+    def __init__(self, task: Momentum, blocks: range) -> None:
+        self.task, self.blocks = task, blocks
+        pairs = _paired(task.teacher_blocks.parameters_of(blocks), task.student_blocks.parameters_of(blocks))
+        self.pairs = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
+
+        self.noted: deque[dict[str, Tensor]] = deque()
+
+    def note(self) -> None:
+        """Keep the student's buffers for the next move: forwards before it may change them."""
+        if self.task.teacher_buffers == "copy":
+            self.noted.append({n: t.clone() for n, t in self._buffers(self.task.student_blocks).items()})
+
+    def _buffers(self, model: BlockModel) -> dict[str, Tensor]:
+        """Those of the blocks as they are now: a forward may have replaced them."""
+        return {n: t for n, t in model.tensors_of(self.blocks).items() if not isinstance(t, nn.Parameter)}
+
+    @torch.no_grad()
+    def move(self, step: int) -> None:
+        """Teacher = m * teacher + (1 - m) * student."""
+        if self.pairs:
+            move_all = get_ema_multi_avg_fn(self.task.momentum_at(step))
+            move_all([mine.detach() for mine, _ in self.pairs], [theirs.detach() for _, theirs in self.pairs], None)
+        if self.noted:
+            for mine, theirs in _paired(self._buffers(self.task.teacher_blocks), self.noted.popleft()):
+                mine.copy_(theirs)
+
+
+def _paired(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, student[name]) for name, tensor in teacher.items() if name in student]
+
+
+@dataclass
+class _Held:
+    """What lies between a forward and its backward: gradients of the input to fill, the outputs that travel, and the
+    blocks of a backward in halves.
+    """
+
+    received: list[Tensor | None]
+    outputs: list[Tensor]
+    blocks: list[tuple[SplitBlock | None, list[Tensor], list[Tensor | None]]]
 
 
 class StudentStage:
-    """Runs forward and backward, keeps what lies between them, accumulates gradients and updates its weights."""
+    """Runs forward and backward, keeps what lies between them, accumulates gradients and updates its weights.
+
+    `staleness`: steps read the weights of that many updates before; the old ones are kept as long. `split`: backwards come
+    in two halves, `unsplit` are the blocks whose backward is all in the first.
+    """
 
     def __init__(
         self,
@@ -84,86 +158,163 @@ class StudentStage:
         device: torch.device,
         seed: int,
         optimizer: OptimizerFactory,
+        norms: Norms,
+        *,
+        split: bool = False,
+        staleness: int = 0,
     ) -> None:
         self.task, self.contracts, self.blocks, self.device, self.seed = task, contracts, blocks, device, seed
+        self.halves, self.views = split, task.demands.views
         self.model = task.student_blocks
-        self.output = contracts.student[blocks[-1]]
+        of_blocks = [self.model.parameters_of(range(i, i + 1)) for i in blocks]
+        shares = sum(map(len, of_blocks)) > len(self.model.parameters_of(blocks))
+        self.split = split and not shares  # gradients of a weight of two blocks add up inside one backward
+        self.norms, self.modules = norms, self.model.modules_of(blocks)
         move(self.model, blocks, device)
         self.parameters = {n: p for n, p in self.model.parameters_of(blocks).items() if p.requires_grad}
         for parameter in self.parameters.values():
             parameter.grad = None  # what was left from before is no part of the first batch
         self.optimizer = optimizer(self.parameters) if self.parameters else None
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
-        self.stash: dict[tuple[int, int], tuple[list[Tensor | None], list[Tensor]]] = {}  # input's gradients, outputs
-        self.losses: dict[tuple[int, int], Tensor] = {}
+        self.versions = Versions(list(self.parameters.values()), staleness)
+        self.stash: dict[tuple[int, int], _Held] = {}
+        self.from_loss: dict[tuple[int, int], tuple[list[Tensor], list[Tensor | None]]] = {}  # outputs, their gradients
         self.loss_sums = torch.zeros(len(contracts.loss_parts), dtype=torch.float64, device=device)
 
-    def enter(self, tensors: Sequence[Tensor], rows: int) -> tuple[Any, list[Tensor | None]]:
+    def _contract(self, unit: int, block: int) -> Contract:
+        return self.contracts.student[unit % self.views][block]
+
+    def enter(self, tensors: Sequence[Tensor], rows: int, unit: int) -> tuple[Any, list[Tensor | None]]:
         """Received tensors -> the first block's input, and the list that the backward fills with its gradients."""
-        contract = self.contracts.student[self.blocks[0] - 1]
+        contract = self._contract(unit, self.blocks[0] - 1)
         entered, gradients = enter([tensors[i] for i in contract.tracked_positions])
         given = list(tensors)
         for i, tensor in zip(contract.tracked_positions, entered, strict=True):
             given[i] = tensor
         return contract.join(given, rows), gradients
 
-    def forward(self, value: Any, gradients: list[Tensor | None], step: int, microbatch: int, rows: int) -> Any:
+    def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int) -> Any:
         """The stage's output, its graph kept for `backward`. `gradients`: what `enter` gave with the value."""
         self.model.in_mode(train=True)
-        output = run_blocks(
-            self.model, self.blocks, value, Role.STUDENT,
-            seed=self.seed, step=step, microbatch=microbatch, device=self.device,
-        )  # fmt: skip
-        self.stash[step, microbatch] = (gradients, self.output.split(output, rows))
+        with self.versions.of(step):
+            if self.split:
+                output, blocks = self._forward_split(value, step, unit)
+            else:
+                blocks = []
+                output = run_blocks(
+                    self.model,
+                    self.blocks,
+                    value,
+                    Role.STUDENT,
+                    seed=self.seed,
+                    step=step,
+                    unit=unit,
+                    device=self.device,
+                )
+        self.stash[step, unit] = _Held(gradients, self._contract(unit, self.blocks[-1]).split(output, rows), blocks)
         return output
 
-    def infer(self, value: Any, step: int, microbatch: int) -> Any:
+    def _forward_split(
+        self, value: Any, step: int, unit: int
+    ) -> tuple[Any, list[tuple[SplitBlock | None, list[Tensor], list[Tensor | None]]]]:
+        """Block by block, cut between them. Of each: its halves, its outputs, and their gradients once these are there."""
+        blocks: list[tuple[SplitBlock | None, list[Tensor], list[Tensor | None]]] = []
+        output = value
+        for i in self.blocks:
+            start = start_of([tensor for tensor in distinct_tensors(value) if tensor.requires_grad])
+            output = run_blocks(
+                self.model,
+                range(i, i + 1),
+                value,
+                Role.STUDENT,
+                seed=self.seed,
+                step=step,
+                unit=unit,
+                device=self.device,
+            )
+            halves = None if i in self.contracts.unsplit else SplitBlock(start)
+            if i == self.blocks[-1]:
+                blocks.append((halves, [], []))
+            else:
+                value, tracked, gradients = cut(output)
+                blocks.append((halves, tracked, gradients))
+        return output, blocks
+
+    def end_batch(self) -> None:
+        """All forwards of a batch are over."""
+        self.norms.end_batch(self.modules)
+
+    def infer(self, value: Any, step: int, unit: int) -> Any:
         """The stage's output for validation: no gradients, nothing kept."""
         self.model.in_mode(train=False)
         with torch.no_grad():
             return run_blocks(
-                self.model, self.blocks, value, Role.STUDENT,
-                seed=self.seed, step=step, microbatch=microbatch, device=self.device,
-            )  # fmt: skip
+                self.model, self.blocks, value, Role.STUDENT, seed=self.seed, step=step, unit=unit, device=self.device
+            )
 
-    def loss(self, output: Any, teacher: Any, target: Any, step: int, microbatch: int, share: float) -> None:
-        """Evaluate the loss of a microbatch; its graph goes on from the output's, for one `backward` through both."""
-        seed_block(self.seed, Role.STUDENT, len(self.model), step, microbatch, self.device)
-        parts = self.task.loss_parts(output, teacher, target)
-        self.add_loss(parts, share)
-        self.losses[step, microbatch] = weighted_loss(parts, share)
-
-    def add_loss(self, parts: dict[str, Tensor], share: float) -> None:
+    def loss(
+        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, share: float
+    ) -> None:
+        """Evaluate a loss of the outputs of some units (of both models) and take its gradients with regard to them."""
+        seed_block(self.seed, Role.STUDENT, len(self.model), step, number, self.device)
+        cuts = {unit: cut(output) for unit, output in outputs.items()}
+        parts = evaluate_loss(self.task, {unit: value for unit, (value, _, _) in cuts.items()}, teacher, target)
         if tuple(parts) != self.contracts.loss_parts:
             raise ModelError(
                 f"the loss had the parts {', '.join(self.contracts.loss_parts)} on the sample batch and now has "
                 f"{', '.join(parts)}; it must always give the same ones, in the same order"
             )
         self.loss_sums += torch.stack([part.detach().double() for part in parts.values()]) * share
+        weighted_loss(parts, share).backward()
+        for unit, (_, tracked, gradients) in cuts.items():
+            self.from_loss[step, unit] = (tracked, gradients)
 
     def take_losses(self) -> dict[str, float]:
         """The parts of the batch's mean loss, once all its microbatches are through; starts the next sum."""
         sums, self.loss_sums = self.loss_sums, torch.zeros_like(self.loss_sums)
         return dict(zip(self.contracts.loss_parts, sums.tolist(), strict=True))
 
-    def backward(self, gradients: Sequence[Tensor] | None, step: int, microbatch: int) -> list[Tensor]:
-        """Accumulate the weights' gradients; returns those of the input leaves. `gradients` None: from the loss."""
-        received, outputs = self.stash.pop((step, microbatch))
-        pairs: list[tuple[Tensor, Tensor | None]]
-        if gradients is None:
-            pairs = [(self.losses.pop((step, microbatch)), None)]
-        else:
-            pairs = [(outputs[i], g) for i, g in zip(self.output.gradient_positions, gradients, strict=True)]
-        roots = [(output, gradient) for output, gradient in pairs if output.requires_grad]
-        if roots:
-            torch.autograd.backward([output for output, _ in roots], [gradient for _, gradient in roots])
-        return self._input_gradients(received)
+    def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]:
+        """Accumulate the weights' gradients; returns those of the input leaves. `gradients` None: from the loss.
 
-    def _input_gradients(self, received: list[Tensor | None]) -> list[Tensor]:
+        Where backwards come in halves, this is the first, and the gradients of weights that can wait are left to
+        `weight_gradients`.
+        """
+        held = self.stash[step, unit] if self.halves else self.stash.pop((step, unit))
+        pairs: Iterable[tuple[Tensor, Tensor | None]]
+        if gradients is None:
+            pairs = zip(*self.from_loss.pop((step, unit)), strict=True)
+        else:
+            positions = self._contract(unit, self.blocks[-1]).gradient_positions
+            pairs = [(held.outputs[i], gradient) for i, gradient in zip(positions, gradients, strict=True)]
+        roots = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
+        with self.versions.of(step):
+            if self.split:
+                for halves, tracked, came in reversed(held.blocks):
+                    if tracked or came:
+                        roots = [(o, g) for o, g in zip(tracked, came, strict=True) if g is not None]
+                    if roots and halves is None:
+                        _whole(roots)
+                    elif roots and halves is not None:
+                        halves.input_half(roots)
+                    roots = []
+            elif roots:
+                _whole(roots)
+        return self._input_gradients(held.received, unit)
+
+    def weight_gradients(self, step: int, unit: int) -> None:
+        """The second half of a backward."""
+        held = self.stash.pop((step, unit))
+        with self.versions.of(step):
+            for halves, _, _ in reversed(held.blocks):
+                if halves is not None:
+                    halves.weight_half()
+
+    def _input_gradients(self, received: list[Tensor | None], unit: int) -> list[Tensor]:
         """What goes back to the stage before; `ModelError` when that is not what came back on the sample batch."""
         if not received:
             return []
-        contract = self.contracts.student[self.blocks[0] - 1]
+        contract = self._contract(unit, self.blocks[0] - 1)
         sent = []
         for i, gradient in zip(contract.tracked_positions, received, strict=True):
             expected = contract.tensor_leaves[i].gradient is not None
@@ -177,14 +328,88 @@ class StudentStage:
                 sent.append(gradient)
         return sent
 
+    def clip(self, squares: Tensor, largest: float) -> None:
+        """Scale the gradients so that the norm of those of all stages, whose `squares` these are, is at most `largest`."""
+        clip(list(self.parameters.values()), squares, largest)
+
     def update(self, lr_factor: float) -> None:
         """One optimizer step at `lr_factor` times each group's own learning rate."""
-        if self.optimizer is None:
+        with self.versions.next():
+            if self.optimizer is not None:
+                for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                    group["lr"] = base * lr_factor
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+
+
+class Versions:
+    """The weights that steps read which are `staleness` updates behind: the newest, and as many old ones.
+
+    The optimizer writes to new memory then, so that graphs of forwards before it keep what they saved.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], staleness: int) -> None:
+        self.parameters, self.staleness = parameters, staleness
+        self.newest = 0
+        self.old: dict[int, list[Tensor]] = {}
+
+    @contextmanager
+    def of(self, step: int) -> Iterator[None]:
+        """Let the parameters be what `step` reads."""
+        version = max(0, step - self.staleness)
+        if not self.staleness or version == self.newest:
+            yield
             return
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * lr_factor
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        newest = [parameter.data for parameter in self.parameters]
+        self._set(self.old[version])
+        try:
+            yield
+        finally:
+            self._set(newest)
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Make the next version in the body."""
+        if not self.staleness:
+            yield
+            return
+        self.old[self.newest] = [parameter.data for parameter in self.parameters]
+        self.old.pop(self.newest - self.staleness, None)
+        self._set([tensor.clone() for tensor in self.old[self.newest]])
+        with ExitStack() as counters:
+            for parameter in self.parameters:
+                counters.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(parameter))
+            yield
+        self.newest += 1
+
+    def _set(self, tensors: list[Tensor]) -> None:
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            parameter.data = tensor
+
+
+def _whole(roots: list[tuple[Tensor, Tensor]]) -> None:
+    torch.autograd.backward([output for output, _ in roots], [gradient for _, gradient in roots])
+
+
+def evaluate_loss(task: Task, student: Mapping[int, Any], teacher: Mapping[int, Any], target: Any) -> dict[str, Tensor]:
+    """The loss of the outputs of units, which are joined to one output a view."""
+    demands = task.demands
+    outputs = [_joined(student, demands.views, v) for v in range(demands.views)]
+    taught = [_joined(teacher, demands.teacher_views, v) for v in range(demands.teacher_views)] if teacher else []
+    return task.loss_parts(outputs, taught, target)
+
+
+def _joined(outputs: Mapping[int, Any], views: int, view: int) -> Any:
+    parts = [outputs[unit] for unit in sorted(outputs) if unit % views == view]
+    return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)
+
+
+def clip(parameters: Sequence[nn.Parameter], squares: Tensor, largest: float) -> None:
+    """Scale gradients by what brings the norm whose squares add up from `squares` down to `largest`, if it is more."""
+    norm = math.sqrt(math.fsum(squares.tolist()))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if norm > largest and gradients:
+        torch._foreach_mul_(gradients, largest / norm)
 
 
 def move(model: BlockModel, blocks: range, device: torch.device) -> None:

@@ -58,14 +58,14 @@ def train_with_torch(
     rows, is_last = agreed // plan.microbatches, rank == plan.num_devices - 1
     loss = _Loss(task, rows, plan.microbatches)
     blocks = ranges(plan.student_partition)[rank]
-    module = _Blocks(task.student_blocks, blocks, [contracts.inputs, *contracts.student], rows, contracts.copies)
+    module = _Blocks(task.student_blocks, blocks, [contracts.inputs, *contracts.student[0]], rows, contracts.copies)
     make = Schedule1F1B if kind == "1f1b" else ScheduleGPipe
     train = make(module.stage(plan, device), plan.microbatches, loss_fn=loss, scale_grads=False)
     task.student_blocks.model.train()
     teacher = None
     if task.teacher_blocks is not None:
         own = ranges(plan.teacher_partition)[rank]
-        module = _Blocks(task.teacher_blocks, own, [contracts.inputs, *contracts.teacher], rows)
+        module = _Blocks(task.teacher_blocks, own, [contracts.inputs, *contracts.teacher[0]], rows)
         module.keep = loss.taught if is_last else None
         teacher = module.stage(plan, device)
         teach = ScheduleGPipe(teacher, plan.microbatches)
@@ -157,7 +157,7 @@ class _Loss:
     def __call__(self, output: Tensor, index: Tensor) -> Tensor:
         m = int(index)
         target = rows_of(self.targets, slice(m * self.rows, (m + 1) * self.rows))
-        return weighted_loss(self.task.loss_parts(output, self.taught[m] if self.taught else None, target), self.share)
+        return weighted_loss(self.task.loss_parts([output], self.taught[m : m + 1], target), self.share)
 
 
 def _apart(batches: Iterable[tuple[Any, Any]], seed: int) -> Iterator[tuple[Any, Any]]:
@@ -183,13 +183,15 @@ def _check(contracts: Contracts, plan: Plan, kind: str) -> None:
     name = f"strategy 'torch-{kind}'"
     if torch.__version__ < "2.11":  # by version, not by letters
         raise ConfigError(f"{name} needs torch 2.11 or newer, this is {torch.__version__}; choose '{kind}'")
+    if plan.demands.momentum or plan.demands.clip:
+        raise PlanError(f"{name} is measured for frozen teachers without clipping only; choose '{kind}'")
     if plan.num_devices != dist.get_world_size():
         raise PlanError(f"the plan has {plan.num_devices} stages, but {dist.get_world_size()} processes were started")
     if kind == "1f1b" and plan.microbatches < plan.num_devices:
         few = f"{plan.microbatches} microbatches for {plan.num_devices} stages"
         raise PlanError(f"{name} needs at least one microbatch a stage, got {few}; choose 'torch-gpipe'")
-    crossed = [contracts.inputs, *(contracts.student[blocks.stop - 1] for blocks in ranges(plan.student_partition))]
-    crossed += [contracts.teacher[blocks.stop - 1] for blocks in ranges(plan.teacher_partition)]
+    crossed = [contracts.inputs, *(contracts.student[0][blocks.stop - 1] for blocks in ranges(plan.student_partition))]
+    crossed += [contracts.teacher[0][blocks.stop - 1] for blocks in ranges(plan.teacher_partition)]
     one_tensor = pytree.tree_structure(torch.empty(0))
     wrong = [contract.where for contract in crossed if contract.spec != one_tensor or not contract.tensor_leaves]
     if wrong:

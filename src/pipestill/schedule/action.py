@@ -2,7 +2,9 @@
 
 S2F0@1      student, stage 2, forward, microbatch 0, step 1
 T0F3@2      teacher, stage 0, forward, microbatch 3, step 2
+S2I0@1      its backward's first half, the gradient of its input; S2W0@1 the second, that of its weights
 S1U@4       student, stage 1, optimizer update of step 4 (no microbatch)
+T1E@4       teacher, stage 1, moves its weights towards the student's after that update (no microbatch)
 S2F0@1>3    send the result of S2F0@1 to rank 3
 S2F0@1<2    receive the result of S2F0@1 from rank 2
 """
@@ -24,7 +26,12 @@ class Role(str, Enum):
 
 
 class Op(str, Enum):
-    """What is done. `DATA` reads a batch; it belongs to student stage 0 and feeds both roles and the loss."""
+    """What is done. `DATA` reads a batch; it belongs to student stage 0 and feeds both roles and the loss.
+
+    A backward is one `BACKWARD`, or an `INPUT` (the gradient of the stage's input, which the stage before waits for) and
+    later a `WEIGHT` (those of its weights, which only the update waits for). `NORM` sums up a stage's squared gradients for
+    clipping by their global norm. `EMA` is the update of a momentum teacher.
+    """
 
     __hash__ = str.__hash__
 
@@ -32,7 +39,11 @@ class Op(str, Enum):
     FORWARD = "F"
     LOSS = "L"
     BACKWARD = "B"
+    INPUT = "I"
+    WEIGHT = "W"
+    NORM = "N"
     UPDATE = "U"
+    EMA = "E"
 
     @property
     def per_microbatch(self) -> bool:
@@ -40,7 +51,8 @@ class Op(str, Enum):
         return self in _PER_MICROBATCH
 
 
-_PER_MICROBATCH = frozenset((Op.FORWARD, Op.LOSS, Op.BACKWARD))
+_PER_MICROBATCH = frozenset((Op.FORWARD, Op.LOSS, Op.BACKWARD, Op.INPUT, Op.WEIGHT))
+_OF_TEACHER = frozenset((Op.FORWARD, Op.EMA))
 
 
 class Kind(str, Enum):
@@ -56,8 +68,8 @@ class Kind(str, Enum):
 class Lane(str, Enum):
     """Which ordered channel of a directed edge a transfer uses.
 
-    A `DATA` transfer tells a batch's rows, and its targets follow on `TARGET`; a `TOKEN` carries only the order;
-    `REPORT` takes losses and metrics to rank 0, beside the schedule.
+    A `DATA` transfer tells a batch's rows, and its targets follow on `TARGET`; a `TOKEN` carries only the order; `NORM`
+    takes a stage's squared gradients to every other; `REPORT` takes losses and metrics to rank 0, beside the schedule.
     """
 
     DATA = "data"
@@ -65,13 +77,14 @@ class Lane(str, Enum):
     ACTIVATION = "activation"
     GRADIENT = "gradient"
     TOKEN = "token"
+    NORM = "norm"
     TARGET = "target"
     REPORT = "report"
 
 
 _TEXT = re.compile(
-    r"(?P<role>[ST])(?P<stage>N)(?P<op>[DFLBU])(?P<microbatch>N|)@(?P<step>N)(?:(?P<kind>[<>])(?P<peer>N))?".replace(
-        "N", "(?:0|[1-9][0-9]{0,8})"
+    r"(?P<role>[ST])(?P<stage>#)(?P<op>[DFLBIWNUE])(?P<microbatch>#|)@(?P<step>#)(?:(?P<kind>[<>])(?P<peer>#))?".replace(
+        "#", "(?:0|[1-9][0-9]{0,8})"
     )
 )
 
@@ -80,7 +93,8 @@ _TEXT = re.compile(
 class Action:
     """Smallest scheduled work; prints and parses (see the module docstring).
 
-    `microbatch` is None for work done once a step. `peer` is the other rank of a transfer. In the rows of a
+    `microbatch` is None for work done once a step; where samples have several views, it counts pairs of a microbatch and a
+    view (see `Structure`), and for a `LOSS` what it is evaluated on. `peer` is the other rank of a transfer. In the rows of a
     `Schedule`, `step` counts from the period's own step; in unrolled rows and traces it is absolute.
     """
 
@@ -97,8 +111,10 @@ class Action:
             raise ValueError(f"op {self.op.name} {'needs' if self.op.per_microbatch else 'takes no'} microbatch")
         if (self.peer is None) != (self.kind is Kind.COMPUTE):
             raise ValueError("exactly the transfers name a peer")
-        if self.role is Role.TEACHER and self.op is not Op.FORWARD:
-            raise ValueError(f"the teacher only runs forward, not {self.op.name}")
+        if self.role is Role.TEACHER and self.op not in _OF_TEACHER:
+            raise ValueError(f"the teacher only runs forward and moves its weights, not {self.op.name}")
+        if self.role is Role.STUDENT and self.op is Op.EMA:
+            raise ValueError("only the teacher's weights are an average of others")
 
     def __str__(self) -> str:
         microbatch = "" if self.microbatch is None else self.microbatch

@@ -11,6 +11,8 @@ from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.needs import lane, needs
 from pipestill.schedule.program import Schedule, Structure
 
+_READS_WEIGHTS = (Op.FORWARD, Op.BACKWARD, Op.INPUT, Op.WEIGHT)
+
 
 @dataclass(frozen=True, slots=True)
 class Versions:
@@ -29,11 +31,8 @@ class Proof:
     versions: tuple[Versions, ...]
     stash_peak: tuple[int, ...]
     run_ahead: int
-
-    @property
-    def staleness(self) -> int:
-        """Newest student version minus the version used, in steps."""
-        return max((v.step - used for v in self.versions for used in v.student), default=0)
+    staleness: int
+    """Newest version minus the version used, in steps: of the student, and of a teacher that moves."""
 
 
 def check(schedule: Schedule, num_steps: int = 3) -> Proof:
@@ -62,7 +61,9 @@ def examine(schedule: Schedule, num_steps: int = 3) -> Proof:
     versions, version_problems = _versions(rows, schedule.structure)
     problems += version_problems
     stash, run_ahead, bound_problems = _bounds(rows, schedule)
-    return Proof(tuple(problems + bound_problems), versions[:num_steps], stash, run_ahead)
+    moving = [v.student + (v.teacher if schedule.structure.momentum else ()) for v in versions]
+    staleness = max((v.step - used for v, read in zip(versions, moving, strict=True) for used in read), default=0)
+    return Proof(tuple(problems + bound_problems), versions[:num_steps], stash, run_ahead, staleness)
 
 
 def _work_problems(schedule: Schedule) -> list[str]:
@@ -292,32 +293,41 @@ def deadlock(rows: list[list[Action]], structure: Structure, *, rendezvous: bool
 
 
 def _versions(rows: list[list[Action]], structure: Structure) -> tuple[tuple[Versions, ...], list[str]]:
-    """The versions that each step's forwards read, and where they are not what the strategy promises.
+    """The versions that each step's forwards read, and where they are not what the structure declares.
 
-    Every strategy with a frozen teacher promises that step k reads student version k and teacher version 0, and
-    that a backward runs on the version its forward read.
+    Step k reads student version k, and a teacher version of 0 when it is frozen, of k when it moves; less the declared
+    staleness. A backward runs on the version its forward read. A stage keeps as many old versions of the student's
+    weights as its declared staleness, and the teacher's newest only.
     """
     student: dict[int, set[int]] = defaultdict(set)
     teacher: dict[int, set[int]] = defaultdict(set)
     problems = []
     for rank, row in enumerate(rows):
-        updates = Counter[int]()
+        updates = Counter[tuple[Role, int]]()
         named = set[Action]()  # once, not in every step
         for action in row:
-            if not action.computes or action.op is Op.DATA:
-                continue
-            if action.role is Role.TEACHER:
-                teacher[action.step].add(0)
-            elif action.op is Op.UPDATE:
-                updates[action.stage] += 1
-            elif action.op in (Op.FORWARD, Op.BACKWARD) and structure.train:
-                used = updates[action.stage]
-                student[action.step].add(used)
-                if used != action.step and action.at(0) not in named:
+            if not action.computes or action.op not in _READS_WEIGHTS:
+                if action.op in (Op.UPDATE, Op.EMA):
+                    updates[action.role, action.stage] += 1
+                trained = updates[Role.STUDENT, action.stage]
+                if action.op is Op.EMA and trained != action.step + 1 and action.at(0) not in named:
                     named.add(action.at(0))
-                    problems.append(
-                        f"rank {rank}: {action} reads student version {used}, expected version {action.step}"
-                    )
+                    problems.append(f"rank {rank}: {action} follows student version {trained}, not {action.step + 1}")
+                continue
+            newest = updates[action.role, action.stage]
+            if action.role is Role.TEACHER:
+                expected = max(0, action.step - structure.staleness) if structure.momentum else 0
+                used, versions = newest, teacher
+            elif structure.train:
+                expected = max(0, action.step - structure.student_staleness)
+                used, versions = sorted((newest - structure.student_staleness, expected, newest))[1], student
+            else:
+                continue
+            versions[action.step].add(used)
+            if used != expected and action.at(0) not in named:
+                named.add(action.at(0))
+                who = action.role.name.lower()
+                problems.append(f"rank {rank}: {action} reads {who} version {used}, expected version {expected}")
     steps = sorted(student)
     return tuple(Versions(k, tuple(sorted(student[k])), tuple(sorted(teacher[k]))) for k in steps), problems
 
@@ -335,11 +345,12 @@ def _bounds(rows: list[list[Action]], schedule: Schedule) -> tuple[tuple[int, ..
                 continue
             if action.op is Op.FORWARD and action.role is Role.STUDENT and structure.train:
                 held += 1
-            elif action.op is Op.BACKWARD:
+            elif action.op is structure.backward_ops[-1]:
                 held -= 1
             if action.op is Op.FORWARD and student and teacher:
-                ahead += len(student) if action.role is Role.TEACHER else -len(teacher)
-                most_ahead = max(most_ahead, -(-ahead // (len(student) * len(teacher))))
+                taught = len(student) * structure.views
+                ahead += taught if action.role is Role.TEACHER else -len(teacher) * structure.teacher_views
+                most_ahead = max(most_ahead, -(-ahead // (taught * len(teacher))))
             if held > peak:
                 peak = held
                 if held > schedule.stash[rank]:

@@ -1,4 +1,4 @@
-"""Fill: a 1F1B student whose bubbles hold the frozen teacher's forwards of this batch and the next.
+"""Fill: a pipelined student whose bubbles hold the teacher's forwards, of this batch and the next.
 
     rank 0   F0 F1 F2 t1 t2 B0 F3 B1 t3 B2 t0 B3 U     (time runs right; here all work takes equally long)
     rank 1   T3 F0 F1 t0 B0 F2 B1 F3 B2 t1 B3 U  t2    (T: a teacher forward for this step)
@@ -6,24 +6,35 @@
 
 A frozen teacher reads no weights that a step changes, so its forwards may run as early as memory allows and the
 step stays exact. What bounds a step is then only the work of the most loaded rank and the student's own path.
+A momentum teacher of a stage may start a batch once that stage's own update is done, or one step earlier with staleness 1.
+Gradients of weights, where backwards are split, are what else may wait for a bubble (Qi et al., Zero Bubble, 2023).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import floor
+from math import ceil, floor
+from typing import Any
 
 from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
 from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.check import never_stuck
+from pipestill.schedule.check import examine, never_stuck
 from pipestill.schedule.comms import connect
-from pipestill.schedule.one_f_one_b import one_f_one_b, stash_bounds, student_order
-from pipestill.schedule.program import Schedule, Structure
+from pipestill.schedule.greedy import Greedy
+from pipestill.schedule.improve import Clock, improve
+from pipestill.schedule.one_f_one_b import least_stash, student_order, teacher_order, warm_up
+from pipestill.schedule.program import Schedule, Structure, pipeline
 from pipestill.schedule.simulate import simulate
+from pipestill.schedule.weave import Edge, Weaver, in_order, stash_bounds
 
 _ROUNDING = 1e-9
+_MOST_WOVEN = 700  # actions of a period; weaving takes time that grows with their cube
+_STRETCHES = (1.0, 1.03, 1.1)  # of the shortest period, tried in turn
+_VALIDATED = 3  # of the fastest, how many are proved and simulated
+_MOVES = 200_000  # of the local search, times actions in a period: less than a second
 
 
 def fill(
@@ -32,97 +43,303 @@ def fill(
     *,
     teacher: bool = True,
     costs: StageCosts | None = None,
+    stash: int | str | None = None,
     run_ahead: int | None = None,
+    **work: Any,
 ) -> Schedule:
-    """The fastest of a family of exact 1F1B + teacher schedules, by simulation under `costs`.
+    """The fastest of a family of schedules that keep the declared staleness, by simulation under `costs`.
 
-    `run_ahead` bounds the microbatches that the teacher is ahead of the student on a rank, and so the memory of
-    waiting teacher outputs (default: as many as it takes). Default costs: every backward twice a forward.
-    Raises `PlanError` when no schedule keeps to `run_ahead`.
+    `stash` bounds the student's units that a rank holds: a number of microbatches, or "n" (as many as 1F1B needs, the
+    default for whole backwards), "2n-1" (the default for split ones) or "all". `run_ahead` bounds the units that the
+    teacher is ahead of the student on a rank, and so the memory of waiting teacher outputs (default: as many as it takes).
+    Default costs: every backward twice a forward. `work`: fields of the `Structure`. Raises `PlanError` when no schedule
+    keeps to `stash` or `run_ahead`.
     """
-    ranks = tuple(range(num_stages))
+    structure = pipeline(num_stages, num_microbatches, teacher=teacher, **work)
     if costs is None:
+        ones = (1.0,) * num_stages
         costs = StageCosts(
-            forward=(1.0,) * num_stages, backward=(2.0,) * num_stages, update=(0.0,) * num_stages,
-            teacher=(1.0,) * num_stages if teacher else (),
+            forward=ones, backward=(2.0,) * num_stages, update=(0.0,) * num_stages, teacher=ones if teacher else (),
+            weight=ones, views=(1.0,) * structure.views,
         )  # fmt: skip
+    if len(costs.views) != structure.views:
+        raise PlanError(f"costs are of {len(costs.views)} views, the schedule has {structure.views}")
     given = len(costs.forward), len(costs.teacher)
     if given != (num_stages, num_stages if teacher else given[1]):
         raise PlanError(f"costs are of {given[0]} student and {given[1]} teacher stages, the schedule has {num_stages}")
-    structure = Structure(ranks, ranks if teacher else (), num_microbatches)
-    orders = [student_order(stage, num_stages, num_microbatches) for stage in ranks]
-    stash = stash_bounds(num_stages, num_microbatches)
-    if not teacher:
-        return connect("fill", structure, orders, stash, run_ahead=0)
-    windows = _idle_windows(num_stages, num_microbatches, costs)
-    best: tuple[float, int, Schedule] | None = None
-    for rows in _candidates(windows, num_microbatches, costs, run_ahead):
-        ahead = _run_ahead(rows)
-        if run_ahead is not None and ahead > run_ahead:
-            continue
-        schedule = connect("fill", structure, rows, stash, run_ahead=ahead)
-        if not never_stuck(schedule):  # work that takes no time can be packed in an order that no rank can start
-            continue
-        seconds = round(simulate(schedule, costs).seconds_per_step, 12)
-        if best is None or (seconds, ahead) < best[:2]:
-            best = (seconds, ahead, schedule)
-        if seconds <= windows[0].period * (1 + _ROUNDING):
-            break  # as fast as the student's path and the loads allow
+    best = _Family(structure, costs, stash_units(stash, structure), run_ahead).search()
     if best is None:
-        raise PlanError(f"run_ahead is {run_ahead}; the teacher has to be at least 1 microbatch ahead of the loss")
-    return best[2]
+        least = structure.num_units(Role.TEACHER) if structure.staleness else 1
+        raise PlanError(f"run_ahead is {run_ahead}; the teacher has to be at least {least} ahead (leave it out)")
+    return best
 
 
-def _run_ahead(rows: list[list[Action]]) -> int:
-    """The most microbatches that any rank's teacher is ahead of its student, over periods."""
+def stash_units(stash: int | str | None, structure: Structure) -> int:
+    """The bound on units that a knob `stash` means; `PlanError` when a step needs more."""
+    n, units = len(structure.student_ranks), structure.num_units(Role.STUDENT)
+    least = least_stash(structure)
+    if stash is None:
+        stash = "2n-1" if structure.split else "n"
+    named = {"n": least, "2n-1": min(units, least + n - 1), "all": units}
+    if isinstance(stash, str):
+        if stash not in named:
+            raise PlanError(f"stash is '{stash}'; expected a number of microbatches, or n, 2n-1 or all")
+        return named[stash]
+    wanted = stash * structure.views
+    if wanted < least:
+        what = "whole batch that its loss takes" if structure.batch_loss else f"{n} stages"
+        raise PlanError(
+            f"stash is {stash} microbatches; the pipeline holds at least {ceil(least / structure.views)} "
+            f"for its {what} (--stash n)"
+        )
+    return min(units, wanted)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A valid schedule and what it is chosen by."""
+
+    seconds: float
+    ahead: int
+    schedule: Schedule
+    rows: list[list[Action]]
+
+
+class _Family:
+    """The schedules that are tried for one structure under given costs."""
+
+    def __init__(self, structure: Structure, costs: StageCosts, stash: int, run_ahead: int | None) -> None:
+        self.structure, self.costs, self.run_ahead = structure, costs, run_ahead
+        ranks = range(len(structure.student_ranks))
+        self.ahead = warm_up(structure, stash)
+        self.stash = (stash,) * len(ranks) if structure.split else self.ahead
+        self.orders = [student_order(stage, structure, self.ahead[stage]) for stage in ranks]
+        self.clock = Clock(structure, costs)
+        self.alone = dataclasses.replace(
+            structure, teacher_ranks=(), momentum=False, staleness=0, student_staleness=0, split=False
+        )
+        whole = [student_order(stage, self.alone, self.ahead[stage]) for stage in ranks]
+        self.student = connect("student", self.alone, whole, self.ahead, run_ahead=0)
+        self.student_period = 0.0 if structure.split else simulate(self.student, costs).seconds_per_step
+
+    def search(self) -> Schedule | None:
+        """The fastest valid schedule that is found, among equals the one whose teacher is the least ahead; None where
+        none keeps to `run_ahead`.
+        """
+        s = self.structure
+        goal = self._goal()
+        size = self._size
+        timed: list[tuple[float, list[list[Action]]]] = []
+        for rows in self.candidates():
+            self._time(rows, timed)
+            if timed and timed[0][0] <= goal and self.better(None, timed[0][1]):
+                break
+        else:
+            for stretch in _STRETCHES if size <= _MOST_WOVEN else ():
+                if not timed or goal * stretch < timed[0][0]:
+                    woven = (
+                        self._woven(goal * stretch, latest) for latest in ((True, False) if s.momentum else (False,))
+                    )
+                    rows_ = next((rows for rows in woven if rows is not None), None)
+                    if rows_ is not None:
+                        self._time(rows_, timed)
+                        break
+            if timed and goal < timed[0][0] and size <= _MOST_WOVEN:
+                furthest = 1 + s.staleness if s.momentum else 2 * len(self.orders) + 2
+                self._time(improve(timed[0][1], self.clock, goal, _MOVES // size, furthest), timed)
+        best: _Found | None = None
+        tried = 0
+        for _, rows in timed:
+            best, tried = self.better(best, rows), tried + 1
+            if best is not None and (tried >= _VALIDATED or best.seconds <= goal or size > _MOST_WOVEN):
+                break
+        if not (s.staleness and s.teacher_ranks):
+            best = self.better(best, self._plain())
+        return None if best is None else best.schedule
+
+    @property
+    def _size(self) -> int:
+        """Actions in a period."""
+        s = self.structure
+        flexible = s.num_units(Role.TEACHER) * bool(s.teacher_ranks) + s.num_units(Role.STUDENT) * s.split
+        return sum(map(len, self.orders)) + len(self.orders) * flexible
+
+    def _time(self, rows: list[list[Action]], timed: list[tuple[float, list[list[Action]]]]) -> None:
+        """Add rows to those that are worth a look, the fastest first, if they keep to `run_ahead` and can run."""
+        if self.run_ahead is not None and _run_ahead(rows, self.structure) > self.run_ahead:
+            return
+        period = self.clock.period(rows)
+        if period is not None:
+            timed.append((round(period, 12), rows))
+            timed.sort(key=lambda item: (item[0], _run_ahead(item[1], self.structure)))
+
+    def _goal(self) -> float:
+        """A period that is worth no further search: what the loads, the student's path and theory allow.
+
+        With equal stages theory is exact (PAPERS.md, section 3); with others this is where the search is cut off.
+        """
+        s, costs = self.structure, self.costs
+        limit = costs.limit_seconds_per_step(s.num_microbatches, s.teacher_views) if s.teacher_ranks else 0.0
+        if s.momentum and not s.staleness:
+            weight = min(costs.weight, default=0.0) if s.split else 0.0
+            ample = self.stash[0] >= least_stash(s) + s.last
+            hop = max(min(costs.teacher), min(costs.forward)) + min(costs.backward) - weight * (3 if ample else 2)
+            limit += s.last * max(0.0, hop)
+        return max(limit, self.student_period) * (1 + _ROUNDING)
+
+    def better(self, best: _Found | None, rows: list[list[Action]] | None) -> _Found | None:
+        """The faster of `best` and the schedule of `rows`, if that is one at all."""
+        ahead = _run_ahead(rows, self.structure) if rows else 0
+        if rows is None or (self.run_ahead is not None and ahead > self.run_ahead):
+            return best
+        schedule = connect("fill", self.structure, rows, self.stash, run_ahead=ahead)
+        # Work that takes no time can be packed in an order that no rank can start, or that reads other weights.
+        if not never_stuck(schedule) or examine(schedule).problems:
+            return best
+        seconds = round(simulate(schedule, self.costs).seconds_per_step, 12)
+        if best is None or (seconds, ahead) < (best.seconds, best.ahead):
+            return _Found(seconds, ahead, schedule, rows)
+        return best
+
+    def candidates(self) -> Iterator[list[list[Action]]]:
+        """Rows worth timing: packed into the bubbles in a few ways, by list scheduling, just ahead of the student's
+        forwards, and teacher first. Each is a period that ends with what ends a step.
+        """
+        s = self.structure
+        if s.teacher_ranks and not s.momentum and not s.split:
+            windows = _idle_windows(self.student, self.costs, s)
+            packed = [_packed(windows, s, self.costs, policy) for policy in ("largest", "earliest", "latest")]
+            different = [rows for i, rows in enumerate(packed) if rows and rows not in packed[:i]]
+            yield from sorted(different, key=lambda rows: _run_ahead(rows, s))
+        if s.split or s.momentum:
+            yield from self._greedy()
+        if not s.teacher_ranks:
+            yield self._plain()
+            return
+        units = s.num_units(Role.TEACHER)
+        inside = {0, units, *(2**i for i in range((2 * len(self.orders) + units - 1).bit_length()))}
+        if self.run_ahead is not None:
+            inside.add(self.run_ahead - 1)
+        for ahead in sorted(inside):
+            if ahead >= 0:
+                yield self._with_weights(self._inside(ahead))
+        if not s.staleness:
+            yield self._plain()
+
+    def _plain(self) -> list[list[Action]]:
+        """The teacher first."""
+        s = self.structure
+        return self._with_weights([teacher_order(stage, s) + order for stage, order in enumerate(self.orders)])
+
+    def _greedy(self) -> Iterator[list[list[Action]]]:
+        """By list scheduling; one way only where a period is so long that each takes seconds."""
+        units = self.structure.num_units(Role.TEACHER)
+        most = units + len(self.orders) if self.run_ahead is None else self.run_ahead
+        ways = [
+            (lead, ahead, weights_first)
+            for lead, ahead in ((0, most), (1, most), (0, 2 * units))
+            for weights_first in ((True, False) if self.structure.split else (True,))
+            if self.run_ahead is None or ahead <= self.run_ahead
+        ]
+        for lead, ahead, weights_first in ways[: 1 if self._size > _MOST_WOVEN else None]:
+            rows = Greedy(self.structure, self.costs, self.stash, ahead, lead, weights_first).rows()
+            if rows is not None:
+                yield rows
+
+    def _with_weights(self, rows: list[list[Action]]) -> list[list[Action]]:
+        """Each gradient of weights right after that of the input, where backwards are split."""
+        if not self.structure.split:
+            return rows
+        return [
+            [b for a in row for b in ([a, dataclasses.replace(a, op=Op.WEIGHT)] if a.op is Op.INPUT else [a])]
+            for row in rows
+        ]
+
+    def _inside(self, ahead: int) -> list[list[Action]]:
+        """Each teacher forward stands right before the student forward of its microbatch, `ahead` units earlier.
+
+        A momentum teacher's forwards for a later step stand after their weights' update.
+        """
+        structure = self.structure
+        units, views = structure.num_units(Role.TEACHER), structure.teacher_views
+        rows = []
+        for stage, order in enumerate(self.orders):
+            row, late = list[Action](), list[Action]()
+            for action in order:
+                if action.op is Op.FORWARD:
+                    assert action.microbatch is not None
+                    m, view = divmod(action.microbatch, structure.views)
+                    if view < views:
+                        step, unit = divmod(m * views + view + ahead, units)
+                        forward = Action(Role.TEACHER, stage, Op.FORWARD, unit, step)
+                        early = structure.momentum and step > structure.staleness
+                        (late if early else row).append(forward)
+                row.append(action)
+            rows.append([*row, *late])
+        return rows
+
+    def _woven(self, period: float, latest: bool) -> list[list[Action]] | None:
+        """Rows woven for a period; None where that does not come out. `latest`: see `Weaver.insert`."""
+        s = self.structure
+        stages = range(len(self.orders))
+        weights = [self._flexible(Role.STUDENT, stage, Op.WEIGHT) for stage in stages if s.split]
+        taught = [self._flexible(Role.TEACHER, stage, Op.FORWARD) for stage in stages if s.teacher_ranks]
+        bounds = [edge for group in weights for edge in in_order(group)]
+        for stage in stages:
+            if s.split:
+                bounds += stash_bounds(s, stage, self.stash[stage])
+            if s.momentum:
+                bounds += [*self._teacher_bounds(stage), *in_order(taught[stage])]
+        flexible = [action for group in (*weights, *taught) for action in group]
+        orders = [[action for action in order if action.op is not Op.EMA] for order in self.orders]
+        weaver = Weaver(s, self.costs, orders, flexible, period, bounds)
+        todo = [(a, 0) for group in weights for a in reversed(group)]
+        if s.momentum:
+            todo += [(a, 1 + s.staleness) for group in reversed(taught) for a in reversed(group)]
+            fits = weaver.feasible and all(weaver.insert(action, most, latest) for action, most in todo)
+            return weaver.result() if fits else None
+        # A frozen teacher's forwards may be of any step: where they stand is chosen first, and then which they are.
+        todo += [(a, 0) for group in taught for a in group]
+        if not (weaver.feasible and all(weaver.insert(action, most, latest) for action, most in todo)):
+            return None
+        timed = [
+            [(start, None if action.role is Role.TEACHER else action) for start, action in row]
+            for row in weaver.timed()
+        ]
+        return labelled(timed, s, self.costs, period) or None
+
+    def _flexible(self, role: Role, stage: int, op: Op) -> list[Action]:
+        return [Action(role, stage, op, u, 0) for u in range(self.structure.num_units(role))]
+
+    def _teacher_bounds(self, stage: int) -> list[Edge]:
+        """A momentum teacher starts a batch after the update before; `run_ahead` bounds how far it may be ahead."""
+        s = self.structure
+        trained = s.num_units(Role.STUDENT)
+        updates = Action(Role.STUDENT, stage, Op.UPDATE, None, 0)
+        bounds: list[Edge] = []
+        for unit, forward in enumerate(self._flexible(Role.TEACHER, stage, Op.FORWARD)):
+            bounds.append((updates, forward, 1 + s.staleness))
+            if self.run_ahead is not None:
+                done = ceil((unit + 1 - self.run_ahead) * s.views / s.teacher_views) - 1
+                step, of_student = divmod(done, trained)
+                bounds.append((Action(Role.STUDENT, stage, Op.FORWARD, of_student, 0), forward, -step))
+        return bounds
+
+
+def _run_ahead(rows: list[list[Action]], structure: Structure) -> int:
+    """The most units that any rank's teacher is ahead of its student, over periods."""
     most = 0
+    units = structure.num_units(Role.TEACHER)
     for row in rows:
-        teacher = [a for a in row if a.role is Role.TEACHER]
-        num_microbatches = len(teacher)
         done = 0
         for action in row:
-            if action.role is Role.TEACHER:
+            if action.op is Op.FORWARD and action.role is Role.TEACHER:
                 assert action.microbatch is not None
-                most = max(most, action.step * num_microbatches + action.microbatch + 1 - done)
+                ahead = (action.step * units + action.microbatch + 1) * structure.views - done * structure.teacher_views
+                most = max(most, ceil(ahead / structure.views))
             elif action.op is Op.FORWARD:
                 done += 1
     return most
-
-
-def _candidates(
-    windows: list[_Window], num_microbatches: int, costs: StageCosts, run_ahead: int | None
-) -> Iterator[list[list[Action]]]:
-    """Rows worth timing: packed into the bubbles in a few ways, just ahead of the student's forwards, teacher first."""
-    num_stages = len(windows)
-    packed = [_packed(windows, num_microbatches, costs, policy) for policy in ("largest", "earliest", "latest")]
-    different = [rows for i, rows in enumerate(packed) if rows and rows not in packed[:i]]
-    yield from sorted(different, key=_run_ahead)
-    inside = {0, num_microbatches, *(2**i for i in range((2 * num_stages + num_microbatches - 1).bit_length()))}
-    if run_ahead is not None:
-        inside.add(run_ahead - 1)
-    for ahead in sorted(inside):
-        if ahead >= 0:
-            yield _inside(num_stages, num_microbatches, ahead)
-    yield [
-        [Action(Role.TEACHER, stage, Op.FORWARD, m, 0) for m in range(num_microbatches)]
-        + student_order(stage, num_stages, num_microbatches)
-        for stage in range(num_stages)
-    ]
-
-
-def _inside(num_stages: int, num_microbatches: int, ahead: int) -> list[list[Action]]:
-    """Each teacher forward stands right before the student forward that is `ahead` microbatches earlier."""
-    rows = []
-    for stage in range(num_stages):
-        row = []
-        for action in student_order(stage, num_stages, num_microbatches):
-            if action.op is Op.FORWARD:
-                assert action.microbatch is not None
-                step, m = divmod(action.microbatch + ahead, num_microbatches)
-                row.append(Action(Role.TEACHER, stage, Op.FORWARD, m, step))
-            row.append(action)
-        rows.append(row)
-    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +352,16 @@ class _Window:
     loss_starts: dict[int, float]
 
 
-def _idle_windows(num_stages: int, num_microbatches: int, costs: StageCosts) -> list[_Window]:
+def _idle_windows(student: Schedule, costs: StageCosts, structure: Structure) -> list[_Window]:
     """Where each rank idles in the student's steady state, once steps follow each other as fast as the loads allow."""
-    alone = one_f_one_b(num_stages, num_microbatches, teacher=False)
-    trace = simulate(alone, costs)
+    trace = simulate(student, costs)
     step = trace.steps()[len(trace.steps()) // 2]
     events = [e for e in trace.events if e.action.step == step and e.action.op is not Op.DATA]
-    student_period = trace.seconds_per_step
-    period = max(student_period, costs.limit_seconds_per_step(num_microbatches))
+    limit = costs.limit_seconds_per_step(structure.num_microbatches, structure.teacher_views)
+    period = max(trace.seconds_per_step, limit)
     losses = {e.action.microbatch: e.start for e in events if e.action.op is Op.LOSS}
     windows = []
-    for rank in range(num_stages):
+    for rank in range(trace.num_ranks):
         mine = sorted((e for e in events if e.rank == rank), key=lambda e: (e.start, e.end))
         gaps, free = [], mine[0].start
         for event in mine:
@@ -160,46 +376,62 @@ def _idle_windows(num_stages: int, num_microbatches: int, costs: StageCosts) -> 
     return windows
 
 
-def _packed(windows: list[_Window], num_microbatches: int, costs: StageCosts, policy: str) -> list[list[Action]]:
-    """Teacher forwards in the gaps of every rank, each rank's sequence shifted to meet the needs of the next.
+def _packed(windows: list[_Window], structure: Structure, costs: StageCosts, policy: str) -> list[list[Action]]:
+    """Teacher forwards in the gaps of every rank."""
+    units, views = structure.num_units(Role.TEACHER), structure.teacher_views
+    mean = sum(costs.views[:views]) / views
+    timed: list[list[tuple[float, Action | None]]] = []
+    for window, seconds in zip(windows, costs.teacher, strict=True):
+        slots = _slots(window, units, seconds * mean * costs.interference, policy)
+        order = [(start, 1, action) for start, action in window.actions] + [(start, 0, None) for start in slots]
+        timed.append([(start, action) for start, _, action in sorted(order, key=lambda item: item[:2])])
+    return labelled(timed, structure, costs, windows[0].period)
 
-    The teacher's forwards of all steps form one sequence s = step * M + m. A rank runs M of them in every period,
-    in order, so its whole placement is M times of day and one shift: slot q runs s = q + shift. The last rank's
-    shift is the smallest that has every target ready for its loss; the ranks before follow from it. No rows when links
-    are so slow that the teacher would have to be more than two steps ahead a stage.
+
+def labelled(
+    timed: list[list[tuple[float, Action | None]]], structure: Structure, costs: StageCosts, period: float
+) -> list[list[Action]]:
+    """Rows with start times, where None stands for some forward of a frozen teacher -> which one each of these is.
+
+    The teacher's forwards of all steps form one sequence s = step * units + unit. A rank runs all units of one step in
+    every period, in order, so its whole placement is as many times of day and one shift: slot q runs s = q + shift. The
+    last rank's shift is the smallest that has every target ready for its loss; the ranks before follow from it. No rows
+    when links are so slow that the teacher would have to be more than two steps ahead a stage.
     """
-    slots = [
-        _slots(window, num_microbatches, seconds * costs.interference, policy)
-        for window, seconds in zip(windows, costs.teacher, strict=True)
-    ]
-    period = windows[0].period
+    units, views = structure.num_units(Role.TEACHER), structure.teacher_views
+    slots = [[start for start, action in row if action is None] for row in timed]
 
     def time_of(rank: int, slot: int) -> float:
-        day, j = divmod(slot, num_microbatches)
+        day, j = divmod(slot, units)
         return slots[rank][j] + day * period
 
-    needed_by = [windows[-1].loss_starts[s] for s in range(num_microbatches)]
-    shifts = [0] * len(windows)
-    for rank in reversed(range(len(windows))):
-        seconds = costs.teacher[rank] * costs.interference
-        if rank < len(windows) - 1:
+    needed_by = [0.0] * units
+    for start, action in timed[-1]:
+        if action is not None and action.op is Op.LOSS and action.microbatch is not None:
+            for unit in structure.units_of_loss(action.microbatch, Role.TEACHER):
+                needed_by[unit] = start
+    shifts = [0] * len(timed)
+    for rank in reversed(range(len(timed))):
+        seconds = costs.teacher[rank] * max(costs.views[:views]) * costs.interference
+        if rank < len(timed) - 1:
             seconds += costs.link.seconds(costs.teacher_bytes[rank] if costs.teacher_bytes else 0)
         shift = 0
-        while any(
-            time_of(rank, s - shift) + seconds > needed_by[s] + _ROUNDING * period for s in range(num_microbatches)
-        ):
+        while any(time_of(rank, s - shift) + seconds > needed_by[s] + _ROUNDING * period for s in range(units)):
             shift += 1
-            if shift > 2 * num_microbatches * (len(windows) + 1):
+            if shift > 2 * units * (len(timed) + 1):
                 return []
         shifts[rank] = shift
-        needed_by = [time_of(rank, s - shift) for s in range(num_microbatches)]
+        needed_by = [time_of(rank, s - shift) for s in range(units)]
     rows = []
-    for rank, window in enumerate(windows):
-        timed = [(start, 1, i, action) for i, (start, action) in enumerate(window.actions)]
-        for j, start in enumerate(slots[rank]):
-            step, m = divmod(j + shifts[rank], num_microbatches)
-            timed.append((start, 0, j, Action(Role.TEACHER, rank, Op.FORWARD, m, step)))
-        rows.append(_up_to_update([action for *_, action in sorted(timed, key=lambda item: item[:3])]))
+    for rank, row in enumerate(timed):
+        slot, actions = 0, list[Action]()
+        for _, action in row:
+            if action is None:
+                step, unit = divmod(slot + shifts[rank], units)
+                action = Action(Role.TEACHER, rank, Op.FORWARD, unit, step)
+                slot += 1
+            actions.append(action)
+        rows.append(_up_to_update(actions))
     return rows
 
 
@@ -208,14 +440,14 @@ def _up_to_update(row: list[Action]) -> list[Action]:
 
     So ranks pass from step to step together, and none has to be told of a batch before it posts for it.
     """
-    update = next(action for action in row if action.op is Op.UPDATE)
-    row = [action for action in row if action is not update]
-    end = 1 + max(i for i, action in enumerate(row) if action.op is Op.BACKWARD)
-    return [*(action.at(action.step - 1) for action in row[end:]), *row[:end], update]
+    ends = [action for action in row if action.op in (Op.NORM, Op.UPDATE)]
+    row = [action for action in row if action not in ends]
+    end = 1 + max(i for i, action in enumerate(row) if action.op in (Op.BACKWARD, Op.WEIGHT))
+    return [*(action.at(action.step - 1) for action in row[end:]), *row[:end], *ends]
 
 
-def _slots(window: _Window, num_microbatches: int, seconds: float, policy: str) -> list[float]:
-    """Start times of M teacher forwards of `seconds` each: as many as fit in each gap, the rest where most is left."""
+def _slots(window: _Window, units: int, seconds: float, policy: str) -> list[float]:
+    """Start times of teacher forwards of `seconds` each: as many as fit in each gap, the rest where most is left."""
     room = [[start, length, 0.0] for start, length in window.gaps]  # start, length left, used
     order = sorted(
         range(len(room)),
@@ -224,11 +456,11 @@ def _slots(window: _Window, num_microbatches: int, seconds: float, policy: str) 
     starts: list[float] = []
     for g in order:
         start, length, _ = room[g]
-        left = num_microbatches - len(starts)
+        left = units - len(starts)
         taken = floor(length / seconds + _ROUNDING) if length < left * seconds else left
         starts += [start + i * seconds for i in range(taken)]
         room[g] = [start, length - taken * seconds, taken * seconds]
-    while len(starts) < num_microbatches:
+    while len(starts) < units:
         if room:
             g = max(range(len(room)), key=lambda g: room[g][1])
             starts.append(room[g][0] + room[g][2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipestill.costs import StageCosts
 from pipestill.errors import PlanError, nearest
 from pipestill.schedule.fill import fill
@@ -9,14 +11,19 @@ from pipestill.schedule.gpipe import gpipe
 from pipestill.schedule.one_f_one_b import one_f_one_b
 from pipestill.schedule.program import Schedule
 from pipestill.schedule.sequential import sequential
+from pipestill.schedule.tspipe import asynchronous, tspipe
 
 STRATEGIES = {
     "sequential": "inter-layer model parallelism: one device works at a time",
     "gpipe": "teacher first, then all student forwards, then all backwards",
     "1f1b": "teacher first, then one student forward and one backward in turn",
-    "fill": "1F1B student, teacher forwards prefetched into its bubbles (exact)",
+    "tspipe": "TSPipe's schedule: the teacher one batch ahead around the backwards (momentum teachers: one step stale)",
+    "async": "no step waits for the one before; both models one step stale (ablation, momentum teachers)",
+    "fill": "1F1B student, teacher forwards prefetched into its bubbles (exact, or one step stale on demand)",
 }
 """Every strategy that a schedule can be generated for, with one line about it."""
+
+_SIMPLE = {"sequential": sequential, "gpipe": gpipe, "1f1b": one_f_one_b, "tspipe": tspipe, "async": asynchronous}
 
 
 def generate(
@@ -26,24 +33,39 @@ def generate(
     *,
     teacher: bool = True,
     costs: StageCosts | None = None,
+    staleness: int | None = None,
+    split_backward: bool = False,
+    stash: int | str | None = None,
     run_ahead: int | None = None,
+    **work: Any,
 ) -> Schedule:
-    """The schedule of `strategy`. `costs` and `run_ahead` matter to `fill` alone.
+    """The schedule of `strategy`. `costs` and the knobs after it matter to `fill` alone.
 
-    Raises `PlanError` for an unknown strategy or counts below 1.
+    `work`: what the task demands, as fields of the `Structure` (momentum, views, batch_loss, clip). Raises `PlanError` for
+    an unknown strategy, counts below 1, or knobs that the strategy or the task does not have.
     """
     if num_stages < 1:
         raise PlanError(f"{num_stages} stages; expected at least 1")
     if num_microbatches < 1:
         raise PlanError(f"{num_microbatches} microbatches; expected at least 1 (--microbatches)")
+    if strategy not in STRATEGIES:
+        raise PlanError(f"no strategy '{strategy}'{nearest(strategy, STRATEGIES)}; there are {', '.join(STRATEGIES)}")
+    if work.get("momentum") and not teacher:
+        raise PlanError("a momentum teacher is asked for, and no teacher at all; choose one")
+    views, seen = work.get("views", 1), work.get("teacher_views", 1)
+    if not 1 <= seen <= views:
+        raise PlanError(f"the teacher sees {seen} of {views} views; expected 1 to all")
     if strategy == "fill":
-        return fill(num_stages, num_microbatches, teacher=teacher, costs=costs, run_ahead=run_ahead)
-    if run_ahead is not None:
-        raise PlanError(f"run_ahead is a knob of 'fill'; strategy '{strategy}' has none; leave it out")
-    if strategy == "sequential":
-        return sequential(num_stages, num_microbatches, teacher=teacher)
-    if strategy == "gpipe":
-        return gpipe(num_stages, num_microbatches, teacher=teacher)
-    if strategy == "1f1b":
-        return one_f_one_b(num_stages, num_microbatches, teacher=teacher)
-    raise PlanError(f"no strategy '{strategy}'{nearest(strategy, STRATEGIES)}; there are {', '.join(STRATEGIES)}")
+        if staleness and not work.get("momentum"):
+            raise PlanError("staleness is of a momentum teacher; a frozen one has no versions; leave it out")
+        if staleness not in (None, 0, 1):
+            raise PlanError(f"staleness is {staleness}; expected 0 or 1")
+        return fill(
+            num_stages, num_microbatches, teacher=teacher, costs=costs, stash=stash, run_ahead=run_ahead,
+            staleness=staleness or 0, split=split_backward, **work,
+        )  # fmt: skip
+    knobs = {"split_backward": split_backward or None, "stash": stash, "run_ahead": run_ahead, "staleness": staleness}
+    for name, value in knobs.items():
+        if value is not None:
+            raise PlanError(f"{name} is a knob of 'fill'; strategy '{strategy}' has none; leave it out")
+    return _SIMPLE[strategy](num_stages, num_microbatches, teacher=teacher, **work)

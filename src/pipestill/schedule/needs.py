@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import pairwise
+
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.program import Structure
 
@@ -19,43 +22,81 @@ def needs(action: Action, structure: Structure) -> list[Action]:
     if action.kind is Kind.RECEIVE:
         return [] if action.op is Op.DATA else [data]
 
-    def forward(role: Role, of_stage: int) -> Action:
-        return Action(role, of_stage, Op.FORWARD, m, step)
-
-    last = structure.last
-    last_teacher = len(structure.teacher_ranks) - 1
     if action.op is Op.DATA:
         return [data.at(step - 1)]
     if action.op is Op.FORWARD:
-        before = [data, forward(action.role, stage - 1)] if stage else [data]
+        assert m is not None
+        before = [data]
+        if stage:
+            before.append(Action(action.role, stage - 1, Op.FORWARD, m, step))
+        else:
+            before += _pass_before(action, structure)
         if action.role is Role.TEACHER:
-            return before
-        if structure.serial and stage == 0 and last_teacher >= 0:
-            before.append(forward(Role.TEACHER, last_teacher))
-        if structure.train:
-            before.append(Action(Role.STUDENT, stage, Op.UPDATE, None, step - 1))
+            if structure.momentum:
+                before.append(Action(Role.TEACHER, stage, Op.EMA, None, step - 1 - structure.staleness))
+        elif structure.train:
+            before.append(Action(Role.STUDENT, stage, Op.UPDATE, None, step - 1 - structure.student_staleness))
         return before
+    last = structure.last
     if action.op is Op.LOSS:
-        teacher = [forward(Role.TEACHER, last_teacher)] if last_teacher >= 0 else []
-        return [data, *teacher, forward(Role.STUDENT, last)]
-    if action.op is Op.BACKWARD:
-        source = (
-            Action(Role.STUDENT, last, Op.LOSS, m, step)
-            if stage == last
-            else Action(Role.STUDENT, stage + 1, Op.BACKWARD, m, step)
-        )
-        return [forward(Role.STUDENT, stage), source]
-    return [Action(Role.STUDENT, stage, Op.BACKWARD, i, step) for i in range(structure.num_microbatches)]
+        assert m is not None
+        outputs = [Action(Role.STUDENT, last, Op.FORWARD, u, step) for u in structure.units_of_loss(m, Role.STUDENT)]
+        if structure.teacher_ranks:
+            ends = len(structure.teacher_ranks) - 1
+            taught = [Action(Role.TEACHER, ends, Op.FORWARD, u, step) for u in structure.units_of_loss(m, Role.TEACHER)]
+            outputs = [*taught, *outputs]
+        return [data, *outputs]
+    if action.op is Op.WEIGHT:
+        return [Action(Role.STUDENT, stage, Op.INPUT, m, step)]
+    if action.op in structure.backward_ops:
+        assert m is not None
+        own = Action(Role.STUDENT, stage, Op.FORWARD, m, step)
+        if stage < last:
+            return [own, Action(Role.STUDENT, stage + 1, action.op, m, step)]
+        loss = Action(Role.STUDENT, last, Op.LOSS, structure.loss_of_unit(m), step)
+        return [own, loss, *(end for end in _pass_before(action, structure) if end != own)]
+    if action.op is Op.EMA:
+        return [Action(Role.STUDENT, stage, Op.UPDATE, None, step), action.at(step - 1)]
+    if action.op is Op.UPDATE and structure.clip:
+        norms = [Action(Role.STUDENT, i, Op.NORM, None, step) for i in range(last + 1)]
+        return [*norms, action.at(step - 1)] if structure.student_staleness else norms
+    units = range(structure.num_units(Role.STUDENT))
+    gradients = [Action(Role.STUDENT, stage, structure.backward_ops[-1], u, step) for u in units]
+    return [*gradients, action.at(step - 1)] if structure.student_staleness else gradients
+
+
+def _pass_before(action: Action, structure: Structure) -> list[Action]:
+    """For the first action of a pass in a serial structure: the last of the pass before it in the step, if any."""
+    if not structure.serial:
+        return []
+    assert action.microbatch is not None
+    before = _order(structure).get((action.role, action.op, action.microbatch))
+    if before is None:
+        return []
+    role, op, unit = before
+    if op is Op.FORWARD:
+        ends = structure.student_ranks if role is Role.STUDENT else structure.teacher_ranks
+        return [Action(role, len(ends) - 1, op, unit, action.step)]
+    return [Action(role, 0, op, unit, action.step)]
+
+
+@lru_cache(maxsize=16)
+def _order(structure: Structure) -> dict[tuple[Role, Op, int], tuple[Role, Op, int]]:
+    """For each pass of a step, the one before it; the loss belongs to the backward, which needs it anyway."""
+    passes = [p for p in structure.passes() if p[1] is not Op.LOSS]
+    return {after: before for before, after in pairwise(passes)}
 
 
 def lane(transfer: Action, destination: int, structure: Structure) -> Lane:
     """The channel of the edge to rank `destination` on which `transfer` (a send or a receive) travels."""
     if transfer.op is Op.DATA:
         return Lane.DATA
-    if transfer.op is Op.BACKWARD:
-        return Lane.GRADIENT
+    if transfer.op is Op.NORM:
+        return Lane.NORM
+    if transfer.op in (Op.BACKWARD, Op.INPUT):
+        return Lane.GRADIENT if transfer.stage else Lane.TOKEN
     if transfer.role is Role.STUDENT:
-        return Lane.ACTIVATION
+        return Lane.ACTIVATION if transfer.stage < structure.last else Lane.TOKEN
     ends_teacher = transfer.stage == len(structure.teacher_ranks) - 1
     if ends_teacher and destination != structure.student_ranks[structure.last]:
         return Lane.TOKEN

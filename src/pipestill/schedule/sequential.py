@@ -6,16 +6,21 @@ rank 1   .. T0 .. F0 B0 .. .. T1 .. F1 B1 U        (time runs right; here all wo
 
 from __future__ import annotations
 
-from pipestill.schedule.action import Action
+from typing import Any
+
+from pipestill.schedule.action import Action, Role
 from pipestill.schedule.comms import connect
-from pipestill.schedule.program import Schedule, Structure
+from pipestill.schedule.program import Schedule, pipeline
 
 
-def sequential(num_stages: int, num_microbatches: int, *, teacher: bool = True) -> Schedule:
-    """Each microbatch runs through the whole teacher, the whole student and back before the next one starts."""
-    ranks = tuple(range(num_stages))
-    structure = Structure(ranks, ranks if teacher else (), num_microbatches, serial=True)
-    rows: list[list[Action]] = [[] for _ in ranks]
+def sequential(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+    """Each microbatch runs through the whole teacher, the whole student and back before the next one starts.
+
+    A loss over the whole batch comes between all forwards and all backwards. `work`: fields of the `Structure`.
+    """
+    structure = pipeline(num_stages, num_microbatches, teacher=teacher, serial=True, **work)
+    rows: list[list[Action]] = [[] for _ in range(num_stages)]
     for action in list(structure.actions())[1:]:
         rows[structure.rank_of(action)].append(action)
-    return connect("sequential", structure, rows, (1,) * num_stages, run_ahead=1 if teacher else 0)
+    stash = (len(structure.units_of_loss(0, Role.STUDENT)),) * num_stages
+    return connect("sequential", structure, rows, stash, run_ahead=structure.teacher_views if teacher else 0)

@@ -10,7 +10,7 @@ from itertools import count
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.needs import lane, needs
-from pipestill.schedule.program import Schedule
+from pipestill.schedule.program import Schedule, Structure
 from pipestill.schedule.trace import Event, Trace
 
 
@@ -27,25 +27,44 @@ def simulate(schedule: Schedule, costs: StageCosts, num_steps: int | None = None
     return _Simulation(schedule, costs, num_steps).run()
 
 
-def action_seconds(action: Action, costs: StageCosts) -> float:
+def action_seconds(action: Action, structure: Structure, costs: StageCosts) -> float:
     """How long `action` computes when no other rank disturbs it."""
-    if action.op is Op.FORWARD:
-        return (costs.forward if action.role is Role.STUDENT else costs.teacher)[action.stage]
-    if action.op is Op.BACKWARD:
-        return costs.backward[action.stage]
+    if action.op is Op.DATA:
+        return costs.data
+    if action.op is Op.LOSS:
+        return costs.loss * structure.num_microbatches / structure.num_losses / structure.pieces
     if action.op is Op.UPDATE:
         return costs.update[action.stage]
-    return costs.loss if action.op is Op.LOSS else costs.data
-
-
-def transfer_seconds(action: Action, costs: StageCosts) -> float:
-    """How long the result of `action` takes to arrive at another rank: a boundary's activations or their gradients."""
-    if action.op is Op.BACKWARD:
-        sizes, boundary = costs.activation_bytes, action.stage - 1
+    if action.op is Op.EMA:
+        return costs.ema[action.stage] if costs.ema else 0.0
+    if action.op is Op.NORM:
+        return 0.0
+    weight = costs.weight[action.stage] if costs.weight else 0.0
+    if action.op is Op.FORWARD:
+        seconds = (costs.forward if action.role is Role.STUDENT else costs.teacher)[action.stage]
+    elif action.op is Op.WEIGHT:
+        seconds = weight
     else:
-        sizes = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes
-        boundary = action.stage
-    return costs.link.seconds(sizes[boundary] if sizes and action.op is not Op.DATA else 0)
+        seconds = costs.backward[action.stage] - (weight if action.op is Op.INPUT else 0.0)
+    return seconds * unit_scale(action, structure, costs)
+
+
+def transfer_seconds(action: Action, structure: Structure, costs: StageCosts) -> float:
+    """How long the result of `action` takes to arrive at another rank: a boundary's activations or their gradients."""
+    if action.microbatch is None:
+        return costs.link.seconds(0)
+    if action.op is Op.FORWARD:
+        sizes, boundary = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes, action.stage
+    else:
+        sizes, boundary = costs.activation_bytes, action.stage - 1
+    return costs.link.seconds(sizes[boundary] * unit_scale(action, structure, costs) if sizes else 0)
+
+
+def unit_scale(action: Action, structure: Structure, costs: StageCosts) -> float:
+    """How much longer a forward or a backward takes than the costs' microbatch in a view that costs 1."""
+    assert action.microbatch is not None
+    views = structure.views if action.role is Role.STUDENT else structure.teacher_views
+    return costs.views[action.microbatch % views] / structure.pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +102,11 @@ class _Simulation:
 
     def _look_up(self, action: Action, numbers: dict[Action, int]) -> _Todo:
         if action.peer is None:
-            seconds = action_seconds(action, self.costs)
+            seconds = action_seconds(action, self.structure, self.costs)
         elif lane(action, action.peer, self.structure) is Lane.TOKEN:
             seconds = 0.0
         else:
-            seconds = transfer_seconds(action, self.costs) - self.costs.link.latency_seconds
+            seconds = transfer_seconds(action, self.structure, self.costs) - self.costs.link.latency_seconds
         needed = tuple((numbers[need.at(0)], need.step) for need in needs(action, self.structure))
         return _Todo(action, numbers[action.payload.at(0)], seconds, needed)
 

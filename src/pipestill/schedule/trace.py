@@ -95,13 +95,13 @@ class Trace:
 
     @property
     def stash_peak(self) -> tuple[int, ...]:
-        """For each rank, the most student microbatches held between their forward and their backward."""
+        """For each rank, the most units of the student held between their forward and the end of their backward."""
         held, peak = [0] * self.num_ranks, [0] * self.num_ranks
         for event in self.events:
             if event.action.role is Role.STUDENT and event.action.op is Op.FORWARD:
                 held[event.rank] += 1
                 peak[event.rank] = max(peak[event.rank], held[event.rank])
-            elif event.action.op is Op.BACKWARD:
+            elif event.action.op in (Op.BACKWARD, Op.WEIGHT):
                 held[event.rank] -= 1
         return tuple(peak)
 

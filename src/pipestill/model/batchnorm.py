@@ -1,0 +1,114 @@
+"""What batch norm does with microbatches: a policy, the same in a pipeline and in the plain loop.
+
+- `microbatch`: every microbatch is normalised by its own statistics, and moves the running ones (what torch does).
+- `deferred`: normalised the same, but the running statistics move once a batch, by those of the whole batch (torchgpipe,
+  Kim et al. 2020, section 4; TSPipe). So evaluation does not depend on how a batch was cut.
+- `frozen`: normalised by the running statistics, which do not move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipestill.errors import ConfigError, ModelError, nearest
+from pipestill.model.blocks import BlockModel
+
+POLICIES = ("microbatch", "deferred", "frozen")
+
+
+@dataclass
+class _Sums:
+    """Of what a layer was given since its running statistics last moved: how much, its sum, the sum of its squares."""
+
+    count: int = 0
+    total: Tensor | None = None
+    squares: Tensor | None = None
+
+
+class Norms:
+    """The batch norms of models in training under a policy."""
+
+    def __init__(self, policy: str) -> None:
+        self.policy = policy
+        self.sums: dict[_BatchNorm, _Sums] = {}
+
+    def end_batch(self, modules: Iterable[nn.Module]) -> None:
+        """Move the running statistics of those of `modules` that defer it."""
+        for module in modules:
+            if isinstance(module, _BatchNorm) and module in self.sums:
+                self._move(module, self.sums[module])
+                self.sums[module] = _Sums()
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Hear what a layer is given."""
+        assert isinstance(module, _BatchNorm)
+        if not module.training:
+            return
+        given = args[0].detach().double()
+        axes = [axis for axis in range(given.dim()) if axis != 1]
+        sums = self.sums[module]
+        sums.count += given.numel() // given.shape[1]
+        total, squares = given.sum(axes), given.square().sum(axes)
+        sums.total = total if sums.total is None else sums.total + total
+        sums.squares = squares if sums.squares is None else sums.squares + squares
+
+    @staticmethod
+    @torch.no_grad()
+    def _move(module: _BatchNorm, sums: _Sums) -> None:
+        if sums.total is None or sums.squares is None:
+            return
+        assert module.num_batches_tracked is not None
+        assert module.running_mean is not None and module.running_var is not None
+        module.num_batches_tracked.add_(1)
+        factor = 1.0 / float(module.num_batches_tracked) if module.momentum is None else module.momentum
+        mean = sums.total / sums.count
+        variance = (sums.squares / sums.count - mean.square()).clamp(min=0) * (sums.count / max(1, sums.count - 1))
+        module.running_mean.lerp_(mean.to(module.running_mean.dtype), factor)
+        module.running_var.lerp_(variance.to(module.running_var.dtype), factor)
+
+
+@contextmanager
+def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
+    """Put the batch norms of `models` under `policy` in the body, and leave them as they were."""
+    norms, hooks = Norms(policy), []
+    layers = [
+        m for model in models for m in model.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+    ]
+    try:
+        for model in models:
+            model.frozen_norms = layers if policy == "frozen" else []
+        for layer in layers if policy == "deferred" else []:
+            norms.sums[layer] = _Sums()
+            hooks.append(layer.register_forward_pre_hook(norms._see))
+            layer.track_running_stats = False  # in training only: evaluation reads the running statistics all the same
+        yield norms
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in norms.sums:
+            layer.track_running_stats = True
+        for model in models:
+            model.frozen_norms = []
+
+
+def check_norms(policy: str, models: Iterable[BlockModel]) -> None:
+    """`ConfigError` for an unknown policy; `ModelError` for norms that would need other ranks in the midst of a forward."""
+    if policy not in POLICIES:
+        raise ConfigError(
+            f"no batch norm policy '{policy}'{nearest(policy, POLICIES)}; there are {', '.join(POLICIES)}"
+        )
+    for model in models:
+        for name, module in model.model.named_modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                raise ModelError(
+                    f"'{name}' is a SyncBatchNorm, which averages over ranks that hold the same layer at the same moment; "
+                    "here a layer is on one rank, and sees a batch as microbatches one after the other. Use BatchNorm with "
+                    "batch_norm='deferred', whose running statistics are those of whole batches"
+                )
