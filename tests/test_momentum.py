@@ -382,7 +382,7 @@ class PerModel(nn.Module):
             PlanError,
             "teacher partition .1. adds up to 1, but the teacher has 2 blocks",
         ),
-        (pair, {"devices": 4}, (X, X), PlanError, "the student has . blocks for 4 devices"),
+        (pair, {"devices": 4}, (X, X), PlanError, "4 devices, but the teacher has . blocks"),
         (pair, {"costs": Costs.uniform(3, 1, 1, 1)}, (X, X), PlanError, "costs are of 3 student and 3 teacher blocks"),
         (pair, {"strategy": "1f1b", "staleness": 1}, (X, X), PlanError, "staleness is a knob of 'fill'"),
         (pair, {"strategy": "fill", "staleness": 2}, (X, X), PlanError, "staleness is 2; expected 0 or 1"),

@@ -26,7 +26,7 @@ from pipestill.model.batchnorm import Norms, batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
 from pipestill.model.dry_run import Contracts, dry_run
 from pipestill.model.profile import profile
-from pipestill.model.tasks import Momentum, Task, teacher_trains
+from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
 from pipestill.plan import Plan, make_plan
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.memory import peak_bytes, reset_peak
@@ -159,6 +159,8 @@ class Trainer:
             raise PlanError(f"strategy 'reference' runs on one device, not {devices}; choose another, or --devices 1")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ConfigError(f"clip_grad_norm is {clip_grad_norm}; expected more than 0, or none")
+        if staleness not in (None, 0, 1):
+            raise PlanError(f"staleness is {staleness}; expected 0 or 1")
         if strategy == REFERENCE and staleness and not task.demands.momentum:
             raise PlanError("staleness is of a momentum teacher; a frozen one has no versions; leave it out")
         stale = strategy in ("tspipe", "async") or staleness
@@ -209,7 +211,9 @@ class Trainer:
             else join_world(self.devices, self.device_type, self.timeout_seconds)
         )
         readers = ExitStack()
-        source = readers.enter_context(closing(self._reader(loader, epochs, steps))) if world.is_main else None
+        source = (
+            readers.enter_context(closing(self._reader(loader, epochs, steps, self._split))) if world.is_main else None
+        )
         reporter = _Reporter(self.callbacks if world.is_main else ())
         try:
             few = world.share(sample(source.peek()) if source else None)
@@ -220,7 +224,9 @@ class Trainer:
             for callback in reporter.callbacks:
                 callback.start(description, total)
             validation = (
-                None if validate is None else lambda: readers.enter_context(closing(self._reader(validate, 1, None)))
+                None
+                if validate is None
+                else lambda: readers.enter_context(closing(self._reader(validate, 1, None, self.split_batch)))
             )
             counted = _Counted(source) if source else None
             with batch_norms(self.batch_norm, self._training_models()) as norms:
@@ -255,15 +261,21 @@ class Trainer:
     def _models(self) -> list[BlockModel]:
         return [model for model in (self.task.student_blocks, self.task.teacher_blocks) if model is not None]
 
+    def _split(self, item: Any) -> tuple[Any, Any]:
+        """What the loader yields as inputs, whose views are all there, and targets."""
+        inputs, targets = self.split_batch(item)
+        check_views(self.task, inputs)
+        return inputs, targets
+
     def _training_models(self) -> list[BlockModel]:
         models = [self.task.student_blocks]
         if self.task.teacher_blocks is not None and teacher_trains(self.task):
             models.append(self.task.teacher_blocks)
         return models
 
-    def _reader(self, loader: Iterable[Any], epochs: int | None, steps: int | None) -> Reader:
+    def _reader(self, loader: Iterable[Any], epochs: int | None, steps: int | None, split_batch: SplitBatch) -> Reader:
         return Reader(
-            loader, epochs=epochs, steps=steps, seed=self.seed, split_batch=self.split_batch,
+            loader, epochs=epochs, steps=steps, seed=self.seed, split_batch=split_batch,
             timeout_seconds=self.timeout_seconds,
         )  # fmt: skip
 

@@ -233,6 +233,11 @@ def _cuts(
         both = [s + t for s, t in zip(student, [*teacher, *[0.0] * (len(student) - len(teacher))], strict=True)]
         last = len(teacher) - 1
         merged = [*both[:last], sum(both[last:])]
+        if len(merged) < devices:
+            raise PlanError(
+                f"{devices} devices, but the teacher has {len(merged)} blocks, and every stage holds one of these; "
+                f"use at most {len(merged)} devices or cut the models into more blocks"
+            )
         cut = balance(merged, [], devices)[0]
         cut = (*cut[:-1], cut[-1] + len(both) - len(merged))
         return [(cut, _following(costs, cut))]
