@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ from pipestill.schedule import STRATEGIES, Trace
 from pipestill.schedule.program import Demands
 
 Measured = tuple[Trace, float]
+_FEWEST, _LONG_SECONDS = 3, 20.0  # steps of a strategy, and the time at which they are enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ def compare_virtual(costs: Costs, demands: Demands, options: VirtualOptions) -> 
     trivial = _trivial(costs, options)
     everything = [trivial, *plans.values()]
     for plan in everything:
-        assert plan.schedule  # found once here, and sent to the ranks with the plan
+        assert plan.prediction  # with its schedule, found once here and sent to the ranks with the plan
     arguments = (everything, options.rounds, options.steps, options.timeout_seconds)
     measured: list[list[Measured]] = launch(
         _measure, arguments, options.devices, device_type="cpu", threads=1, timeout_seconds=options.timeout_seconds
@@ -72,7 +74,11 @@ def _trivial(costs: Costs, options: VirtualOptions) -> Plan:
 
 def _measure(plans: list[Plan], rounds: int, steps: int, timeout_seconds: float) -> list[list[Measured | None]]:
     """On every rank; complete on rank 0."""
-    return [[run_virtual(plan, steps, timeout_seconds) for plan in plans] for _ in range(rounds)]
+
+    def count(plan: Plan) -> int:  # fewer where each takes long: they are all alike
+        return max(_FEWEST, min(steps, math.ceil(_LONG_SECONDS / plan.prediction.seconds_per_step)))
+
+    return [[run_virtual(plan, count(plan), timeout_seconds) for plan in plans] for _ in range(rounds)]
 
 
 def _figures(
