@@ -36,7 +36,7 @@ RECIPES = {
     "byol": Entry(
         "byol",
         "pipestill.recipes.byol:Byol",
-        "learn without labels from two views and a momentum teacher (Grill et al.; TSPipe's SSL benchmark)",
+        "two views and a momentum teacher, no labels (Grill et al.); for schedules: its digits need no learning",
         "scikit-learn's digits: 1,797 real 8x8 scans of handwriting, embedded",
         ("scikit-learn",),
     ),

@@ -1,4 +1,8 @@
-"""BYOL on scikit-learn's digits: two views of each image, a momentum teacher, no labels."""
+"""BYOL on scikit-learn's digits: two views of each image, a momentum teacher, no labels.
+
+A workload for schedules so far: on these small images the untrained network's features already tell 97 % of the digits
+apart, and training has not been seen to improve on that.
+"""
 
 from __future__ import annotations
 
