@@ -37,6 +37,12 @@ def test_norm_stands_right_before_its_update() -> None:
     assert rows(1, 1, stash=1, momentum=True, clip=True) == ["T0F0@0 S0F0@0 S0L0@0 S0B0@0 S0N@0 S0U@0 T0E@0"]
 
 
+def test_clipping_over_several_ranks_settles() -> None:
+    """Symptom: every update waited for norms that others only had with their own update, so nothing was ever found."""
+    first, last = rows(2, 2, stash=2, momentum=True, clip=True)
+    assert first.split()[-3:] == ["S0N@0", "S0U@0", "T0E@0"] and last.split()[-3:] == ["S1N@0", "S1U@0", "T1E@0"]
+
+
 def test_gradients_of_weights_wait_for_a_bubble() -> None:
     """There is none on one rank, so they come where nothing else is left to do."""
     assert rows(1, 2, stash=2, teacher=False, split=True) == [

@@ -151,3 +151,12 @@ def test_every_result_is_needed(structure: Structure) -> None:
 )
 def test_lanes(transfer: str, destination: int, expected: Lane) -> None:
     assert lane(Action.parse(transfer), destination, SERIAL) is expected
+
+
+def test_gradients_of_two_steps_never_mix() -> None:
+    """Asynchronous forwards run before the last step's update, but its gradients and losses are taken by it first."""
+    update = Action.parse("S2U@3")
+    assert update in needs(Action.parse("S2L1@4"), ASYNC)  # which the last stage's backwards need
+    assert Action.parse("S1U@3") in needs(Action.parse("S1B1@4"), ASYNC)
+    assert update not in needs(Action.parse("S2F1@4"), ASYNC)
+    assert update not in needs(Action.parse("S2L1@4"), BOTH)  # there the forward has waited for it

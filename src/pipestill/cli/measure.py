@@ -27,15 +27,16 @@ def costs_of_recipe(command: str, words: Sequence[str], group: type[T]) -> tuple
     demands = recipe.workload(0).task().demands
     if file is not None:
         return Costs.load(file), demands, options
-    return measure(recipe, max(1, getattr(options, "microbatches", 1))), demands, options
+    split = bool(getattr(options, "split_backward", False)) or "split" in getattr(options, "strategies", "")
+    return measure(recipe, max(1, getattr(options, "microbatches", 1)), split=split), demands, options
 
 
-def measure(recipe: Recipe, microbatches: int, seed: int = 0) -> Costs:
+def measure(recipe: Recipe, microbatches: int, seed: int = 0, *, split: bool = False) -> Costs:
     """Median seconds of every block of the recipe's models for one microbatch, in this process alone."""
     workload = recipe.workload(seed)
     task = workload.task()
     inputs, targets = next(iter(workload.train_loader))
-    contracts = dry_run(task, inputs, targets)
+    contracts = dry_run(task, inputs, targets, split=split)
     training = workload.student_training
 
     def optimizer(parameters: dict[str, Any]) -> Any:
@@ -43,4 +44,4 @@ def measure(recipe: Recipe, microbatches: int, seed: int = 0) -> Costs:
 
     batch_size = workload.train_loader.batch_size or num_rows(inputs, "the batch's inputs")
     rows = math.ceil(batch_size / microbatches)
-    return profile(task, contracts, inputs, targets, rows=rows, optimizer=optimizer)
+    return profile(task, contracts, inputs, targets, rows=rows, optimizer=optimizer, split=split)

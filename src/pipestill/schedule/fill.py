@@ -132,8 +132,10 @@ class _Family:
         timed: list[tuple[float, list[list[Action]]]] = []
         for rows in self.candidates():
             self._time(rows, timed)
-            if timed and timed[0][0] <= goal and self.better(None, timed[0][1]):
-                break
+            if timed and timed[0][0] <= goal and timed[0][1] is rows:
+                found = self.better(None, rows)
+                if found is not None and found.seconds <= goal:
+                    return found.schedule
         else:
             for stretch in _STRETCHES if size <= _MOST_WOVEN else ():
                 if not timed or goal * stretch < timed[0][0]:
@@ -153,7 +155,7 @@ class _Family:
             best, tried = self.better(best, rows), tried + 1
             if best is not None and (tried >= _VALIDATED or best.seconds <= goal or size > _MOST_WOVEN):
                 break
-        if not (s.staleness and s.teacher_ranks):
+        if not s.staleness and (best is None or best.seconds > goal):
             best = self.better(best, self._plain())
         return None if best is None else best.schedule
 

@@ -6,7 +6,6 @@ weights and the teacher's forwards, which take whatever room is left.
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 from collections.abc import Sequence
 
@@ -40,7 +39,7 @@ class Greedy:
         self.structure, self.costs, self.stash, self.run_ahead = structure, costs, stash, run_ahead
         self.lead, self.weights_first = lead, weights_first
         self.num_ranks = len(structure.student_ranks)
-        self.units, self.taught = structure.num_units(Role.STUDENT), structure.num_units(Role.TEACHER)
+        self.taught = structure.num_units(Role.TEACHER)
         self.seconds = {a: action_seconds(a, structure, costs) * costs.interference for a in structure.actions()}
         self.done: dict[Action, float] = {}
         self.orders: list[list[Action]] = [[] for _ in range(self.num_ranks)]
@@ -52,6 +51,8 @@ class Greedy:
         kinds = [(Role.STUDENT, op) for op in ops]
         if rank == self.structure.last:
             kinds.append((Role.STUDENT, Op.LOSS))
+        if self.structure.clip:
+            kinds.append((Role.STUDENT, Op.NORM))
         if self.structure.momentum:
             kinds.append((Role.TEACHER, Op.EMA))
         return [*kinds, (Role.TEACHER, Op.FORWARD)] if self.structure.teacher_ranks else kinds
@@ -71,25 +72,18 @@ class Greedy:
         return self._period()
 
     def _do(self, rank: int, action: Action, now: float, soon: list[float]) -> None:
-        for one in self._with_norm(action):
-            now += self.seconds[one.at(0)]
-            self.done[one] = now
-            self.orders[rank].append(one)
+        now += self.seconds[action.at(0)]
+        self.done[action] = now
+        self.orders[rank].append(action)
         self.next[rank][action.role, action.op] += 1
         self.free[rank] = now
         heapq.heappush(soon, now)
-
-    def _with_norm(self, action: Action) -> list[Action]:
-        """An update right after the norm that it may need."""
-        if action.op is Op.UPDATE and self.structure.clip:
-            return [dataclasses.replace(action, op=Op.NORM), action]
-        return [action]
 
     def _candidate(self, rank: int, kind: tuple[Role, Op]) -> Action | None:
         """The next work of its kind on a rank, in a run of some steps."""
         role, op = kind
         count = self.next[rank][kind]
-        if op in (Op.UPDATE, Op.EMA):
+        if not op.per_microbatch:
             unit, step = None, count
         else:
             per_step = self.structure.num_losses if op is Op.LOSS else self.structure.num_units(role)
@@ -114,7 +108,7 @@ class Greedy:
         s, done = self.structure, self.next[rank]
         forward, teacher = (Role.STUDENT, Op.FORWARD), (Role.TEACHER, Op.FORWARD)
         kinds = [
-            (Role.TEACHER, Op.EMA), (Role.STUDENT, Op.UPDATE), (Role.STUDENT, Op.LOSS),
+            (Role.STUDENT, Op.NORM), (Role.TEACHER, Op.EMA), (Role.STUDENT, Op.UPDATE), (Role.STUDENT, Op.LOSS),
             (Role.STUDENT, s.backward_ops[0]), forward,
         ]  # fmt: skip
         kinds = [kind for kind in kinds if kind in done]
@@ -141,9 +135,8 @@ class Greedy:
 
     def _ready(self, rank: int, action: Action) -> float | None:
         latest = 0.0
-        gates = self._with_norm(action)
-        for need in (need for gate in gates for need in needs(gate, self.structure)):
-            if need.step < 0 or need.op is Op.DATA or need in gates:
+        for need in needs(action, self.structure):
+            if need.step < 0 or need.op is Op.DATA:
                 continue
             end = self.done.get(need)
             if end is None:

@@ -45,14 +45,15 @@ def needs(action: Action, structure: Structure) -> list[Action]:
             ends = len(structure.teacher_ranks) - 1
             taught = [Action(Role.TEACHER, ends, Op.FORWARD, u, step) for u in structure.units_of_loss(m, Role.TEACHER)]
             outputs = [*taught, *outputs]
-        return [data, *outputs]
+        return [data, *outputs, *_gradients_before(action, structure)]
     if action.op is Op.WEIGHT:
         return [Action(Role.STUDENT, stage, Op.INPUT, m, step)]
     if action.op in structure.backward_ops:
         assert m is not None
         own = Action(Role.STUDENT, stage, Op.FORWARD, m, step)
         if stage < last:
-            return [own, Action(Role.STUDENT, stage + 1, action.op, m, step)]
+            after = Action(Role.STUDENT, stage + 1, action.op, m, step)
+            return [own, after, *_gradients_before(action, structure)]
         loss = Action(Role.STUDENT, last, Op.LOSS, structure.loss_of_unit(m), step)
         return [own, loss, *(end for end in _pass_before(action, structure) if end != own)]
     if action.op is Op.EMA:
@@ -63,6 +64,12 @@ def needs(action: Action, structure: Structure) -> list[Action]:
     units = range(structure.num_units(Role.STUDENT))
     gradients = [Action(Role.STUDENT, stage, structure.backward_ops[-1], u, step) for u in units]
     return [*gradients, action.at(step - 1)] if structure.student_staleness else gradients
+
+
+def _gradients_before(action: Action, structure: Structure) -> list[Action]:
+    """The update that takes what the step before has added up on a stage. Elsewhere, forwards need it anyway."""
+    stale = structure.student_staleness and structure.train
+    return [Action(Role.STUDENT, action.stage, Op.UPDATE, None, action.step - 1)] if stale else []
 
 
 def _pass_before(action: Action, structure: Structure) -> list[Action]:
