@@ -7,8 +7,10 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
+ROUNDS ?= 20
+
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint types imports format check clean
+.PHONY: help install train test fuzz lint types imports format check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' Makefile | expand -t 18
@@ -27,6 +29,9 @@ train: $(STAMP)  ## distil a small network on the digits over two devices, to se
 
 test: $(STAMP)  ## the tests
 	$(BIN)/pytest
+
+fuzz: $(STAMP)  ## the property tests on new random examples, ROUNDS times over (20)
+	for round in $$(seq $(ROUNDS)); do $(BIN)/pytest -q -m hypothesis --hypothesis-profile fuzz || exit; done
 
 lint: $(STAMP)  ## ruff: likely bugs and style
 	$(BIN)/ruff check

@@ -459,3 +459,22 @@ def test_fill_of_weight_gradients_that_take_no_time() -> None:
     """Symptom: split backwards under costs that do not tell them apart ended in an internal error."""
     costs = replace(uniform(2, 1, 1, 1), ema=(5.0, 5.0), link=Link(latency_seconds=1.0))
     check(generate("fill", 2, 1, costs=costs, momentum=True, split_backward=True))
+
+
+def test_fill_without_a_teacher_ignores_run_ahead() -> None:
+    """Nothing is ahead; a bound below zero once sent the search after forwards that no row holds."""
+    costs = uniform(1, 1.0, 1.0, 9.0)
+    made = [generate("fill", 1, 1, teacher=False, costs=costs, run_ahead=bound) for bound in (None, -1)]
+    assert made[0] == made[1]
+
+
+def test_fill_with_unequal_stages_is_not_slower_than_teacher_first() -> None:
+    """A goal that theory gives for equal stages ended the search above what plain 1F1B reaches."""
+    costs = StageCosts(
+        forward=(6.0, 8.0), backward=(1.0, 1.0), update=(0.0, 0.0), teacher=(0.0, 1.0), activation_bytes=(1, 1),
+        teacher_bytes=(2, 2), link=Link(0.0, 1.0), weight=(0.25, 0.25), ema=(0.0, 0.0), views=(1.0,),
+    )  # fmt: skip
+    filled = generate("fill", 2, 3, momentum=True, costs=costs)
+    assert simulate(filled, costs).seconds_per_step <= simulate(
+        generate("1f1b", 2, 3, momentum=True), costs
+    ).seconds_per_step * (1 + 1e-9)

@@ -17,13 +17,13 @@ from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains, view
 from pipestill.runtime.batch import Batch, microbatch_rows
 from pipestill.runtime.stage import (
-    MovingAverage,
     clip,
     evaluate_loss,
     gradient_squares,
     run_blocks,
     weighted_loss,
 )
+from pipestill.runtime.weights import MovingAverage
 from pipestill.schedule import Role
 
 

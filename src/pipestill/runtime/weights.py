@@ -1,0 +1,93 @@
+"""Weights that follow others, and weights of some updates before."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from pipestill.model.blocks import BlockModel
+from pipestill.model.tasks import Momentum
+
+
+class MovingAverage:
+    """The teacher's weights in some blocks, and the student's that they follow."""
+
+    def __init__(self, task: Momentum, blocks: range) -> None:
+        self.task, self.blocks = task, blocks
+        pairs = _paired(task.teacher_blocks.parameters_of(blocks), task.student_blocks.parameters_of(blocks))
+        self.pairs = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
+
+        self.noted: deque[dict[str, Tensor]] = deque()
+
+    def note(self) -> None:
+        """Keep the student's buffers for the next move: forwards before it may change them."""
+        if self.task.teacher_buffers == "copy":
+            self.noted.append({n: t.clone() for n, t in self._buffers(self.task.student_blocks).items()})
+
+    def _buffers(self, model: BlockModel) -> dict[str, Tensor]:
+        """Those of the blocks as they are now: a forward may have replaced them."""
+        return {n: t for n, t in model.tensors_of(self.blocks).items() if not isinstance(t, nn.Parameter)}
+
+    @torch.no_grad()
+    def move(self, step: int) -> None:
+        """Teacher = m * teacher + (1 - m) * student."""
+        if self.pairs:
+            move_all = get_ema_multi_avg_fn(self.task.momentum_at(step))
+            move_all([mine.detach() for mine, _ in self.pairs], [theirs.detach() for _, theirs in self.pairs], None)
+        if self.noted:
+            for mine, theirs in _paired(self._buffers(self.task.teacher_blocks), self.noted.popleft()):
+                mine.copy_(theirs)
+
+
+def _paired(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return [(tensor, student[name]) for name, tensor in teacher.items() if name in student]
+
+
+class Versions:
+    """The weights that steps read which are `staleness` updates behind: the newest, and as many old ones.
+
+    The optimizer writes to new memory then, so that graphs of forwards before it keep what they saved.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], staleness: int) -> None:
+        self.parameters, self.staleness = parameters, staleness
+        self.newest = 0
+        self.old: dict[int, list[Tensor]] = {}
+
+    @contextmanager
+    def of(self, step: int) -> Iterator[None]:
+        """Let the parameters be what `step` reads."""
+        version = max(0, step - self.staleness)
+        if not self.staleness or version == self.newest:
+            yield
+            return
+        newest = [parameter.data for parameter in self.parameters]
+        self._set(self.old[version])
+        try:
+            yield
+        finally:
+            self._set(newest)
+
+    @contextmanager
+    def next(self) -> Iterator[None]:
+        """Make the next version in the body."""
+        if not self.staleness:
+            yield
+            return
+        self.old[self.newest] = [parameter.data for parameter in self.parameters]
+        self.old.pop(self.newest - self.staleness, None)
+        self._set([tensor.clone() for tensor in self.old[self.newest]])
+        with ExitStack() as counters:
+            for parameter in self.parameters:
+                counters.enter_context(torch.autograd.grad_mode._unsafe_preserve_version_counter(parameter))
+            yield
+        self.newest += 1
+
+    def _set(self, tensors: list[Tensor]) -> None:
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            parameter.data = tensor
