@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipestill.cli import main
 
+_BLOCKS = "simulate --costs docs/blocks.csv"
 _UNIFORM = "simulate --uniform 1,1,1,1 --devices 4"
 PICTURES = {
     "sequential": f"{_UNIFORM} --microbatches 2 --strategy sequential --steps 1 --draw docs/images/sequential.svg",
@@ -19,6 +20,9 @@ PICTURES = {
     "fill-split": f"{_UNIFORM} --microbatches 8 --split_backward --draw docs/images/fill-split.svg",
     "momentum": f"{_UNIFORM} --microbatches 8 --teacher ema --draw docs/images/momentum.svg",
     "momentum-split": f"{_UNIFORM} --microbatches 8 --teacher ema --split_backward --draw docs/images/momentum-split.svg",
+    "blocks-relay": f"{_BLOCKS} --strategy relay-dpu --devices 4 --draw docs/images/blocks-relay.svg",
+    "blocks-hybrid": f"{_BLOCKS} --strategy hybrid --devices 4 --draw docs/images/blocks-hybrid.svg",
+    "blocks-balanced": f"{_BLOCKS} --strategy balanced --devices 4 --draw docs/images/blocks-balanced.svg",
     "tspipe": (
         f"{_UNIFORM} --microbatches 3 --strategy tspipe --teacher ema --views 2 --batch_loss --draw docs/images/tspipe.svg"
     ),

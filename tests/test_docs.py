@@ -128,6 +128,16 @@ def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"student-0.pt", "timeline.svg", "trace.json.gz"}
 
 
+def test_blockwise_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code asserts by itself that the student learnt."""
+    monkeypatch.delenv("RANK", raising=False)
+    with torch.random.fork_rng():
+        exec(
+            compile("\n".join(fences_of("docs/blockwise.md", "python")), "docs/blockwise.md", "exec"),
+            {"__name__": "page"},
+        )
+
+
 def test_readme_example_runs() -> None:
     batches = [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(2)]
     names: dict[str, Any] = {
@@ -204,7 +214,7 @@ def test_table_of_filling_is_what_the_simulator_gives(capsys: pytest.CaptureFixt
 
 
 def test_every_picture_is_shown_with_the_command_that_drew_it() -> None:
-    shown = "".join(map(text_of, ("README.md", "docs/schedules.md", "docs/filling.md")))
+    shown = "".join(map(text_of, ("README.md", "docs/schedules.md", "docs/filling.md", "docs/hybrid.md")))
     assert {p.stem for p in (ROOT / "docs/images").iterdir()} == set(pictures())
     for name, command in pictures().items():
         assert f"`pipestill {command}`" in shown

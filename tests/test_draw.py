@@ -16,9 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipestill import draw
-from pipestill.costs import BlockCosts, Costs, StageCosts
+from pipestill.block_profile import BlockProfile, BlockTimes
+from pipestill.costs import BlockCosts, Costs, Link, StageCosts
 from pipestill.errors import ConfigError
 from pipestill.schedule import Action, Event, Op, Schedule, Structure, Trace, generate
+from pipestill.schedule.block_costs import BlockwiseCosts
+from pipestill.schedule.blockwise import Portion, sliced, staged
 from pipestill.schedule.simulate import simulate
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -186,6 +189,62 @@ def test_table_names_stages_where_a_rank_holds_several() -> None:
     structure = Structure(student_ranks=(0, 0), teacher_ranks=(), num_microbatches=1)
     schedule = Schedule("folded", structure, (tuple(structure.actions()),), stash=(2,), run_ahead=0)
     assert draw.schedule_table(schedule) == "rank 0 | S0F0 S1F0 S1L0 S1B0 S0B0 S0U S1U\n"
+
+
+def test_table_of_blocks_names_shares_where_there_are_several() -> None:
+    schedule = staged("hybrid", [(range(1), (0, 1)), (range(1, 2), (2,))])
+    assert draw.schedule_table(schedule) == (
+        "rank 0 | T0.0 B0.0 R0.0 U0.0\n"
+        "rank 1 | T0.1 B0.1 R0.1 U0.1\n"
+        "rank 2 | T1   B1   U1\n"
+    )  # fmt: skip
+    first = draw.schedule_table(schedule, transfers=True).splitlines()[0]
+    assert " ".join(first.split()) == "rank 0 | D@2 D@2>1 D@2>2 T0.0 T0.0>2 B0.0 R0.0 U1<2 U0.0"
+
+
+# ---------------------------------------------------------------- blocks that train alone
+
+
+def blockwise_trace(window: int = 1, num_steps: int = 20) -> Trace:
+    """Block 0 on two ranks, block 1 on a third, for which a batch takes 4 seconds; or both on one, in windows."""
+    link = Link(0.25)
+    profile = BlockProfile(tuple(BlockTimes("", (1,), (1.0,), (3.0,), 0, 0) for _ in range(2)), link)
+    schedule = staged("hybrid", [(range(1), (0, 1)), (range(1, 2), (2,))])
+    if window > 1:
+        portions = [[Portion(0, range(window))], [Portion(1, range(window))]]
+        schedule = sliced(window, portions, portions, 2, teacher_first=True)
+    return simulate(schedule, BlockwiseCosts(profile, 1), num_steps)
+
+
+def test_text_of_blocks_numbers_work_by_its_block() -> None:
+    drawn = draw.text(blockwise_trace(), width=100)
+    assert drawn.splitlines()[2].startswith("rank 2 |t1") and "B1---" in drawn and "B0---" in drawn
+    assert drawn.splitlines()[-1].split() == (
+        ["t", "teacher", "forward", "B", "student", "step", "R", "gradient", "all-reduce", "U", "update", ".", "idle"]
+    )
+
+
+def test_picture_of_blocks_shows_as_many_batches_of_each(tmp_path: Path) -> None:
+    """A step of the first is a batch of 4 seconds, one of the second a window of three such."""
+    draw.picture([blockwise_trace(), blockwise_trace(3)], tmp_path / "a.svg", titles=["a", "b"], num_steps=1)
+    svg, boxes = (tmp_path / "a.svg").read_text(), groups(tmp_path / "a.svg")
+    assert svg.count("4 s per batch") == 2 and "student step" in svg and "gradient all-reduce" in svg
+    widths = [max(x for x, _ in boxes[f"trace{i}-idle"][0]) for i in (0, 1)]
+    assert widths[0] == pytest.approx(widths[1], abs=1e-4)
+    assert num_boxes(boxes, "trace1-student-step") == 3 * 2
+    assert not num_boxes(boxes, "trace0-backward")
+
+
+def test_chrome_trace_of_blocks_reads_back(tmp_path: Path) -> None:
+    trace = blockwise_trace(3, 5)
+    draw.write_chrome_trace(trace, tmp_path / "trace.json")
+    read = draw.read_chrome_trace(tmp_path / "trace.json")
+    assert read == trace and read.blockwise and read.window == 3
+    events = [e for e in draw.chrome_trace(blockwise_trace())["traceEvents"] if e["ph"] == "X"]
+    assert {(e["name"], e["cat"]) for e in events} == {
+        ("D", "data"), ("t0", "teacher forward"), ("t1", "teacher forward"), ("B0", "student step"), ("U1", "update"),
+        ("B1", "student step"), ("R0", "gradient all-reduce"), ("U0", "update"),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- picture

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipestill import losses
+    from pipestill.block_profile import BlockProfile
+    from pipestill.block_train import BlockResult, BlockwiseTrainer
     from pipestill.errors import PipestillError, RankFailure, UserError
     from pipestill.model.blocks import Block, BlockModel
+    from pipestill.model.blockwise import Blockwise, batch_number
     from pipestill.model.tasks import Distillation, Momentum, Supervised
     from pipestill.plan import Plan
     from pipestill.runtime.launch import launch
@@ -20,6 +23,10 @@ __version__ = version("pipestill")
 _HOMES = {
     "Block": "pipestill.model.blocks",
     "BlockModel": "pipestill.model.blocks",
+    "BlockProfile": "pipestill.block_profile",
+    "BlockResult": "pipestill.block_train",
+    "Blockwise": "pipestill.model.blockwise",
+    "BlockwiseTrainer": "pipestill.block_train",
     "Distillation": "pipestill.model.tasks",
     "Momentum": "pipestill.model.tasks",
     "PipestillError": "pipestill.errors",
@@ -29,12 +36,17 @@ _HOMES = {
     "Supervised": "pipestill.model.tasks",
     "Trainer": "pipestill.train",
     "UserError": "pipestill.errors",
+    "batch_number": "pipestill.model.blockwise",
     "launch": "pipestill.runtime.launch",
 }
 
 __all__ = [
     "Block",
     "BlockModel",
+    "BlockProfile",
+    "BlockResult",
+    "Blockwise",
+    "BlockwiseTrainer",
     "Distillation",
     "Momentum",
     "PipestillError",
@@ -44,6 +56,7 @@ __all__ = [
     "Supervised",
     "Trainer",
     "UserError",
+    "batch_number",
     "launch",
     "losses",
 ]

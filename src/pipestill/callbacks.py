@@ -62,9 +62,10 @@ class Terminal(Callback):
         self._description = ""
         self._total: int | None = None
         self._metrics = ""
+        self._printed = 0
 
     def start(self, description: str, total_steps: int | None) -> None:
-        self._description, self._total = description, total_steps
+        self._description, self._total, self._printed = description, total_steps, 0
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
@@ -79,7 +80,8 @@ class Terminal(Callback):
         info = f"loss {values['loss']:.4f}  {values['samples_per_second']:.0f} samples/s{self._metrics}"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=values["step"], info=info)
-        elif int(values["step"]) % self.every == 0:
+        elif int(values["step"]) // self.every > self._printed:  # windows of batches end at any step
+            self._printed = int(values["step"]) // self.every
             self._print(f"{self._description}: step {int(values['step'])} of {self._total or '?'}  {info}")
 
     def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:

@@ -15,8 +15,9 @@ from pipestill.costs import Costs, Link
 from pipestill.errors import ConfigError, nearest
 from pipestill.model.boundary import num_rows
 from pipestill.model.dry_run import dry_run
-from pipestill.recipes.recipe import AnyWorkload, Recipe
-from pipestill.recipes.run import RunOptions, make_trainer
+from pipestill.recipes.phases import make_trainer
+from pipestill.recipes.recipe import EndToEndWorkload, Recipe, end_to_end
+from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch
 from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.runtime.world import Processes, device_of
@@ -91,12 +92,13 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     """On every rank of the run; the result is complete on rank 0."""
     if options.devices == 1:
         torch.set_num_threads(options.threads or 1)
-    probe = recipe.workload(options.seed)
+    what = "compare measures pipelines"
+    probe = end_to_end(recipe, options.seed, what=what)
     batch_size = probe.train_loader.batch_size or 1
     num_samples = sum(num_rows(inputs, "a batch") for inputs, _ in probe.train_loader) // batch_size * batch_size
     if num_samples == 0:
         raise ConfigError(f"batch_size {batch_size} is more than there are samples; comparing needs whole batches")
-    workload = recipe.workload(options.seed, num_samples=num_samples)
+    workload = end_to_end(recipe, options.seed, num_samples, what=what)
     _plain_loop(workload, options, steps)  # the first run pays for imports and for memory from the system
     alone, together, runs = [], [], {name: list[Round]() for name in strategies}
     costs: Costs | None = None
@@ -106,7 +108,7 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
         together.append(_plain_loop(workload, options, steps))
         links.append(_link(options, alone[-1]))
         if costs is None:
-            costs = _costs(workload, options)
+            costs = _costs(workload, options, any(variant(name)[1].get("split_backward") for name in strategies))
             costs = costs if options.costs else _calibrated(costs, options, alone, together, links, seen)
             costs = _shared(costs)
         for name in strategies:
@@ -126,7 +128,7 @@ def _link(options: RunOptions, step_seconds: float) -> Link:
     return Processes().measure_link(step_seconds / (3 * options.devices * options.microbatches) if on_cpu else 0.0)
 
 
-def _plain_loop(workload: AnyWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
+def _plain_loop(workload: EndToEndWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
     """Seconds of a step of the plain loop: the slowest process's, in all of them at once or in rank 0's alone."""
     _barrier()
     seconds = 0.0
@@ -139,16 +141,17 @@ def _plain_loop(workload: AnyWorkload, options: RunOptions, steps: int, only_ran
     return seconds
 
 
-def _train(workload: AnyWorkload, options: RunOptions, steps: int) -> Result:
+def _train(workload: EndToEndWorkload, options: RunOptions, steps: int) -> Result:
     task = workload.task()
     return make_trainer(task, workload, workload.student_training, options).fit(workload.train_loader, steps=steps)
 
 
-def _costs(workload: AnyWorkload, options: RunOptions) -> Costs:
-    """Costs of every block, as a run would measure them itself."""
+def _costs(workload: EndToEndWorkload, options: RunOptions, split: bool) -> Costs:
+    """Costs of every block, as a run would measure them itself; with `split`, of both halves of the backwards."""
     if options.costs is not None:
         return Costs.load(options.costs)
-    trained = _train(workload, _plain(options, "sequential"), 2)
+    plain = _plain(options, "fill" if split else "sequential")
+    trained = _train(workload, dataclasses.replace(plain, split_backward=split or plain.split_backward), 2)
     assert trained.plan is not None
     return trained.plan.costs
 
@@ -162,7 +165,7 @@ def _calibrated(
     return scaled.with_surroundings(link, max(1.0, median(together) / median(alone)))
 
 
-def _run(name: str, workload: AnyWorkload, options: RunOptions, costs: Costs, steps: int) -> Round:
+def _run(name: str, workload: EndToEndWorkload, options: RunOptions, costs: Costs, steps: int) -> Round:
     strategy, knobs = variant(name)
     if strategy in PEERS:
         return _run_peer(PEERS[strategy], workload, options, costs, steps)
@@ -183,7 +186,7 @@ def _plain(options: RunOptions, strategy: str) -> RunOptions:
 
 
 def _run_peer(
-    kind: Literal["1f1b", "gpipe"], workload: AnyWorkload, options: RunOptions, costs: Costs, steps: int
+    kind: Literal["1f1b", "gpipe"], workload: EndToEndWorkload, options: RunOptions, costs: Costs, steps: int
 ) -> Round:
     """torch.distributed.pipelining on the partition that our own 1F1B would take."""
     from pipestill.runtime.torch_pipelining import train_with_torch
@@ -207,7 +210,7 @@ def _run_peer(
     return Round(median(seconds[third:]), peaks, None)
 
 
-def _repeated(workload: AnyWorkload, steps: int) -> Iterator[tuple[Any, Any]]:
+def _repeated(workload: EndToEndWorkload, steps: int) -> Iterator[tuple[Any, Any]]:
     """`steps` batches that are the same on every rank."""
     torch.manual_seed(0)
     count = 0
@@ -275,7 +278,7 @@ def _figures(
         "ceiling": median(ceilings),
         "ceiling_spread": [min(ceilings), max(ceilings)],
         "interference": costs.interference,
-        "link": dataclasses.asdict(costs.link),
+        "link": costs.link.to_json(),
     }
     return Comparison({"calibration": calibration, "results": results}, traces)
 

@@ -66,6 +66,19 @@ class Link:
     def seconds(self, num_bytes: float) -> float:
         return self.latency_seconds + num_bytes / self.bytes_per_second
 
+    def to_json(self) -> dict[str, float | None]:
+        """JSON has no infinity: bytes_per_second is null for a link without a limit."""
+        unlimited = self.bytes_per_second == float("inf")
+        return {**dataclasses.asdict(self), "bytes_per_second": None if unlimited else self.bytes_per_second}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Link:
+        """Read back `to_json`; `TypeError` for what is unknown."""
+        if not isinstance(data, dict):
+            raise TypeError(f"a link is {data!r}, expected an object")
+        unlimited = "bytes_per_second" in data and data["bytes_per_second"] is None
+        return cls(**{**data, "bytes_per_second": float("inf")} if unlimited else data)
+
 
 @dataclass(frozen=True, slots=True)
 class Costs:
@@ -171,20 +184,26 @@ class Costs:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": _VERSION, **dataclasses.asdict(self)}
+        return {"version": _VERSION, **dataclasses.asdict(self), "link": self.link.to_json()}
 
     @classmethod
     def from_json(cls, data: Any) -> Costs:
         """Read back `to_json`; `ConfigError` says what is missing or unknown."""
         if isinstance(data, dict) and "costs" in data:
             data = data["costs"]  # of a plan
+        if isinstance(data, dict) and data.get("kind") == "blockwise":
+            raise ConfigError(
+                "costs: this is a plan for blocks that learn alone; expected costs of a pipeline, or its plan"
+            )
         if not isinstance(data, dict) or data.get("version") != _VERSION:
             raise ConfigError(f"costs: expected a JSON object with version {_VERSION}; a run's plan.json holds one")
         rest = {k: v for k, v in data.items() if k != "version"}
         try:
             for role in ("student", "teacher"):
                 rest[role] = tuple(BlockCosts(**block) for block in rest.get(role, ()))
-            return cls(**{**rest, "link": Link(**rest.get("link", {})), "views": tuple(rest.get("views", (1.0,)))})
+            return cls(
+                **{**rest, "link": Link.from_json(rest.get("link", {})), "views": tuple(rest.get("views", (1.0,)))}
+            )
         except TypeError as error:
             raise ConfigError(f"costs: {error}") from None
 

@@ -18,6 +18,7 @@ LossValue = Tensor | Mapping[str, Tensor]
 DistillationLoss = Callable[[Any, Any, Any], LossValue]
 MomentumLoss = Callable[[Sequence[Any], Sequence[Any], Any], LossValue]
 SupervisedLoss = Callable[[Any, Any], LossValue]
+BlockLoss = Callable[[Any, Any], Tensor]
 Metric = Callable[[Any, Any], Tensor]
 
 
@@ -111,6 +112,44 @@ class InfoNCE:
                     logits = F.normalize(s, dim=-1) @ F.normalize(key, dim=-1).t() / t
                     terms.append(F.cross_entropy(logits, torch.arange(len(logits), device=logits.device)) * (2 * t))
         return {"info_nce": torch.stack(terms).sum()}
+
+
+def mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error of what a block gives with what the teacher's gives, of one shape (Pipe-BD's loss of a block)."""
+    _check_shapes(student, teacher)
+    return F.mse_loss(student, teacher)
+
+
+def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over rows of |student - teacher|^2 / |teacher|^2: alike for blocks whose outputs differ in scale."""
+    _check_shapes(student, teacher)
+    error, size = ((x.flatten(1).square().sum(1)) for x in (student - teacher, teacher))
+    return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over rows of 1 - cosine similarity of all that a row has."""
+    _check_shapes(student, teacher)
+    return (1.0 - F.cosine_similarity(student.flatten(1), teacher.flatten(1), dim=-1)).mean()
+
+
+@dataclass(frozen=True)
+class SoftCrossEntropy:
+    """T^2 times the cross entropy of the student's logits with the teacher's softmax, both softened by temperature T.
+
+    Outputs (rows, ..., classes) of one shape; the loss of the last block in Pipe-BD.
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature {self.temperature}; expected > 0")
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        _check_shapes(student, teacher)
+        t = self.temperature
+        return -((teacher / t).softmax(-1) * F.log_softmax(student / t, -1)).sum(-1).mean() * (t * t)
 
 
 def accuracy(output: Tensor, target: Tensor) -> Tensor:

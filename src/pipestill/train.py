@@ -68,9 +68,8 @@ class Result:
     def summary(self) -> dict[str, Any]:
         """What summary.json holds, apart from the recipe's name."""
         values = {name: value for name, value in vars(self).items() if name not in ("plan", "trace")}
-        versions = {"pipestill": version("pipestill"), "torch": torch.__version__, "python": platform.python_version()}
         exact = True if not self.staleness else f"no: each step reads weights that are {self.staleness} step old"
-        return {**values, "samples_per_second": self.samples / self.seconds, "exact": exact, "versions": versions}
+        return {**values, "samples_per_second": self.samples / self.seconds, "exact": exact, "versions": versions()}
 
 
 class _Reporter:
@@ -175,7 +174,7 @@ class Trainer:
         self.clip_grad_norm = clip_grad_norm
         self.student_staleness = 0  # of `reference`, to emulate the asynchronous strategy
         self.optimizer, self.lr, self.optimizer_options = optimizer, lr, dict(optimizer_options or {})
-        self.param_groups, self.lr_factor = param_groups, lr_schedule or _constant
+        self.param_groups, self.lr_factor = param_groups, lr_schedule or constant
         self.devices, self.strategy, self.microbatches, self.run_ahead = devices, strategy, microbatches, run_ahead
         self.student_partition, self.teacher_partition, self.costs = student_partition, teacher_partition, costs
         self.device_type = choose_device_type(device, devices)
@@ -220,7 +219,7 @@ class Trainer:
             rows = world.share(source.peek().rows if source else None)
             contracts = dry_run(self.task, *few, split=self.split_backward)
             plan = None if self.strategy == REFERENCE else self._plan(world, contracts, few, rows)
-            total = _total_steps(loader, epochs, steps)
+            total = total_steps(loader, epochs, steps)
             for callback in reporter.callbacks:
                 callback.start(description, total)
             validation = (
@@ -285,7 +284,7 @@ class Trainer:
 
     def _plan(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Plan:
         """The same plan on every rank, from costs that rank 0 measured."""
-        costs = self.costs or self._measure(world, contracts, few, math.ceil(rows / self.microbatches))
+        costs = self.costs or self.measure(world, contracts, few, math.ceil(rows / self.microbatches))
         return self.plan_for(world.share(costs))
 
     def plan_for(self, costs: Costs) -> Plan:
@@ -303,8 +302,10 @@ class Trainer:
         self.task.student_blocks.check_ties(ranges(plan.student_partition))
         return plan
 
-    def _measure(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Costs:
-        """Costs of every block measured on rank 0 alone, and how much longer it takes while all ranks compute."""
+    def measure(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Costs:
+        """Costs of every block for `rows` rows measured on rank 0 alone, and how much longer it takes while all ranks
+        compute. On all ranks together.
+        """
 
         def once() -> Costs:
             return profile(
@@ -374,7 +375,7 @@ class Trainer:
         trace = Trace(plan.num_devices, tuple(sorted((e for rank in events for e in rank), key=_start)), cuts)
         steps, samples = (source.steps, source.samples) if source else (0, 0)
         return Result(
-            strategy=plan.strategy, devices=plan.num_devices, backend=_backend(world, self.device_type),
+            strategy=plan.strategy, devices=plan.num_devices, backend=backend_name(world, self.device_type),
             steps=steps, samples=samples, seconds=seconds,
             seconds_per_step=trace.median_seconds_per_step or seconds / max(steps, 1),
             utilisation=trace.utilisation, bubble=trace.bubble,
@@ -465,7 +466,13 @@ def _whole(task: Task, contracts: Contracts) -> tuple[str, ...]:
     return tuple(f"block {i} ('{blocks[i].name}'): {reason}" for i, reason in sorted(contracts.unsplit.items()))
 
 
-def _constant(step: int) -> float:
+def versions() -> dict[str, str]:
+    """Of what a run's results depend on."""
+    return {"pipestill": version("pipestill"), "torch": torch.__version__, "python": platform.python_version()}
+
+
+def constant(step: int) -> float:
+    """The schedule of a learning rate that stays."""
     return 1.0
 
 
@@ -473,7 +480,7 @@ def _start(event: Event) -> float:
     return event.start
 
 
-def _total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int | None:
+def total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int | None:
     """How many steps a run has, where that can be known beforehand."""
     if epochs is None:
         return steps
@@ -484,7 +491,8 @@ def _total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -
     return None if length is None else min(epochs * length, steps or epochs * length)
 
 
-def _backend(world: World, device_type: str) -> str:
+def backend_name(world: World, device_type: str) -> str:
+    """What moves tensors between the ranks."""
     if isinstance(world, OneProcess):
         return f"in-process {device_type}"
     return "gloo" if device_type == "cpu" else "nccl"

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipestill.recipes.recipe import Recipe
-from pipestill.recipes.run import RunOptions, make_trainer
+from pipestill.recipes.phases import make_trainer
+from pipestill.recipes.recipe import Recipe, end_to_end
+from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch
 from pipestill.schedule import check
 from pipestill.train import REFERENCE, Result
@@ -67,7 +68,7 @@ def _expected(recipe: Recipe, options: RunOptions, steps: int, result: Result) -
     plain = reference_options(options)
     if result.plan is None:
         return train_few(recipe, plain, steps)[0]
-    structure = result.plan.schedule.structure
+    structure = result.plan.schedule.pipeline
     plain = dataclasses.replace(plain, microbatches=structure.num_microbatches, staleness=structure.staleness or None)
     return train_few(recipe, plain, steps, structure.student_staleness)[0]
 
@@ -85,7 +86,14 @@ def reference_options(options: RunOptions) -> RunOptions:
         student_partition=None,
         teacher_partition=None,
         costs=None,
+        profile=None,
+        memory=None,
     )
+
+
+def short_epoch(batch_size: int) -> int:
+    """Samples of six batches and a short one."""
+    return 6 * batch_size + max(1, batch_size * 2 // 5)
 
 
 def train_few(
@@ -96,7 +104,7 @@ def train_few(
     torch.set_num_threads(1)  # sums that are split over threads differ in their last bits
     try:
         batch_size = recipe.workload(options.seed).train_loader.batch_size or 1
-        workload = recipe.workload(options.seed, num_samples=6 * batch_size + max(1, batch_size * 2 // 5))
+        workload = end_to_end(recipe, options.seed, short_epoch(batch_size), what="this check is of pipelines")
         task = workload.task()
         trainer = make_trainer(task, workload, workload.student_training, options)
         trainer.student_staleness = student_staleness

@@ -60,6 +60,8 @@ OPERATORS: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_own_generator_neither_disturbs_nor_is_disturbed(name: str) -> None:
+    if name in ("rand_like", "randint_like") and "generator" not in getattr(torch.ops.aten, name).overloads():
+        pytest.skip(f"{name} takes no generator in this torch, and draws from the default one")
     draw = OPERATORS[name]
 
     def own(seed: int) -> object:

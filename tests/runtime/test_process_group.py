@@ -15,6 +15,11 @@ def test_two_ranks_that_both_send_first() -> None:
     assert ps.launch(targets.both_send_first, (), 2, threads=1, timeout_seconds=30.0) == "done"
 
 
+def test_many_microbatches_do_not_wait_for_targets_of_a_later_step() -> None:
+    """Training hung with a hundred microbatches: the sender waited for the oldest send, the receiver for newer ones."""
+    assert ps.launch(targets.announced_after_the_schedule, (), 2, threads=1, timeout_seconds=30.0) == "done"
+
+
 @pytest.mark.parametrize(
     ("target", "message"),
     [

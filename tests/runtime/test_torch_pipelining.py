@@ -21,6 +21,7 @@ from pipestill.runtime.torch_pipelining import train_with_torch
 
 sys.path.append(str(Path(__file__).parents[2]))  # the processes that `launch` starts import this file by its full name
 
+needs_peer = pytest.mark.skipif(torch.__version__ < TorchVersion("2.11"), reason="the peer needs torch 2.11 or newer")
 MICROBATCHES = 4
 OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
 
@@ -138,16 +139,19 @@ def two_ranks() -> dict[str, Any]:
     return outcome
 
 
+@needs_peer
 @pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
 def test_two_ranks_train_like_the_reference(kind: str, two_ranks: dict[str, Any]) -> None:
     assert_equal(two_ranks[kind], trained_by_reference(distillation(), (8, 8, 8)))
 
 
+@needs_peer
 def test_uneven_batch_is_refused_with_its_numbers(two_ranks: dict[str, Any]) -> None:
     for part in ("batch 3 has 6 rows", "the first has 8", "4 microbatches", "drop_last=True"):
         assert part in two_ranks["refusal"]
 
 
+@needs_peer
 @pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
 def test_one_rank_trains_like_the_reference(kind: str) -> None:
     task = distillation()
@@ -156,6 +160,7 @@ def test_one_rank_trains_like_the_reference(kind: str) -> None:
     assert_equal(got, trained_by_reference(distillation(), (8, 8)))
 
 
+@needs_peer
 def test_student_without_a_teacher_trains_like_the_reference() -> None:
     def supervised() -> ps.Supervised:
         return ps.Supervised(distillation().student, ps.losses.cross_entropy)
@@ -166,6 +171,7 @@ def test_student_without_a_teacher_trains_like_the_reference() -> None:
     assert_equal(got, trained_by_reference(supervised(), (8, 8)))
 
 
+@needs_peer
 @pytest.mark.parametrize("rows", [(8, 4), (10, 10)])
 def test_batches_that_do_not_divide_alike_are_refused(rows: Sequence[int]) -> None:
     task = distillation()
@@ -173,6 +179,7 @@ def test_batches_that_do_not_divide_alike_are_refused(rows: Sequence[int]) -> No
         train("gpipe", task, plan_of(task, ranks=1), batches(rows))
 
 
+@needs_peer
 def test_boundary_of_two_tensors_is_refused() -> None:
     task = ps.Supervised(nn.Sequential(nn.Linear(6, 5), Twice()), first_cross_entropy)
     plan = Plan("1f1b", MICROBATCHES, (2,), (), unit_costs(task))
@@ -180,6 +187,7 @@ def test_boundary_of_two_tensors_is_refused() -> None:
         train("1f1b", task, plan, batches((8,)))
 
 
+@needs_peer
 def test_plan_for_another_number_of_processes_is_refused() -> None:
     task = distillation()
     with one_rank(), pytest.raises(PlanError, match="2 stages, but 1 processes"):

@@ -157,7 +157,7 @@ def assert_refused(schedule: Schedule, rank: int | None = None, action: Action |
     with pytest.raises(ScheduleError) as error:
         check(schedule)
     for problem in error.value.problems:
-        assert re.match(r"rank \d+: .*[ST]\d+[DFLBIWNUE]\d*@\d+", problem), problem
+        assert re.match(r"rank \d+: .*[ST]\d+[DFLBIWRNUE]\d*@\d+", problem), problem
         assert problem in str(error.value) or len(error.value.problems) > 20
     if action is not None:
         work = str(action).split("@")[0]

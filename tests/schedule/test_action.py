@@ -35,6 +35,8 @@ def actions(draw: st.DrawFn) -> Action:
         ("S1L5@0", Action(Role.STUDENT, 1, Op.LOSS, 5, 0)),
         ("S10B11@12", Action(Role.STUDENT, 10, Op.BACKWARD, 11, 12)),
         ("S1U@4", Action(Role.STUDENT, 1, Op.UPDATE, None, 4)),
+        ("S1U2@4", Action(Role.STUDENT, 1, Op.UPDATE, 2, 4)),
+        ("S2R1@0", Action(Role.STUDENT, 2, Op.REDUCE, 1, 0)),
         ("S2I0@1", Action(Role.STUDENT, 2, Op.INPUT, 0, 1)),
         ("S2W10@1", Action(Role.STUDENT, 2, Op.WEIGHT, 10, 1)),
         ("S1N@4", Action(Role.STUDENT, 1, Op.NORM, None, 4)),
@@ -55,7 +57,9 @@ def test_text_round_trip(action: Action) -> None:
     assert Action.parse(str(action)) == action
 
 
-@given(st.text() | st.from_regex(r"[STX][0-9]{1,2}[DFLBIWNUEX][0-9]{0,2}@-?[0-9]{1,2}([<>][0-9]?)?\n?", fullmatch=True))
+@given(
+    st.text() | st.from_regex(r"[STX][0-9]{1,2}[DFLBIWRNUEX][0-9]{0,2}@-?[0-9]{1,2}([<>][0-9]?)?\n?", fullmatch=True)
+)
 def test_what_parses_is_what_prints(text: str) -> None:
     try:
         action = Action.parse(text)
@@ -100,7 +104,8 @@ def test_text_that_is_no_action(text: str) -> None:
     ("text", "reason"),
     [
         ("S2F@1", "op FORWARD needs microbatch"),
-        ("S2U0@1", "op UPDATE takes no microbatch"),
+        ("S2R@1", "op REDUCE needs microbatch"),
+        ("T2R0@1", "the teacher only runs forward and moves its weights, not REDUCE"),
         ("S2D0@1", "op DATA takes no microbatch"),
         ("S2W@1", "op WEIGHT needs microbatch"),
         ("S2N0@1", "op NORM takes no microbatch"),
@@ -136,4 +141,6 @@ def test_transfers_of_a_work(action: Action, rank: int, step: int) -> None:
 
 
 def test_ops_of_a_microbatch() -> None:
-    assert {op for op in Op if op.per_microbatch} == {Op.FORWARD, Op.LOSS, Op.BACKWARD, Op.INPUT, Op.WEIGHT}
+    assert {op for op in Op if op.per_microbatch} == {
+        Op.FORWARD, Op.LOSS, Op.BACKWARD, Op.INPUT, Op.WEIGHT, Op.REDUCE
+    }  # fmt: skip

@@ -270,7 +270,7 @@ def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) 
         ("pieces: 1", "pieces: 3", "2 microbatches are not cut into 3 pieces each"),
         ("clip: no", "clip: 1", "'clip: 1' in a schedule: expected yes or no"),
         ("S1U@0", "S1X@0", "'S1X@0' is not an action"),
-        ("S1U@0", "S1U4@0", "'S1U4@0' is not an action: op UPDATE takes no microbatch"),
+        ("S1U@0", "S1F@0", "'S1F@0' is not an action: op FORWARD needs microbatch"),
     ],
 )
 def test_malformed_text(old: str, new: str, message: str) -> None:

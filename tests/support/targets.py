@@ -224,6 +224,28 @@ def both_send_first(count: int = 300) -> str:
     return "done"
 
 
+def announced_after_the_schedule(count: int = 300) -> str:
+    """Targets of a later step, sent first and announced only once the rest of a step has come."""
+    group = ProcessGroup(20.0)
+    targets = message("S0D@1", Lane.TARGET)
+    steps = [message(f"S0F{m}@0") for m in range(count)]
+    if rank() == 0:
+        for one in (targets, *steps):
+            group.send(one, [torch.ones(10)])
+        assert sum(map(len, group.under_way.values())) < 100  # what has arrived is let go of
+        group.flush(0)
+    else:
+        for one in steps:
+            group.post(one, [torch.empty(10)])
+        for one in steps:
+            assert group.arrived(one)
+        group.post(targets, [torch.empty(10)])
+        group.flush(0)  # waits for what has been announced, too
+        assert group.arrived(targets)
+        assert group.take(targets)[0].eq(1.0).all()
+    return "done"
+
+
 def never_sent() -> None:
     group = ProcessGroup(0.5)
     if rank() == 0:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.errors import ConfigError
-from pipestill.recipes.run import RunOptions
+from pipestill.recipes.recipe import BlockwiseWorkload
+from pipestill.recipes.run import check_strategy
+from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.world import choose_device_type
 from pipestill.verify import TRANSPORTS, verify
+from pipestill.verify_blocks import verify_blocks
+
+_SHOWN = 10  # of weights that differ
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class CheckOptions:
     """What is checked.
 
     Args:
-        steps: updates after which the weights are compared
+        steps: updates after which the weights are compared, of each block where blocks learn alone
         transport: ranks that take turns in one process, one process a rank, or both
         json: print the result as one JSON object
     """
@@ -44,13 +49,25 @@ def run(words: list[str]) -> int:
     if options.devices <= 1:
         transports = ("in-process",)
     device_type = choose_device_type(options.device, max(1, options.devices))
-    result = verify(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)
+    workload = recipe.workload(options.seed)
+    check_strategy(recipe, workload, options)
+    by_blocks = isinstance(workload, BlockwiseWorkload)
+    run_it = verify_blocks if by_blocks else verify
+    result = run_it(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)
     if wanted.json:
         print(json.dumps(result))
-        return 0 if result["exact"] else 1
+    elif by_blocks:
+        tell_of_blocks(result)
+    else:
+        tell(result, options)
+    return 1 if result["problems"] else 0
+
+
+def tell(result: dict[str, Any], options: RunOptions) -> None:
+    """What came of a pipeline, for a person."""
     console = Console(soft_wrap=True, highlight=False)
     devices = f"{options.devices} device{'s' if options.devices > 1 else ''}"
-    console.print(f"{options.strategy} on {devices}, {options.microbatches} microbatches, {wanted.steps} steps")
+    console.print(f"{options.strategy} on {devices}, {options.microbatches} microbatches, {result['steps']} steps")
     if result["versions"]:
         console.print("schedule proved: every unit of work once, no deadlock, lanes in order, stash within its bound")
         for version in result["versions"]:
@@ -63,10 +80,35 @@ def run(words: list[str]) -> int:
     verdict = "bit-identical to" if result["exact"] else "NOT identical to"
     stale = result["staleness"]
     which = "the reference" + (f" that reads weights {stale} step old" if stale else "")
-    console.print(f"weights after {wanted.steps} steps: {verdict} {which} ({' and '.join(transports)})")
+    console.print(f"weights after {result['steps']} steps: {verdict} {which} ({' and '.join(result['transports'])})")
     if result["whole_backwards"]:
         console.print(f"backwards that stay whole: {'; '.join(result['whole_backwards'])}")
-    return 0 if result["exact"] else 1
+
+
+def tell_of_blocks(result: dict[str, Any]) -> None:
+    """What came of training block by block, for a person."""
+    console = Console(soft_wrap=True, highlight=False)
+    devices = f"{result['devices']} device{'s' if result['devices'] > 1 else ''}"
+    console.print(f"{result['strategy']} on {devices}, {result['steps']} batches for each block")
+    for rank, words in enumerate(result["ranks"]):
+        console.print(f"  rank {rank}: {words}")
+    for problem in result["problems"][:_SHOWN]:
+        console.print(f"  {problem}")
+    if len(result["problems"]) > _SHOWN:
+        console.print(f"  and {len(result['problems']) - _SHOWN} more")
+    which = f"each block trained alone ({' and '.join(result['transports'])})"
+    if result["exact"]:
+        verdict = f"bit-identical to {which}"
+    elif result["problems"]:
+        verdict = f"NOT those of {which}"
+    else:
+        verdict = f"those of {which}"
+    console.print(f"weights after {result['steps']} batches: {verdict}")
+    if result["rows_split"]:
+        console.print(
+            "ranks share the rows of a batch, so sums are rounded in another order: compared in float64 with batch norm frozen, "
+            f"largest relative difference {result['max_relative_difference']:.1e}, at most {result['tolerance']:g} is rounding"
+        )
 
 
 def _list(versions: tuple[int, ...]) -> str:

@@ -16,14 +16,20 @@ from rich.console import Console
 from rich.table import Table
 
 from pipestill import draw
+from pipestill.block_compare import compare_blocks
+from pipestill.block_profile import BlockProfile
 from pipestill.cli.measure import costs_of_recipe
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.cli.simulate import uniform, without_recipe
 from pipestill.compare import Comparison, compare
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
-from pipestill.recipes.run import RunOptions, preflight
+from pipestill.plan.blockwise import BLOCK_STRATEGIES
+from pipestill.recipes.recipe import BlockwiseWorkload
+from pipestill.recipes.run import preflight
+from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.world import choose_device_type
+from pipestill.virtual_block_compare import VirtualBlockOptions, compare_virtual_blocks
 from pipestill.virtual_compare import VirtualOptions, compare_virtual
 
 
@@ -37,7 +43,8 @@ class VirtualCompareOptions:
         microbatches: slices of a batch
         strategies: names with commas between them, among them fill+split (split backwards) and fill+stale (staleness 1);
             speedups are over the first
-        costs: a costs file
+        costs: a costs file, or a CSV of blocks for dp, ls, relay, relay-dpu, hybrid and balanced
+        batch: with a CSV of blocks: rows of a batch (default: the most that it was measured for)
         uniform: T,F,BI,BW in seconds: what every stage takes for a teacher forward, a student forward, its input gradient
             and its weight gradient
         teacher: without a recipe: frozen, ema, or none for the student alone
@@ -56,6 +63,7 @@ class VirtualCompareOptions:
     microbatches: int = 8
     strategies: str = "sequential,gpipe,1f1b,fill"
     costs: str | None = None
+    batch: int | None = None
     uniform: str | None = None
     teacher: Literal["frozen", "ema", "none"] = "frozen"
     views: int = 1
@@ -102,9 +110,16 @@ def run(words: list[str]) -> int:
         return 0
     refuse(rest, ("strategy",), "names one; 'compare' takes several: --strategies a,b,c")
     refuse(rest, ("teacher",), "is not read by 'compare': how well a teacher does takes no time")
+    device_type = choose_device_type(options.device, options.devices)
+    if isinstance(recipe.workload(options.seed, num_samples=1), BlockwiseWorkload):
+        given = any(word.startswith("--strategies") for word in rest)
+        names = _strategies(wanted) if given else [*BLOCK_STRATEGIES]
+        return _tell(
+            compare_blocks(recipe, options, names, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type),
+            wanted,
+        )
     strategies = _strategies(wanted)
     preflight(recipe, options)
-    device_type = choose_device_type(options.device, options.devices)
     comparison = compare(recipe, options, strategies, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type)
     return _tell(comparison, wanted)
 
@@ -122,6 +137,9 @@ def run_on_virtual_devices(words: list[str]) -> int:
             )
         else:
             (wanted,) = parse("compare --virtual", words, VirtualCompareOptions)
+            if wanted.costs is not None and wanted.costs.endswith(".csv"):
+                return _compare_blocks(words, wanted)
+            refuse(words, ("batch",), "is for a CSV of blocks (--costs FILE.csv); leave it out")
             if (wanted.uniform is None) == (wanted.costs is None):
                 raise ConfigError("'compare --virtual' needs a recipe, --costs FILE, or --uniform T,F,BI,BW in seconds")
             costs = uniform(wanted.uniform, wanted) if wanted.uniform is not None else Costs.load(wanted.costs)
@@ -133,6 +151,20 @@ def run_on_virtual_devices(words: list[str]) -> int:
     )
     costs = costs.with_surroundings(dataclasses.replace(costs.link, wake_seconds=0.0), 1.0)
     return _tell(compare_virtual(costs, demands, options), wanted)
+
+
+def _compare_blocks(words: list[str], wanted: VirtualCompareOptions) -> int:
+    """Strategies of blockwise training, of a CSV of blocks."""
+    pipelines = ("microbatches", "uniform", "teacher", "views", "batch_loss", "clip")
+    refuse(words, pipelines, "is for pipelines, and a CSV of blocks is for blocks that learn alone; leave it out")
+    given = any(word.startswith("--strategies") for word in words)
+    strategies = _strategies(wanted) if given else list(BLOCK_STRATEGIES)
+    profile = BlockProfile.load(wanted.costs or "")
+    batch = wanted.batch or max(block.rows[-1] for block in profile.blocks)
+    options = VirtualBlockOptions(
+        wanted.devices, batch, strategies, wanted.rounds, wanted.steps, timeout_seconds=wanted.timeout_seconds
+    )
+    return _tell(compare_virtual_blocks(profile, options), wanted)
 
 
 def _strategies(wanted: CompareOptions | VirtualCompareOptions) -> list[str]:
@@ -164,6 +196,9 @@ def show(figures: dict[str, Any], console: Console) -> None:
     calibration, results = figures["calibration"], figures["results"]
     console.width = max(console.width, 100)  # the table takes what it needs
     console.print(table(results), crop=False)
+    if "plan" in results[-1]:
+        console.print(_blocks(calibration, results), highlight=False, soft_wrap=True)
+        return
     if calibration.get("virtual"):
         machine = (
             f"Virtual devices: processes and messages are real, work waits. On this machine a trivial pipeline reaches "
@@ -182,6 +217,33 @@ def show(figures: dict[str, Any], console: Console) -> None:
         "that holds most; stale is how many steps old the weights are that a step reads.",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _blocks(calibration: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    """What is to be said of strategies of blockwise training: who trains what, and what the machine can do."""
+    lines = []
+    for result in results:
+        mine = result.get("plan", [])
+        if result["strategy"] == "dp":
+            lines.append("dp: all ranks train one block after the other, on equal parts of the rows")
+        elif mine:
+            lines += [f"{result['strategy']}:", *(f"  rank {rank}: {line}" for rank, line in enumerate(mine))]
+    least = f"all work once, shared out evenly, would take {results[-1]['limit_seconds_per_step'] * 1e3:.1f} ms"
+    if calibration.get("virtual"):
+        machine = (
+            f"Virtual devices: processes and messages are real, work waits; clocks were set back by {calibration['late']:.1%} "
+            f"for waits that ended late. A step trains every block on one batch of {calibration['batch']} rows; {least}."
+        )
+    else:
+        machine = (
+            f"A step trains every block on one batch; {least}. This machine: one pass of all the work takes "
+            f"{calibration['alone_seconds_per_step'] * 1e3:.1f} ms alone and "
+            f"{calibration['together_seconds_per_step'] * 1e3:.1f} ms in {calibration['devices']} processes at once, so no "
+            f"way to share it can be more than "
+            f"{calibration['ceiling']:.2f} times as fast (+-{_half(calibration['ceiling_spread']):.2f}). MiB is the peak of the "
+            "largest rank."
+        )
+    return "\n".join([*lines, f"{machine} Speedups are over {results[0]['strategy']}."])
 
 
 def table(results: list[dict[str, Any]]) -> Table:

@@ -2,46 +2,121 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
+from pipestill.block_profile import BlockProfile
 from pipestill.cli.options import parse, recipe_and_rest
 from pipestill.costs import Costs
-from pipestill.model.boundary import num_rows
-from pipestill.model.dry_run import dry_run
-from pipestill.model.profile import profile
-from pipestill.recipes.recipe import Recipe
+from pipestill.draw.boxes import write_bytes
+from pipestill.errors import ConfigError, nearest
+from pipestill.model.blockwise import Blockwise
+from pipestill.plan.blockwise import BLOCK_STRATEGIES
+from pipestill.recipes.measure import measure
+from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, Recipe
+from pipestill.recipes.run_options import RunOptions
+from pipestill.schedule import STRATEGIES
 from pipestill.schedule.program import Demands
 
 T = TypeVar("T")
+CSV = ".csv"
+_BLOCKS, _PIPELINES = "blocks that learn alone", "pipelines"
+
+
+def recipe_of(
+    command: str, words: Sequence[str], group: type[T], asked_for: Iterable[str] = ()
+) -> tuple[Recipe, T, list[str]]:
+    """Parse `RECIPE|config.yaml --KEY VALUE ...` with the keys of `group` too; the words behind the recipe are the third.
+
+    A YAML file may be that of a run: what only runs read is left unread. Keys in `asked_for` are None unless they are on
+    the command line.
+    """
+    kind, defaults, rest = recipe_and_rest(command, words)
+    known = {f.name for f in dataclasses.fields(group)}  # type: ignore[arg-type]
+    known -= {"teacher"}  # which is a file of weights in a run's config
+    of_runs = {f.name for f in dataclasses.fields(RunOptions)}
+    defaults = {key: value for key, value in defaults.items() if key in known or key not in of_runs}
+    defaults |= dict.fromkeys(asked_for)
+    recipe, options = parse(f"{command} {kind.name}", rest, kind, group, defaults=defaults)
+    return recipe, options, rest
 
 
 def costs_of_recipe(command: str, words: Sequence[str], group: type[T]) -> tuple[Costs, Demands, T]:
-    """Parse `RECIPE --KEY VALUE ...` with the keys of `group` too; returns the recipe's costs, what its task asks of a
-    schedule, and the group.
+    """Parse as `recipe_of` does; returns the costs of a pipeline's blocks for one microbatch, what the recipe's task asks
+    of a schedule, and the group. Costs that no file gives are measured in this process alone.
     """
-    kind, defaults, rest = recipe_and_rest(command, words)
-    recipe, options = parse(f"{command} {kind.name}", rest, kind, group, defaults=defaults)
-    file: str | None = getattr(options, "costs", None)
-    demands = recipe.workload(0).task().demands
-    if file is not None:
-        return Costs.load(file), demands, options
+    recipe, options, _ = recipe_of(command, words, group)
+    workload = recipe.workload(0)
+    if isinstance(workload, BlockwiseWorkload):
+        raise ConfigError(
+            f"'{command} {recipe.name}' is of pipelines, and recipe '{recipe.name}' trains block by block, without one; "
+            "give --costs FILE.csv (of 'pipestill profile') instead of the recipe"
+        )
     split = bool(getattr(options, "split_backward", False)) or "split" in getattr(options, "strategies", "")
-    return measure(recipe, max(1, getattr(options, "microbatches", 1)), split=split), demands, options
+    how = RunOptions(microbatches=max(1, getattr(options, "microbatches", 1)), split_backward=split)
+    costs = costs_for(recipe, workload, getattr(options, "costs", None), how)
+    assert isinstance(costs, Costs)
+    return costs, workload.task().demands, options
 
 
-def measure(recipe: Recipe, microbatches: int, seed: int = 0, *, split: bool = False) -> Costs:
-    """Median seconds of every block of the recipe's models for one microbatch, in this process alone."""
-    workload = recipe.workload(seed)
-    task = workload.task()
-    inputs, targets = next(iter(workload.train_loader))
-    contracts = dry_run(task, inputs, targets, split=split)
-    training = workload.student_training
+def costs_for(recipe: Recipe, workload: AnyWorkload, file: str | None, how: RunOptions) -> Costs | BlockProfile:
+    """From a file, or measured: costs of a pipeline, or a profile where the recipe trains block by block.
 
-    def optimizer(parameters: dict[str, Any]) -> Any:
-        return training.make_optimizer(list(parameters.values()))
+    `ConfigError` for a file of the other kind, or of other models.
+    """
+    if file is None:
+        return measure(recipe, how)
+    costs, task = load(file), workload.task()
+    if isinstance(workload, BlockwiseWorkload) != isinstance(costs, BlockProfile):
+        kind, suffix = (
+            ("block by block", CSV) if isinstance(workload, BlockwiseWorkload) else ("as a pipeline", ".json")
+        )
+        raise ConfigError(
+            f"'{file}' is of {_BLOCKS if isinstance(costs, BlockProfile) else _PIPELINES}, and recipe '{recipe.name}' is "
+            f"trained {kind}; 'pipestill profile {recipe.name} -o FILE{suffix}' measures what it needs"
+        )
+    if isinstance(costs, BlockProfile):
+        assert isinstance(task, Blockwise)
+        held, wanted = f"{len(costs.blocks)} blocks", f"{task.num_blocks} blocks"
+    else:
+        assert not isinstance(task, Blockwise)
+        held = f"{len(costs.student)} student and {len(costs.teacher)} teacher blocks"
+        wanted = f"{len(task.student_blocks)} student and {len(task.teacher_blocks or ())} teacher blocks"
+    if held != wanted:
+        raise ConfigError(
+            f"'{file}' is of {held}, the models of recipe '{recipe.name}' have {wanted}; measure them anew"
+        )
+    return costs
 
-    batch_size = workload.train_loader.batch_size or num_rows(inputs, "the batch's inputs")
-    rows = math.ceil(batch_size / microbatches)
-    return profile(task, contracts, inputs, targets, rows=rows, optimizer=optimizer, split=split)
+
+def check_strategy(name: str, costs: Costs | BlockProfile, others: Iterable[str] = ()) -> None:
+    """`ConfigError` for a strategy that is not for such costs; `others` are known besides."""
+    by_blocks = isinstance(costs, BlockProfile)
+    names: tuple[tuple[str, ...], ...] = ((*STRATEGIES, *others), tuple(BLOCK_STRATEGIES))
+    known, of = names[by_blocks], (_PIPELINES, _BLOCKS)
+    if name in known:
+        return
+    if name in names[not by_blocks]:
+        what = f"strategy '{name}' is of {of[not by_blocks]}, and these costs are of {of[by_blocks]}"
+    else:
+        what = f"no strategy '{name}'{nearest(name, known)} for {of[by_blocks]}"
+    raise ConfigError(f"{what}; there are {', '.join(known)}")
+
+
+def load(path: str) -> Costs | BlockProfile:
+    """A profile of blocks that learn alone where the name ends in .csv, else costs of a pipeline's blocks."""
+    return BlockProfile.load(path) if Path(path).suffix.lower() == CSV else Costs.load(path)
+
+
+def writable(path: str | None) -> None:
+    """`ConfigError` when there is no directory to write `path` into: seen before minutes of work, not after."""
+    if path is not None and not Path(path).parent.is_dir():
+        raise ConfigError(f"cannot write '{path}': there is no directory '{Path(path).parent}'")
+
+
+def write_json(path: str, value: Any) -> None:
+    """One file in one go."""
+    write_bytes(Path(path), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

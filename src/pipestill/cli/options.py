@@ -18,22 +18,15 @@ from jsonargparse.typing import register_type
 from pipestill.errors import ConfigError, nearest
 from pipestill.recipes import RECIPES, find
 from pipestill.recipes.recipe import Recipe
-from pipestill.recipes.run import Numbers
+from pipestill.recipes.run_options import Numbers, NumBytes
 
 
 class Helped(Exception):
     """Help or a configuration was printed; there is nothing else to do."""
 
 
-def _numbers(text: Any) -> Numbers:
-    items = text.split(",") if isinstance(text, str) else text
-    try:
-        return Numbers(int(item) for item in items)
-    except (TypeError, ValueError):
-        raise ValueError(f"expected whole numbers such as 3,3, got {text!r}") from None
-
-
-register_type(Numbers, serializer=list, deserializer=_numbers, deserializer_exceptions=(ValueError,))
+register_type(Numbers, serializer=list, deserializer=Numbers.parse, deserializer_exceptions=(ValueError,))
+register_type(NumBytes, serializer=int, deserializer=NumBytes.parse, deserializer_exceptions=(ValueError,))
 
 
 class _Parser(ArgumentParser):
@@ -51,8 +44,9 @@ _WANTED = {
     str: "text",
     bool: "true or false",
     Numbers: "whole numbers such as 3,3",
+    NumBytes: "an amount such as 80GB or 512MiB",
 }
-_VALUES = {int: "N", float: "X", str: "TEXT", Numbers: "N,N"}
+_VALUES = {int: "N", float: "X", str: "TEXT", Numbers: "N,N", NumBytes: "SIZE"}
 
 
 def _plain(message: str, hints: Mapping[str, Any]) -> str:
@@ -79,7 +73,7 @@ def _hints(groups: Sequence[type]) -> dict[str, Any]:
     return {name: hint for group in groups for name, hint in get_type_hints(group).items() if name in fields}
 
 
-def _help(command: str, groups: Sequence[type]) -> str:
+def _help(command: str, groups: Sequence[type], defaults: Mapping[str, Any]) -> str:
     """What a command's keys mean and which values they have when nothing is said, from the groups' docstrings."""
     width = min(shutil.get_terminal_size().columns, 110)
     hints = _hints(groups)
@@ -92,7 +86,8 @@ def _help(command: str, groups: Sequence[type]) -> str:
             kinds = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)]
             choices = get_origin(hints[field.name]) is Literal
             value = "|".join(map(str, kinds)) if choices else _VALUES.get(kinds[0], "")
-            default = "" if field.default is None or field.default is False else f" (default: {field.default})"
+            usual = defaults.get(field.name, field.default)
+            default = "" if usual is None or usual is False else f" (default: {usual})"
             key = f"  --{field.name} {value}".rstrip()
             lines += _entry(key, meanings[field.name] + default, width)
     lines += ["", "Always there:"]
@@ -120,15 +115,18 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
         parser.add_class_arguments(group, None, fail_untyped=True)
     known = [f.name for group in groups for f in dataclasses.fields(group)]
     words = _normal(
-        arguments, [f.name for group in groups for f in dataclasses.fields(group) if f.type in (bool, "bool")]
+        ["--out" if word == "-o" and "out" in known else word for word in arguments],
+        [f.name for group in groups for f in dataclasses.fields(group) if f.type in (bool, "bool")],
     )
+    own = {key: value for group in groups for key, value in getattr(group, "run_defaults", {}).items() if key in known}
+    defaults = {**own, **(defaults or {})}
     if "--help" in words or "-h" in words:
-        print(_help(command, groups))
+        print(_help(command, groups, defaults))
         raise Helped
     _refuse_unknown([w[2:].split("=")[0] for w in words if w.startswith("--")], [*known, "print_config"])
-    _refuse_unknown([*(defaults or {})], known)
+    _refuse_unknown([*defaults], known)
     wants_print = "--print_config" in words
-    values = vars(parser.parse_object(dict(defaults or {})))
+    values = vars(parser.parse_object(defaults))
     parser.set_defaults({key: value for key, value in values.items() if key in known})
     values = vars(parser.parse_args([w for w in words if w != "--print_config"]))
     instances = [group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups]
@@ -142,10 +140,13 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
 
 def vars_of(instance: Any) -> dict[str, Any]:
     """A dataclass's fields, plain enough for YAML and JSON."""
-    return {
-        f.name: list(value) if isinstance(value := getattr(instance, f.name), tuple) else value
-        for f in dataclasses.fields(instance)
-    }
+    return {f.name: _plain_value(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return int(value) if isinstance(value, NumBytes) else value
 
 
 def _normal(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -171,9 +172,8 @@ def _refuse_unknown(keys: Sequence[str], known: Sequence[str]) -> None:
 def refuse(words: Sequence[str], keys: Sequence[str], why: str) -> None:
     """`ConfigError` for keys on the command line that would be left unread in silence."""
     given = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-    for key in keys:
-        if key in given:
-            raise ConfigError(f"--{key} {why}")
+    if found := [key for key in keys if key in given]:
+        raise ConfigError("; ".join(f"--{key} {why}" for key in found))
 
 
 def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe], dict[str, Any], list[str]]:

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from rich.console import Console
 from rich.text import Text
 
 from pipestill import draw
+from pipestill.block_profile import BlockProfile
+from pipestill.cli.figures import block_figures, milliseconds, pipeline_figures, who_does_what
+from pipestill.cli.measure import check_strategy, costs_for, load, recipe_of
 from pipestill.cli.options import Helped, parse, refuse
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan, make_plan
-from pipestill.schedule import check
+from pipestill.plan.block_json import block_plan_from_json, is_block_plan
+from pipestill.plan.blockwise import BlockPlan, plan_blocks
+from pipestill.plan.describe import phase_titles
+from pipestill.recipes.recipe import BlockwiseWorkload
+from pipestill.recipes.run_options import NumBytes, RunOptions
 from pipestill.schedule.program import Demands
 
-_WITHOUT_RECIPE = ("uniform", "teacher", "views", "batch_loss", "clip")
-_FIXED = (
-    "devices", "strategy", "microbatches", "staleness", "split_backward", "stash", "run_ahead", "costs", *_WITHOUT_RECIPE,
-)  # fmt: skip
+WITHOUT_RECIPE = ("teacher", "views", "batch_loss", "clip")
+OF_PIPELINES = ("microbatches", "staleness", "split_backward", "stash", "run_ahead", "uniform", *WITHOUT_RECIPE)
+OF_BLOCKS = ("batch", "memory")
+_FIXED = ("devices", "strategy", "costs", *OF_PIPELINES, *OF_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -29,8 +37,9 @@ class SimulateOptions:
     """What is simulated, and what is shown of it.
 
     Args:
-        devices: pipeline stages
-        strategy: sequential, gpipe, 1f1b, tspipe, async or fill
+        devices: pipeline stages, or ranks that share blocks which learn alone
+        strategy: sequential, gpipe, 1f1b, tspipe, async or fill; for blocks that learn alone dp, ls, relay, relay-dpu,
+            hybrid or balanced (default: fill, or balanced)
         microbatches: slices of a batch
         staleness: of a momentum teacher under 'fill': 0 or 1
         split_backward: 'fill' takes gradients of weights apart from those of inputs
@@ -42,15 +51,17 @@ class SimulateOptions:
         views: without a recipe: views of each sample, all seen by both models
         batch_loss: without a recipe: the loss takes the whole batch at once
         clip: without a recipe: gradients are clipped by their global norm
-        costs: a costs file, alone or to spare measuring a recipe
+        costs: a costs file, or a CSV of blocks that learn alone; by itself, or to spare measuring a recipe
+        batch: rows of a batch, with a CSV of blocks (default: the most that it was measured for)
+        memory: most that blocks which learn alone may take on a device, such as 80GB (default: no limit)
         draw: a .svg or .png file for the picture
-        steps: steady steps in the picture
+        steps: steady steps in the picture (default: 2, or one window of batches)
         text: print the schedule too: each rank's work in order, with @1 after work for the step after
         json: print the figures as one JSON object
     """
 
     devices: int = 2
-    strategy: str = "fill"
+    strategy: str | None = None
     microbatches: int = 8
     staleness: int | None = None
     split_backward: bool = False
@@ -62,8 +73,10 @@ class SimulateOptions:
     batch_loss: bool = False
     clip: bool = False
     costs: str | None = None
+    batch: int | None = None
+    memory: NumBytes | None = None
     draw: str | None = None
-    steps: int = 2
+    steps: int | None = None
     text: bool = False
     json: bool = False
 
@@ -75,26 +88,12 @@ def run(words: list[str]) -> int:
         plan, options, title = _plan(source, words[1:] if source else words)
     except Helped:
         return 0
-    proof = check(plan.schedule)
-    trace = plan.prediction
-    limit = plan.limit_seconds_per_step
-    figures: dict[str, Any] = {
-        "strategy": plan.strategy,
-        "devices": plan.num_devices,
-        "microbatches": plan.microbatches,
-        "seconds_per_step": trace.seconds_per_step,
-        "limit_seconds_per_step": limit,
-        "utilisation": round(trace.utilisation, 3),
-        "bubble": round(trace.bubble, 3),
-        "stash_peak": list(trace.stash_peak),
-        "run_ahead": proof.run_ahead,
-        "staleness": proof.staleness,
-        "student_partition": list(plan.student_partition),
-        "teacher_partition": list(plan.teacher_partition),
-    }
+    if isinstance(plan, BlockPlan):
+        return _tell_of_blocks(plan, options, title)
+    figures, trace, limit = pipeline_figures(plan), plan.prediction, plan.limit_seconds_per_step
     unit: draw.Unit = None if options.uniform else "s"
     if options.draw:
-        draw.picture([trace], Path(options.draw), titles=[title], num_steps=options.steps, unit=unit)
+        draw.picture([trace], Path(options.draw), titles=[title], num_steps=options.steps or 2, unit=unit)
         figures["picture"] = options.draw
     if options.json:
         print(json.dumps(figures))
@@ -110,39 +109,82 @@ def run(words: list[str]) -> int:
     console.print(
         f"{title}: {step} a step (with this partition, no less than {least}), utilisation {trace.utilisation:.1%}; "
         f"the ranks stash at most {' '.join(map(str, trace.stash_peak))} microbatches, "
-        f"the teacher is at most {proof.run_ahead} ahead",
+        f"the teacher is at most {plan.proof.run_ahead} ahead",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return 0
 
 
-def _plan(source: str | None, words: list[str]) -> tuple[Plan, SimulateOptions, str]:
+def _tell_of_blocks(plan: BlockPlan, options: SimulateOptions, title: str) -> int:
+    """The same for blocks that learn alone."""
+    figures = block_figures(plan)
+    if options.draw:
+        titles = [title] if len(plan.phases) == 1 else phase_titles(plan)
+        steps = options.steps or (1 if plan.window > 1 else 2)
+        draw.picture(plan.predictions, Path(options.draw), titles=titles, num_steps=steps)
+        figures["picture"] = options.draw
+    if options.json:
+        print(json.dumps(figures))
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    for phase, trace, name in zip(plan.phases, plan.predictions, phase_titles(plan), strict=True):
+        if len(plan.phases) > 1:
+            console.print(name)
+        if options.text:
+            console.print(draw.schedule_table(phase.schedule), markup=False)
+        console.print(Text.from_ansi(draw.text(trace, width=console.width, colour=console.is_terminal)))
+    for line in who_does_what(plan):
+        console.print(line, markup=False)
+    windows = f", in windows of {plan.window} batches" if plan.window > 1 else ""
+    model = plan.cost_model_seconds_per_batch
+    console.print(
+        f"{title}: {milliseconds(plan.seconds_per_batch)} ms a batch of {plan.costs.batch} rows through all blocks{windows}"
+        f"{'' if model is None else f' ({milliseconds(model)} by the cost model of Pipe-BD)'}, utilisation "
+        f"{plan.utilisation:.1%}; all work once, shared out evenly, takes {milliseconds(plan.limit_seconds_per_batch)} ms"
+    )
+    return 0
+
+
+def _plan(source: str | None, words: list[str]) -> tuple[Plan | BlockPlan, SimulateOptions, str]:
     """From a plan file, a recipe, a costs file or uniform stages."""
     if source is not None and source.endswith(".json"):
         (options,) = parse("simulate plan.json", words, SimulateOptions)
         refuse(words, _FIXED, f"is fixed by the plan '{source}'; leave it out, or name a recipe or --costs instead")
         try:
-            plan = Plan.from_json(Path(source).read_text())
+            text = Path(source).read_text()
+            plan = block_plan_from_json(text) if is_block_plan(text) else Plan.from_json(text)
         except OSError as error:
             raise ConfigError(f"cannot read plan '{source}': {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"'{source}': the plan is not text") from None
         except ConfigError as error:
             raise ConfigError(f"'{source}': {error}") from None
         return plan, options, _title(plan)
     if source is not None:
-        from pipestill.cli.measure import costs_of_recipe
-
-        recipe_costs, demands, options = costs_of_recipe("simulate", [source, *words], SimulateOptions)
-        refuse(words, _WITHOUT_RECIPE, "is for stages without a recipe; leave it out, or leave out the recipe")
-        plan = _make(recipe_costs, demands, options)
-        return plan, options, f"{source}: {_title(plan)}"
+        return _of_recipe([source, *words])
     (options,) = parse("simulate [RECIPE|config.yaml|plan.json]", words, SimulateOptions)
     if (options.uniform is None) == (options.costs is None):
         raise ConfigError(
             "'simulate' needs one of: a recipe, a config.yaml, a plan.json, --costs FILE, or --uniform T,F,BI,BW"
         )
-    costs = uniform(options.uniform, options) if options.uniform is not None else Costs.load(options.costs)
-    plan = _make(costs, without_recipe(costs, options), options)
+    costs = uniform(options.uniform, options) if options.uniform is not None else load(options.costs)
+    demands = Demands() if isinstance(costs, BlockProfile) else without_recipe(costs, options)
+    plan = _make(costs, demands, options, words)
     return plan, options, _title(plan)
+
+
+def _of_recipe(words: list[str]) -> tuple[Plan | BlockPlan, SimulateOptions, str]:
+    """Blocks are measured as a run does; a pipeline's in this process alone, over links that take no time."""
+    recipe, options, rest = recipe_of("simulate", words, SimulateOptions)
+    refuse(rest, ("uniform", *WITHOUT_RECIPE), "is for stages without a recipe; leave it out, or leave out the recipe")
+    workload = recipe.workload(0)
+    by_blocks = isinstance(workload, BlockwiseWorkload)
+    devices = max(1, options.devices) if by_blocks else 1
+    how = RunOptions(devices=devices, microbatches=max(1, options.microbatches), split_backward=options.split_backward)
+    costs = costs_for(recipe, workload, options.costs, how)
+    demands = Demands() if isinstance(workload, BlockwiseWorkload) else workload.task().demands
+    plan = _make(costs, demands, options, rest, workload.train_loader.batch_size)
+    return plan, options, f"{recipe.name}: {_title(plan)}"
 
 
 class Shape(Protocol):
@@ -185,17 +227,47 @@ def uniform(times: str, options: Shape) -> Costs:
     )  # fmt: skip
 
 
-def _make(costs: Costs, demands: Demands, options: SimulateOptions) -> Plan:
+def _make(
+    costs: Costs | BlockProfile,
+    demands: Demands,
+    options: SimulateOptions,
+    words: Sequence[str],
+    batch: int | None = None,
+) -> Plan | BlockPlan:
+    """The plan for such costs; keys of the other kind of training on the command line are refused."""
     if options.strategy == "reference":
         raise ConfigError("'reference' is a plain loop without a schedule; there is nothing to simulate")
+    if options.strategy is not None:
+        check_strategy(options.strategy, costs)
+    if isinstance(costs, BlockProfile):
+        refuse(words, OF_PIPELINES, FOR_PIPELINES)
+        return plan_blocks(
+            costs, strategy=options.strategy or "balanced", devices=options.devices,
+            batch=rows_of_batch(costs, options.batch, batch), memory_bytes=options.memory,
+        )  # fmt: skip
+    refuse(words, OF_BLOCKS, FOR_BLOCKS)
     return make_plan(
-        costs, devices=options.devices, strategy=options.strategy, microbatches=options.microbatches,
+        costs, devices=options.devices, strategy=options.strategy or "fill", microbatches=options.microbatches,
         run_ahead=options.run_ahead, staleness=options.staleness, split_backward=options.split_backward,
         stash=options.stash, demands=demands,
     )  # fmt: skip
 
 
-def _title(plan: Plan) -> str:
+FOR_PIPELINES = "is for pipelines, and these costs are of blocks that learn alone; leave it out"
+FOR_BLOCKS = "is for blocks that learn alone (a .csv of blocks), and these costs are of a pipeline; leave it out"
+
+
+def rows_of_batch(profile: BlockProfile, given: int | None, of_recipe: int | None) -> int:
+    """Rows of a batch: as said, else the recipe's, else the most that the blocks were measured for."""
+    if given is not None and of_recipe is not None and given != of_recipe:
+        raise ConfigError(f"batch is {given}, and the recipe's batches have {of_recipe} rows; use its --batch_size")
+    said = given if of_recipe is None else of_recipe
+    return max(block.rows[-1] for block in profile.blocks) if said is None else said
+
+
+def _title(plan: Plan | BlockPlan) -> str:
+    if isinstance(plan, BlockPlan):
+        return f"{plan.strategy}, {plan.num_devices} devices"
     knobs = [f"stash {plan.stash}"] if plan.stash is not None else []
     knobs += ["split backward"] if plan.split_backward else []
     knobs += [f"staleness {plan.staleness}"] if plan.staleness is not None else []

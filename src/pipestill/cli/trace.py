@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -13,6 +14,10 @@ from pipestill import draw
 from pipestill.cli.options import Helped, parse
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan
+from pipestill.plan.block_json import block_plan_from_json, is_block_plan
+from pipestill.plan.blockwise import BlockPlan
+from pipestill.plan.describe import describe
+from pipestill.recipes.run_blocks import draw_blocks, trace_names
 from pipestill.run_directory import RunDirectory
 
 
@@ -22,7 +27,7 @@ class TraceOptions:
 
     Args:
         draw: a .svg or .png file for the picture (default: RUN_DIR/timeline.svg)
-        steps: steady steps in the picture
+        steps: steady steps in the picture; where blocks learn alone, steps of the schedule, which may hold several batches
         json: print the figures as one JSON object
     """
 
@@ -45,7 +50,10 @@ def run(words: list[str]) -> int:
     summary = directory.read_json("summary.json")
     if not (directory / "plan.json").is_file():
         raise ConfigError(f"'{words[0]}' was a run of '{summary['strategy']}', a plain loop, which leaves no timeline")
-    plan = Plan.from_json((directory / "plan.json").read_text())
+    text = (directory / "plan.json").read_text()
+    if is_block_plan(text):
+        return _tell_of_blocks(block_plan_from_json(text), directory, summary, options)
+    plan = Plan.from_json(text)
     trace = draw.read_chrome_trace(directory / "trace.json.gz")
     picture = Path(options.draw) if options.draw else directory / "timeline.svg"
     devices = f"{summary['devices']} {'device' if summary['devices'] == 1 else 'devices'}"
@@ -72,6 +80,39 @@ def run(words: list[str]) -> int:
         f"{trace.median_seconds_per_step * 1e3:.1f} ms a step, utilisation {trace.utilisation:.1%}, "
         f"stash peak {' '.join(map(str, trace.stash_peak))}\npicture: {picture}\n"
         f"timeline for https://ui.perfetto.dev: {directory / 'trace.json.gz'}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    return 0
+
+
+def _tell_of_blocks(plan: BlockPlan, directory: RunDirectory, summary: dict[str, Any], options: TraceOptions) -> int:
+    """The same for a run that trained block by block, whose phases have a trace each."""
+    files = [directory / name for name in trace_names(len(plan.phases))]
+    traces = [draw.read_chrome_trace(file) for file in files]
+    picture = Path(options.draw) if options.draw else directory / "timeline.svg"
+    draw_blocks(plan, traces, picture, options.steps)
+    figures = {
+        "strategy": summary["strategy"],
+        "devices": summary["devices"],
+        "seconds_per_step": summary["seconds_per_step"],
+        "predicted_seconds_per_step": summary["predicted_seconds_per_step"],
+        "utilisation": summary["utilisation"],
+        "bubble": summary["bubble"],
+        "ranks": describe(plan),
+        "picture": str(picture),
+        "perfetto": [str(file) for file in files],
+    }
+    if options.json:
+        print(json.dumps(figures))
+        return 0
+    console = Console()
+    for trace in traces:
+        console.print(Text.from_ansi(draw.text(trace, width=console.width, colour=console.is_terminal)))
+    for rank, words in enumerate(figures["ranks"]):
+        console.print(f"rank {rank}: {words}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{summary['seconds_per_step'] * 1e3:.1f} ms a batch of all blocks, utilisation {summary['utilisation']:.1%}\n"
+        f"picture: {picture}\ntimeline for https://ui.perfetto.dev: {', '.join(figures['perfetto'])}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return 0

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from pipestill.cli.options import Helped, parse, recipe_and_rest, vars_of
 from pipestill.errors import PlanError
-from pipestill.recipes.run import RunOptions, preflight, run_recipe
+from pipestill.recipes.run import preflight, run_recipe
+from pipestill.recipes.run_options import RunOptions
 from pipestill.run_directory import RunDirectory
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import choose_device_type, in_main_process
@@ -74,16 +75,29 @@ def run(words: list[str]) -> int:
     return 0
 
 
+def found(search: dict[str, Any]) -> str:
+    """What a search came to, and how large it is."""
+    paths = " | ".join(" ".join(stage) for stage in search["paths"])
+    sizes = [
+        f"{name.replace('_', ' ')} {search['flops'][name] / 1e6:,.2f} MFLOPs, {search['parameters'][name]:,} parameters"
+        for name in ("student", "largest_path", "teacher")
+    ]
+    return f"found: {paths}\nan image takes: {'; '.join(sizes)}"
+
+
 def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> None:
     """The end of a run, for a person."""
     metrics = summary["metrics"]
     rows = [
         (title, key)
         for title, key in (
-            ("teacher", "teacher"), ("student, distilled", "student"), ("student alone", "student_alone"),
+            ("teacher", "teacher"), ("random paths of the supernet, on average", "random_paths"),
+            ("student, its blocks trained alone", "blocks"),
+            ("student, then fine-tuned" if "blocks" in metrics else "student, distilled", "student"),
+            ("student without a teacher" if "blocks" in metrics else "student alone", "student_alone"),
             ("the same network, untrained", "untrained"),
         )
-        if set(metrics.get(key, {})) - {"loss"}
+        if set(metrics.get(key, {})) - {"loss"} and not (key == "student" and metrics[key] == metrics.get("blocks"))
     ]  # fmt: skip
     names = [name for name in metrics[rows[0][1]] if name not in ("loss", "read_from")]
     table = Table(title=f"{summary['recipe']}: on data that no model was trained on", title_justify="left")
@@ -92,11 +106,15 @@ def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> 
     for name in names:
         table.add_column(f"test {name.replace('_', ' ')}", justify="right")
     for title, key in rows:
-        parameters = metrics["parameters"]["student" if key.startswith("student") else "teacher"]
-        table.add_row(title, f"{parameters:,}", *(f"{metrics[key][name]:.4f}" for name in names))
+        parameters = metrics["parameters"]["teacher" if key in ("teacher", "untrained") else "student"]
+        shown = "" if key == "random_paths" else f"{parameters:,}"
+        table.add_row(title, shown, *(f"{metrics[key][name]:.4f}" for name in names))
     console.print(table)
+    if "search" in summary:
+        console.print(found(summary["search"]), highlight=False, soft_wrap=True)
     predicted = summary["predicted_seconds_per_step"]
     expected = f" (predicted {predicted * 1e3:.1f})" if predicted else ""
+    step = "batch of all blocks" if "blocks" in metrics else "step"
     peak = max(summary["peak_memory_bytes"]) / 2**20
     files = [
         name for name in ("summary.json", "timeline.svg", "export/model.safetensors") if (directory / name).exists()
@@ -104,7 +122,7 @@ def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> 
     lines = (
         f"{summary['strategy']} on {summary['devices']} {'device' if summary['devices'] == 1 else 'devices'} "
         f"({summary['backend']}): "
-        f"{summary['samples_per_second']:.0f} samples/s, {summary['seconds_per_step'] * 1e3:.1f} ms a step{expected}\n"
+        f"{summary['samples_per_second']:.0f} samples/s, {summary['seconds_per_step'] * 1e3:.1f} ms a {step}{expected}\n"
         f"utilisation {summary['utilisation']:.1%}, bubble {summary['bubble']:.1%}, staleness {summary['staleness']}, "
         f"peak memory {peak:.0f} MiB a rank\n"
         f"everything is in {directory.path}/: {', '.join(files)}"

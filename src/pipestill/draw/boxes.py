@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from statistics import median
@@ -42,19 +42,33 @@ WORKS = {  # colours that stay apart for colour-blind readers, and from each oth
     (Role.STUDENT, Op.BACKWARD): Work("B", "backward", ("#e69f00", "#fad58a"), (172, 222), ("black", "black")),
     (Role.STUDENT, Op.INPUT): Work("I", "input gradient", ("#e69f00", "#fad58a"), (172, 222), ("black", "black")),
     (Role.STUDENT, Op.WEIGHT): Work("W", "weight gradient", ("#c4603c", "#eeb49c"), (130, 216), ("white", "black")),
+    (Role.STUDENT, Op.REDUCE): Work("R", "gradient all-reduce", ("#6a4fa3", "#b9a6dd"), (61, 146), ("white", "black")),
     (Role.STUDENT, Op.NORM): Work("N", "gradient norm", ("#555555", "#555555"), (240, 240), ("white", "white")),
     (Role.STUDENT, Op.UPDATE): Work("U", "update", ("#222222", "#222222"), (124, 124), ("white", "white")),
     (Role.TEACHER, Op.EMA): Work("E", "teacher update", ("#0b4f31", "#0b4f31"), (22, 22), ("white", "white")),
 }
+STUDENT_STEP = replace(WORKS[Role.STUDENT, Op.BACKWARD], name="student step")
+"""A student's backward where blocks train alone: its forward, loss and backward."""
+
+LEGEND = tuple(w for op, work in WORKS.items() for w in ((work, STUDENT_STEP) if op[1] is Op.BACKWARD else (work,)))
+"""Every kind of work, in the order of legends."""
+
+
+def work_of(action: Action, blockwise: bool) -> Work:
+    """How `action` looks, in a pipeline or where blocks train alone."""
+    return STUDENT_STEP if blockwise and action.op is Op.BACKWARD else WORKS[action.role, action.op]
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """One action inside a window, in seconds from the start of the window, cut off at its ends."""
+    """One action inside a window, in seconds from the start of the window, cut off at its ends.
+
+    `number` is what tells it from its likes: the microbatch, or the block where blocks train alone.
+    """
 
     rank: int
     work: Work
-    microbatch: int | None
+    number: int | None
     step: int
     start: float
     end: float
@@ -84,23 +98,37 @@ def window(trace: Trace, num_steps: int, start: float | None = None, end: float 
 def boxes_in(trace: Trace, start: float, end: float) -> Iterator[Box]:
     """What the window shows, in the order of the trace; work that takes no time is left out, but for updates."""
     for event in trace.events:
-        work = WORKS[event.action.role, event.action.op]
+        action = event.action
+        work = work_of(action, trace.blockwise)
         if event.start < end and event.end > start and event.seconds > 0:
             box = max(event.start, start) - start, min(event.end, end) - start
         elif work.letter == INSTANT and start <= event.start <= event.end <= end:
             box = event.start - start, event.end - start
         else:
             continue
-        yield Box(event.rank, work, event.action.microbatch, event.action.step, *box)
+        yield Box(event.rank, work, action.stage if trace.blockwise else action.microbatch, action.step, *box)
 
 
-def label(action: Action, several: bool, step: bool = True) -> str:
+def block_label(action: Action, shared: Container[tuple[Role, int]]) -> str:
+    """`T3` and `B3` of block 3, where blocks train alone; of `shared` blocks the share too, as in `B3.1`; else as in `label`."""
+    if action.op is Op.DATA:
+        return label(action, several=False)
+    letter = "T" if action.role is Role.TEACHER else action.op.value
+    share = f".{action.microbatch}" if (action.role, action.stage) in shared else ""
+    return f"{letter}{action.stage}{share}{_step_and_peer(action)}"
+
+
+def label(action: Action, several: bool) -> str:
     """`F0`, `t1@1` (one step ahead), `F0>1` (sent to rank 1); with `several` stages on a rank, `S2F0`."""
     letter = WORKS[action.role, action.op].letter
     name = f"{action.role.value}{action.stage}{action.op.value}" if several else letter
     microbatch = "" if action.microbatch is None else action.microbatch
+    return f"{name}{microbatch}{_step_and_peer(action)}"
+
+
+def _step_and_peer(action: Action) -> str:
     peer = "" if action.peer is None else f"{action.kind.value}{action.peer}"
-    return f"{name}{microbatch}{f'@{action.step}' if step and action.step else ''}{peer}"
+    return f"{f'@{action.step}' if action.step else ''}{peer}"
 
 
 def scale(span: float, unit: Unit) -> tuple[float, str]:
@@ -112,12 +140,12 @@ def scale(span: float, unit: Unit) -> tuple[float, str]:
 
 def summary(trace: Trace, boxes: Iterable[Box], span: float, unit: Unit) -> str:
     """Figures of the steady state; of all that is shown, where there is none."""
-    steady = trace.seconds_per_step
+    steady, each = trace.seconds_per_step / trace.window, "batch" if trace.blockwise else "step"
     busy = trace.utilisation if steady else sum(b.seconds for b in boxes) / (span * trace.num_ranks)
     factor, symbol = scale(steady or span, unit)
     amount = (steady or span) * factor
     digits = f"{amount:.0f}" if amount >= 1000 else f"{amount:.3g}"
-    return f"{digits} {symbol}{' per step' if steady else ''}, utilisation {busy:.1%}"
+    return f"{digits} {symbol}{f' per {each}' if steady else ''}, utilisation {busy:.1%}"
 
 
 def write_bytes(path: Path, data: bytes) -> None:

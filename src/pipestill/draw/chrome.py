@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pipestill.draw.boxes import (
-    WORKS,
     extent,
-    label,
+    work_of,
     write_bytes,
 )
 from pipestill.errors import ConfigError
-from pipestill.schedule.action import Action
+from pipestill.schedule.action import Action, Op
 from pipestill.schedule.trace import Event, Trace
 
 
@@ -32,16 +31,18 @@ def chrome_trace(trace: Trace) -> dict[str, Any]:
         events.append({**thread, "name": "thread_name", "args": {"name": f"rank {rank}"}})
         events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": rank}})
     for event in trace.events:
-        action, work = event.action, WORKS[event.action.role, event.action.op]
+        action, work = event.action, work_of(event.action, trace.blockwise)
         # Both ends are rounded to nanoseconds, so that neighbours which touch do not overlap.
         start, end = (round((t - origin) * 1e6, 3) for t in (event.start, event.end))
         args: dict[str, Any] = {"action": str(action), "step": action.step, "stage": action.stage}
         if action.microbatch is not None:
             args["microbatch"] = action.microbatch
-        name = label(action, several=False, step=False)
+        number = action.stage if trace.blockwise else action.microbatch
+        name = work.letter if number is None or action.op is Op.DATA else f"{work.letter}{number}"
         place = {"ph": "X", "pid": 1, "tid": event.rank + 1, "ts": start, "dur": round(end - start, 3)}
         events.append({**place, "name": name, "cat": work.name, "args": args})
-    return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": {"cuts": sorted(trace.cuts)}}
+    other = {"cuts": sorted(trace.cuts), "blockwise": trace.blockwise, "window": trace.window}
+    return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": other}
 
 
 def write_chrome_trace(trace: Trace, path: str | Path) -> None:
@@ -65,7 +66,8 @@ def read_chrome_trace(path: str | Path) -> Trace:
             for e in works
         )
         num_ranks = sum(entry["name"] == "thread_name" for entry in entries)
-        return Trace(num_ranks, events, frozenset(content["otherData"]["cuts"]))
+        other = content["otherData"]
+        return Trace(num_ranks, events, frozenset(other["cuts"]), other.get("blockwise", False), other.get("window", 1))
     except OSError as error:
         raise ConfigError(f"cannot read trace '{path}': {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError, EOFError) as error:

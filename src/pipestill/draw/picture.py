@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipestill.draw.boxes import (
     INSTANT,
-    WORKS,
+    LEGEND,
     Box,
     Unit,
     Work,
@@ -49,7 +49,9 @@ def picture(
     """Write the steady state of `traces`, one above the other on one time axis, as SVG or PNG by the suffix of `path`.
 
     Each starts at 0 on the axis and shows `num_steps` steps (everything, where a trace has no two steps), so the
-    shorter one is the faster one. Numbers are microbatches; two shades of a colour are two steps; hatched is idle.
+    shorter one is the faster one; where steps are windows of batches, as many batches of each as `num_steps` of the longest
+    windows hold, if it has them. Numbers are microbatches, or blocks where these train alone; two shades of a colour are
+    two steps; hatched is idle.
     The same traces give the same bytes. Raises `ConfigError` for another suffix, an empty trace, a number of titles
     that is not that of the traces, or a path that cannot be written.
     """
@@ -60,7 +62,8 @@ def picture(
         raise ConfigError(f"{len(titles)} titles for {len(traces)} traces; expected one title for each of at least one")
     if num_steps < 1:
         raise ConfigError(f"a picture of {num_steps} steps; expected at least 1")
-    windows = [window(trace, num_steps) for trace in traces]
+    batches = num_steps * max(trace.window for trace in traces)
+    windows = [window(trace, -(-batches // trace.window) if trace.blockwise else num_steps) for trace in traces]
     write_bytes(path, _drawn(traces, windows, titles, path.suffix[1:].lower(), unit))
 
 
@@ -97,7 +100,7 @@ def _drawn(
         axes.xaxis.set_visible(True)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value * factor:g}")
         axes.set_xlabel(f"time ({symbol.replace('us', 'µs')})" if unit else symbol)
-        used = [w for w in WORKS.values() if any(b.work is w for boxes in panels for b in boxes)]
+        used = [w for w in LEGEND if any(b.work is w for boxes in panels for b in boxes)]
         handles = [Patch(facecolor=w.colours[0], label=w.name) for w in used]
         handles.append(Patch(**_IDLE, label="idle"))
         place = (left / width, 0.06 / height)
@@ -133,7 +136,7 @@ def _panel(axes: Axes, num_ranks: int, boxes: Sequence[Box], span: float, second
         gid = f"{work.name.replace(' ', '-')}-{parity}"
         fill(gid, places, facecolor=work.colours[parity], edgecolor=edge[0], linewidth=edge[1])
     for letter, typical in typical_seconds(boxes).items():
-        numbered = [(b, str(b.microbatch)) for b in boxes if b.work.letter == letter]
+        numbered = [(b, str(b.number)) for b in boxes if b.work.letter == letter]
         size = min(8.0, 0.6 * row, 0.8 * typical * second / (_DIGIT * max(len(label) for _, label in numbered)))
         for box, label in numbered:
             if size >= 4.5 and _DIGIT * size * len(label) < 0.95 * box.seconds * second:
@@ -143,7 +146,7 @@ def _panel(axes: Axes, num_ranks: int, boxes: Sequence[Box], span: float, second
 
 def _grouped(boxes: Iterable[Box]) -> dict[tuple[Work, int], list[Box]]:
     """Boxes by work and the parity of their step, in the order in which they are painted."""
-    groups: dict[tuple[Work, int], list[Box]] = {(work, parity): [] for work in WORKS.values() for parity in (0, 1)}
+    groups: dict[tuple[Work, int], list[Box]] = {(work, parity): [] for work in LEGEND for parity in (0, 1)}
     for box in boxes:
         groups[box.work, box.step % 2].append(box)
     return {key: group for key, group in groups.items() if group}

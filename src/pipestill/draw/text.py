@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, zip_longest
 from math import ceil, floor, log10
 
 from pipestill.draw.boxes import (
     INSTANT,
+    LEGEND,
     ROUNDING,
-    WORKS,
     Box,
     Unit,
     Work,
+    block_label,
     boxes_in,
     label,
     scale,
     typical_seconds,
     window,
 )
-from pipestill.schedule.action import Op, Role
-from pipestill.schedule.program import Schedule
+from pipestill.schedule.action import Action, Op, Role
+from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.program import AnyStructure, Schedule
 from pipestill.schedule.trace import Trace
 
 _Style = tuple[Work, int] | None
@@ -44,7 +46,8 @@ def text(
 
     Shows `start` to `end` in seconds of the trace's clock (default: two steady steps, or everything when there are
     none); the axis counts from `start`. Ranks' lines are at most `width` columns, or 20 cells where that is wider.
-    Boxes too narrow for a microbatch number show their letter only; shorter ones than half a column may vanish.
+    Numbers are microbatches, or blocks where these train alone; boxes too narrow for theirs show their letter only; shorter
+    ones than half a column may vanish.
     `colour` adds ANSI escape codes. Raises `ConfigError` for an empty trace or window.
     """
     start, end = window(trace, 2, start, end)
@@ -61,8 +64,8 @@ def text(
         runs = groupby(cells, lambda cell: cell[1])
         line = "".join(_painted("".join(c for c, _ in run), style, colour) for style, run in runs)
         lines.append(f"{f'rank {rank}':<{head}} |{line}|\n")
-    shown = {style[0].letter for cells in rows for _, style in cells if style}
-    legend = [f"{_painted(w.letter, (w, 0), colour)} {w.name}" for w in WORKS.values() if w.letter in shown]
+    shown = {style[0] for cells in rows for _, style in cells if style}
+    legend = [f"{_painted(w.letter, (w, 0), colour)} {w.name}" for w in LEGEND if w in shown]
     indent = " " * (head + 2)
     axis = _axis_line(num_cells, cell_seconds, max(num_cells, width - head - 2), unit)
     return f"{''.join(lines)}{indent}{axis}\n{indent}{'  '.join([*legend, '. idle'])}\n"
@@ -75,13 +78,15 @@ def schedule_table(schedule: Schedule, *, transfers: bool = False) -> str:
         rank 1 | F0 L0   B0 U t0@1
 
     `t1@1` is work for the step after the period's own. With `transfers`, reads of the data are shown as well,
-    `F0>1` sends the result of F0 to rank 1, and `F0<1` posts its receive from there.
+    `F0>1` sends the result of F0 to rank 1, and `F0<1` posts its receive from there. Where blocks train alone:
+
+        rank 0 | T0.0 B0.0 R0.0 U0.0
+        rank 1 | T0.1 T1   B0.1 R0.1 U0.1 B1 U1
+
+    Block 0 has several shares, and `B0.1` is the student's step of its share 1.
     """
-    stages_of, ranks = schedule.structure.stages_of, range(len(schedule.rows))
-    several = any(len(stages_of(rank, role)) > 1 for rank in ranks for role in Role)
-    rows = [
-        [label(a, several) for a in row if transfers or (a.computes and a.op is not Op.DATA)] for row in schedule.rows
-    ]
+    name = _name_of(schedule.structure)
+    rows = [[name(a) for a in row if transfers or (a.computes and a.op is not Op.DATA)] for row in schedule.rows]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     head = len(f"rank {len(rows) - 1}")
     lines = []
@@ -89,6 +94,15 @@ def schedule_table(schedule: Schedule, *, transfers: bool = False) -> str:
         cells = " ".join(f"{label:<{width}}" for label, width in zip(row, widths, strict=False))
         lines.append(f"{f'rank {rank}':<{head}} | {cells}".rstrip() + "\n")
     return "".join(lines)
+
+
+def _name_of(structure: AnyStructure) -> Callable[[Action], str]:
+    """What the work of a table is called."""
+    if isinstance(structure, BlockStructure):
+        shared = {(role, i) for role in Role for i, shares in enumerate(structure.shares(role)) if len(shares) > 1}
+        return lambda action: block_label(action, shared)
+    several = any(len(structure.stages_of(rank, role)) > 1 for rank in range(structure.num_ranks) for role in Role)
+    return lambda action: label(action, several)
 
 
 def _grid(boxes: Sequence[Box], span: float, num_cells: int) -> tuple[int, float]:
@@ -114,7 +128,7 @@ def _cells(
     for box in boxes:
         first, after = (floor(t / cell_seconds + 0.5 - ROUNDING) for t in (box.start, box.end))
         letter, style = box.work.letter, (box.work, box.step % 2)
-        label = f"{letter}{box.microbatch}" if letter in numbered else letter
+        label = f"{letter}{box.number}" if letter in numbered else letter
         if len(label) > after - first:
             label = letter
         if first < after:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -181,15 +181,22 @@ def untouched(task: Task) -> Iterator[None]:
         models.append(task.teacher_blocks.model)
     if isinstance(task.loss, nn.Module):
         models.append(task.loss)
+    with restored(models):
+        task.student_blocks.model.train()
+        if task.teacher_blocks is not None:
+            task.teacher_blocks.model.train(teacher_trains(task))
+        yield
+
+
+@contextmanager
+def restored(models: Sequence[nn.Module]) -> Iterator[None]:
+    """No gradients at first; afterwards buffers, gradients and modes of `models`, and the random state, as they were."""
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
     buffers = [{name: (b, b if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
     gradients = [(p, p.grad) for model in models for p in model.parameters()]
     for parameter, _ in gradients:
         parameter.grad = None
-    task.student_blocks.model.train()
-    if task.teacher_blocks is not None:
-        task.teacher_blocks.model.train(teacher_trains(task))
     try:
         with torch.random.fork_rng():
             yield

@@ -40,6 +40,20 @@ RECIPES = {
         "scikit-learn's digits: 1,797 real 8x8 scans of handwriting, embedded",
         ("scikit-learn",),
     ),
+    "compress": Entry(
+        "compress",
+        "pipestill.recipes.compress:Compress",
+        "replace a VGG's or ResNet's convolutions by depthwise-separable ones, block by block (Pipe-BD)",
+        "the same digits; with --data PATH CIFAR-10's files or folders of images (with Pillow)",
+        ("scikit-learn",),
+    ),
+    "nas": Entry(
+        "nas",
+        "pipestill.recipes.nas:Nas",
+        "search a supernet for a network, block by block, with a MobileNetV2 as the teacher (Pipe-BD, ProxylessNAS)",
+        "the same digits; with --data PATH CIFAR-10's files or folders of images (with Pillow)",
+        ("scikit-learn",),
+    ),
 }
 
 

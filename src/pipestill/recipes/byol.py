@@ -19,8 +19,9 @@ from pipestill.errors import ConfigError
 from pipestill.losses import byol
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
+from pipestill.recipes.datasets import digits
 from pipestill.recipes.recipe import OPTIMIZERS, MomentumWorkload, Training, cosine
-from pipestill.recipes.soft_target import Convolution, digits
+from pipestill.recipes.soft_target import Convolution
 
 
 @dataclass(frozen=True)

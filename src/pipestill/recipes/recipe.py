@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from pipestill.errors import ConfigError
 from pipestill.losses import DistillationLoss, Metric, SupervisedLoss
+from pipestill.model.blockwise import Blockwise
 from pipestill.model.tasks import Distillation, Momentum
 from pipestill.optim import LARS
 
@@ -20,15 +22,24 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }  # fmt: skip
 
 
+class SizedIterable(Protocol):
+    """A loader that knows how many batches a pass has."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+
 @dataclass(frozen=True)
 class Training:
-    """How one model is trained. `lr_schedule(total_steps)` gives a factor per step."""
+    """How one model is trained. `lr_schedule(total_steps)` gives a factor per step, `param_groups` the optimizer's groups."""
 
     epochs: int
     optimizer: type[torch.optim.Optimizer]
     lr: float
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     lr_schedule: Callable[[int], Callable[[int], float]] | None = None
+    param_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None = None
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of some of the model's parameters."""
@@ -78,16 +89,67 @@ class MomentumWorkload:
         return self.build()
 
 
-AnyWorkload = Workload | MomentumWorkload
+@dataclass(frozen=True)
+class BlockwiseWorkload:
+    """Everything that training a student block by block takes.
+
+    `build()` gives a fresh task, the same every time; its teacher is trained once, with `supervised_loss`. The blocks' rate
+    is a factor of `student_training` per batch. With `fine_tuning`, the assembled student is then trained end to end with
+    `fine_tuning_loss`. `derive(task)`: the network that is evaluated, exported and fine-tuned, where it is not the student
+    itself (a supernet's best path). `fresh(network)`: one of the same form as it is initialised, to be trained without a
+    teacher by `alone_training` (default: the student of a fresh task).
+
+    `block_loader`: what the blocks are trained on where it is not `train_loader`. `rivals(task)`: networks to evaluate beside
+    the one that was derived, several of a kind as their mean. `describe(task, network)`: more entries of summary.json.
+    """
+
+    build: Callable[[], Blockwise]
+    train_loader: DataLoader[Any]
+    validation_loader: DataLoader[Any]
+    supervised_loss: SupervisedLoss
+    metrics: Mapping[str, Metric]
+    teacher_training: Training
+    student_training: Training
+    alone_training: Training
+    fine_tuning: Training | None = None
+    fine_tuning_loss: DistillationLoss | None = None
+    derive: Callable[[Blockwise], nn.Module] | None = None
+    fresh: Callable[[nn.Module], nn.Module] | None = None
+    block_loader: SizedIterable | None = None
+    rivals: Callable[[Blockwise], Mapping[str, Sequence[nn.Module]]] | None = None
+    describe: Callable[[Blockwise, nn.Module], dict[str, Any]] | None = None
+
+    def of_blocks(self) -> SizedIterable:
+        """The loader of the blocks' training."""
+        return self.train_loader if self.block_loader is None else self.block_loader
+
+    def task(self) -> Blockwise:
+        """What a schedule runs: the student blocks, each alone."""
+        return self.build()
+
+
+EndToEndWorkload = Workload | MomentumWorkload
+AnyWorkload = EndToEndWorkload | BlockwiseWorkload
 
 
 class Recipe(Protocol):
-    """A frozen dataclass whose fields are the options on the command line."""
+    """A frozen dataclass whose fields are the options on the command line.
+
+    A class may have `run_defaults`, values of `RunOptions` that it starts from instead of those of other recipes.
+    """
 
     name: ClassVar[str]
 
     def workload(self, seed: int, num_samples: int | None = None) -> AnyWorkload:
         """Build it; `num_samples` keeps only the first training samples."""
+
+
+def end_to_end(recipe: Recipe, seed: int, num_samples: int | None = None, *, what: str) -> EndToEndWorkload:
+    """The recipe's workload; `ConfigError` for one that trains block by block, where `what` is of pipelines alone."""
+    workload = recipe.workload(seed, num_samples)
+    if isinstance(workload, BlockwiseWorkload):
+        raise ConfigError(f"{what}, and recipe '{recipe.name}' trains block by block, without one")
+    return workload
 
 
 def cosine(total_steps: int) -> Callable[[int], float]:

@@ -13,6 +13,7 @@ from pipestill.errors import ConfigError
 from pipestill.losses import SoftTarget as SoftTargetLoss
 from pipestill.losses import accuracy, cross_entropy
 from pipestill.model.seeding import derive
+from pipestill.recipes.datasets import digits
 from pipestill.recipes.recipe import OPTIMIZERS, Training, Workload, cosine
 
 CLASSES = 10
@@ -96,24 +97,6 @@ class SoftTarget:
         if self.optimizer == "sgd":
             options["momentum"] = self.sgd_momentum
         return Training(epochs, OPTIMIZERS[self.optimizer], lr, options, cosine)
-
-
-def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """scikit-learn's digits as images (rows, 1, 8, 8), 0 to 1, and labels (rows,): 1,437 to train, 360 to test."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ConfigError(
-            "recipe 'soft-target' reads its data from scikit-learn, which is not installed; "
-            "run pip install 'pipestill[recipes]'"
-        ) from None
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
-    labels = torch.tensor(data.target, dtype=torch.int64)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive(seed, "split")))
-    cut = len(labels) * 4 // 5
-    train, test = order[:cut], order[cut:]
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
 class Convolution(nn.Module):

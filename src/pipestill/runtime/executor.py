@@ -74,7 +74,7 @@ class Executor:
         views: bool = False,
         num_trained: Sequence[int] = (),
     ) -> None:
-        self.schedule, self.rank, self.structure = schedule, rank, schedule.structure
+        self.schedule, self.rank, self.structure = schedule, rank, schedule.pipeline
         self.contracts, self.transport, self.recorder = contracts, transport, recorder
         self.student_stages, self.teacher_stages = student_stages, teacher_stages
         self.student, self.teacher = student, teacher

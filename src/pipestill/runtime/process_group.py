@@ -15,7 +15,11 @@ from pipestill.schedule import Lane, Op, Role
 
 _LANES = list(Lane)
 _OPS = list(Op)
-_UNDER_WAY = 256
+_UNDER_WAY = 32  # sends whose tensors are kept: gloo never says that one has arrived, only a wait does
+_BESIDE = (Lane.TARGET, Lane.INPUT, Lane.REPORT)  # lanes whose receives are announced step by step, apart from the schedule
+
+
+_Sent = tuple[Message, list[Tensor], list[dist.Work]]
 
 
 class ProcessGroup:
@@ -30,7 +34,9 @@ class ProcessGroup:
         self.rank = dist.get_rank()
         self.timeout = timedelta(seconds=timeout_seconds)
         self.posted: dict[Message, tuple[list[Tensor], list[dist.Work]]] = {}
-        self.under_way = defaultdict[int, deque[tuple[Message, list[Tensor], list[dist.Work]]]](deque)  # by phase
+        # By phase, and whether beside the schedule. A proved schedule runs even if every send waits for its receive, so
+        # waiting for the oldest is safe; one beside it may be awaited by a rank that first needs more of the schedule.
+        self.under_way = defaultdict[tuple[int, bool], deque[_Sent]](deque)
         self.groups: dict[tuple[int, int, Lane], dist.ProcessGroup] = {}
         if "nccl" in str(dist.get_backend_config()):
             for source, destination, lane in sorted(edges):
@@ -41,10 +47,12 @@ class ProcessGroup:
         group = self.groups.get((message.source, message.destination, message.lane))
         with _Named("sends", message, self.rank):
             works = [dist.isend(t, message.destination, group=group, tag=_tag(message, i)) for i, t in enumerate(kept)]
-        queue = self.under_way[message.phase]
+        queue = self.under_way[message.phase, message.lane in _BESIDE]
         queue.append((message, kept, [w for w in works if w is not None]))
+        while queue and self.groups and all(work.is_completed() for work in queue[0][2]):
+            queue.popleft()
         while len(queue) > _UNDER_WAY:
-            self._finish_one(message.phase)
+            self._finish_one(queue)
 
     def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
         kept = list(buffers)
@@ -56,21 +64,26 @@ class ProcessGroup:
     def arrived(self, message: Message) -> bool:
         if message not in self.posted:
             raise TransportError(f"rank {self.rank} waits for {message}, but never announced that it would")
+        buffers, works = self.posted[message]
         with _Named("waits for", message, self.rank, self.timeout):
-            for work in self.posted[message][1]:
+            for work in works:
                 work.wait(self.timeout)
+        self.posted[message] = buffers, []  # on gloo a second wait would never end
         return True
 
     def take(self, message: Message) -> list[Tensor]:
         return self.posted.pop(message)[0]
 
     def flush(self, phase: int) -> None:
-        while self.under_way[phase]:
-            self._finish_one(phase)
+        for message in [m for m in self.posted if m.phase == phase]:
+            self.arrived(message)  # what only the order was about; gloo hangs once a buffer goes that is still announced
+        for beside in (False, True):
+            while self.under_way[phase, beside]:
+                self._finish_one(self.under_way[phase, beside])
 
-    def _finish_one(self, phase: int) -> None:
-        """Wait for the oldest send of a phase. Of its own phase only: training's wait until a validation is over."""
-        message, _, works = self.under_way[phase].popleft()
+    def _finish_one(self, queue: deque[_Sent]) -> None:
+        """Wait for the oldest send. Of its own phase only: training's wait until a validation is over."""
+        message, _, works = queue.popleft()
         with _Named(f"waits until rank {message.destination} takes", message, self.rank, self.timeout):
             for work in works:
                 work.wait(self.timeout)
@@ -96,6 +109,8 @@ def _tag(message: Message, part: int) -> int:
     """A number below 2^31 that differs between all messages that can be under way at once between two ranks."""
     action = message.payload
     microbatch = 0 if action.microbatch is None else action.microbatch + 1
+    if message.lane in (Lane.TEACHER, Lane.TOKEN, Lane.STATE):
+        microbatch += 131 * action.stage  # blocks that learn alone share lanes; messages of one tag keep their order
     tag = 1 + (message.phase - 1) % 7 if message.phase else 0  # a validation may never be taken for training
     tag = tag * len(_LANES) + _LANES.index(message.lane)
     tag = tag * 2 + (action.role is Role.TEACHER)

@@ -113,7 +113,7 @@ class RankRun:
     ) -> None:
         self.plan, self.rank, self.task, self.contracts, self.settings = plan, rank, task, contracts, settings
         self.transport, self.source, self.validation, self.reporter = transport, source, validation, reporter
-        self.structure = plan.schedule.structure
+        self.structure = plan.schedule.pipeline
         self.recorder = Recorder(rank, device)
         self.student_stages, self.teacher_stages = ranges(plan.student_partition), ranges(plan.teacher_partition)
         self.student = StudentStage(

@@ -264,7 +264,10 @@ class StudentStage:
                     roots = []
             elif roots:
                 _whole(roots)
-        return self._input_gradients(held.received, unit)
+        sent = self._input_gradients(held.received, unit)
+        held.received, held.outputs = [], []  # what is kept for the second half is in the blocks
+        held.blocks = [(halves, [], []) for halves, _, _ in held.blocks]
+        return sent
 
     def weight_gradients(self, step: int, unit: int) -> None:
         """The second half of a backward."""

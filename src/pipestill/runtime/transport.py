@@ -42,7 +42,7 @@ class Transport(Protocol):
         """The tensors of a message that has arrived."""
 
     def flush(self, phase: int) -> None:
-        """Wait until everything sent in `phase` has left."""
+        """Wait until everything sent in `phase` has left, and everything announced is here."""
 
 
 class InProcess:

@@ -9,7 +9,7 @@ which it arrives, by the costs' link, and nobody takes it sooner.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ class VirtualStage:
     """Stands for both models' stages of a rank: takes their time, and gives one number a row."""
 
     def __init__(self, stage: int, schedule: Schedule, costs: StageCosts, clock: VirtualClock) -> None:
-        self.stage, self.structure, self.clock = stage, schedule.structure, clock
-        self.seconds = {a: action_seconds(a, schedule.structure, costs) for a in schedule.structure.actions()}
+        self.stage, self.structure, self.clock = stage, schedule.pipeline, clock
+        self.seconds = {a: action_seconds(a, schedule.pipeline, costs) for a in schedule.pipeline.actions()}
         self.rows: dict[tuple[int, int], int] = {}
         self.parameters: dict[str, Tensor] = {}
 
@@ -118,19 +118,21 @@ class VirtualTeacher(VirtualStage):
 
 
 class VirtualTransport:
-    """Real messages, each with the moment at which it arrives as a last tensor."""
+    """Real messages, each with the moment at which it arrives as a last tensor.
 
-    def __init__(self, inner: Transport, schedule: Schedule, costs: StageCosts, clock: VirtualClock) -> None:
-        self.inner, self.structure, self.costs, self.clock = inner, schedule.structure, costs, clock
+    `seconds(message)` is how long its edge is taken by it, `latency` how long it is on its way after that.
+    """
+
+    def __init__(
+        self, inner: Transport, seconds: Callable[[Message], float], latency: float, clock: VirtualClock
+    ) -> None:
+        self.inner, self.seconds, self.latency, self.clock = inner, seconds, latency, clock
         self.free: dict[int, float] = {}  # when the edge to a rank is
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        latency = self.costs.link.latency_seconds
-        token = message.lane in (Lane.TOKEN, Lane.TARGET)
-        seconds = 0.0 if token else transfer_seconds(message.payload, self.structure, self.costs) - latency
-        sent = max(self.clock.now(), self.free.get(message.destination, 0.0)) + seconds
+        sent = max(self.clock.now(), self.free.get(message.destination, 0.0)) + self.seconds(message)
         self.free[message.destination] = sent
-        self.inner.send(message, [*tensors, torch.tensor([sent + latency], dtype=torch.float64)])
+        self.inner.send(message, [*tensors, torch.tensor([sent + self.latency], dtype=torch.float64)])
 
     def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
         self.inner.post(message, [*buffers, torch.empty(1, dtype=torch.float64)])
@@ -170,7 +172,7 @@ def run_virtual(plan: Plan, steps: int, timeout_seconds: float) -> tuple[Trace, 
     """
     schedule, costs, world = plan.schedule, plan.stage_costs, Processes()
     rank, clock = world.rank, VirtualClock()
-    structure = schedule.structure
+    structure = schedule.pipeline
     few, more = torch.zeros(2, 1, requires_grad=True), torch.zeros(3, 1, requires_grad=True)
     contract = learn("between virtual stages", few, more, ([torch.zeros(2, 1)], [torch.zeros(3, 1)]))
     nothing = learn("no targets", None, None)
@@ -183,10 +185,16 @@ def run_virtual(plan: Plan, steps: int, timeout_seconds: float) -> tuple[Trace, 
     recorder = VirtualRecorder(rank, clock, steps + 1)
     student, teacher = (kind(rank, schedule, costs, clock) for kind in (VirtualStudent, VirtualTeacher))
     transport = world.transport(rank, edges(structure), timeout_seconds)
+
+    def seconds(message: Message) -> float:
+        if message.lane in (Lane.TOKEN, Lane.TARGET):
+            return 0.0
+        return transfer_seconds(message.payload, structure, costs) - costs.link.latency_seconds
+
     executor = Executor(
         schedule, rank, contracts=contracts, student_stages=stages, teacher_stages=stages,
         student=student, teacher=teacher if structure.teacher_ranks else None,  # type: ignore[arg-type]
-        transport=VirtualTransport(transport, schedule, costs, clock), recorder=recorder,
+        transport=VirtualTransport(transport, seconds, costs.link.latency_seconds, clock), recorder=recorder,
         source=_batches(structure.num_microbatches, steps) if rank == 0 else None, clip=1.0, num_trained=(0,) * count,
     )  # fmt: skip
     dist.barrier()

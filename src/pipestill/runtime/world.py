@@ -54,6 +54,9 @@ class World(Protocol):
     def barrier(self) -> None:
         """Wait for every process."""
 
+    def claim(self, name: str) -> bool:
+        """Whether this is the first rank to ask for `name`."""
+
     def measure_link(self, work_seconds: float) -> Link:
         """Latency and bandwidth between two ranks, and what it takes a rank to wake up for work of about `work_seconds`
         on the CPU (0: for work elsewhere). Free where ranks share a process. On all ranks together.
@@ -68,6 +71,7 @@ class OneProcess:
         self.ranks: Sequence[int] = range(num_ranks)
         self.is_main = True
         self._boxes: dict[Message, list[Tensor]] = {}
+        self._claimed = set[str]()
 
     def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
         return InProcess(self._boxes)
@@ -106,6 +110,11 @@ class OneProcess:
 
     def barrier(self) -> None:
         """Nobody else to wait for."""
+
+    def claim(self, name: str) -> bool:
+        first = name not in self._claimed
+        self._claimed.add(name)
+        return first
 
     def measure_link(self, work_seconds: float) -> Link:
         return Link()
@@ -150,6 +159,10 @@ class Processes:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def claim(self, name: str) -> bool:
+        first: bool = dist.distributed_c10d._get_default_store().add(f"pipestill-{name}", 1) == 1
+        return first
 
     def measure_link(self, work_seconds: float) -> Link:
         """From round trips of 1 byte and of `_LOAD_BYTES` between ranks 0 and 1, and from taking turns at some work."""

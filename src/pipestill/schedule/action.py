@@ -5,6 +5,8 @@ T0F3@2      teacher, stage 0, forward, microbatch 3, step 2
 S2I0@1      its backward's first half, the gradient of its input; S2W0@1 the second, that of its weights
 S1U@4       student, stage 1, optimizer update of step 4 (no microbatch)
 T1E@4       teacher, stage 1, moves its weights towards the student's after that update (no microbatch)
+S1U2@4      the update of block 1 after batch (or share) 2 of a window, where blocks train alone
+S2R1@1      add up the gradients of block 2 with the ranks that share its batch
 S2F0@1>3    send the result of S2F0@1 to rank 3
 S2F0@1<2    receive the result of S2F0@1 from rank 2
 """
@@ -30,7 +32,9 @@ class Op(str, Enum):
 
     A backward is one `BACKWARD`, or an `INPUT` (the gradient of the stage's input, which the stage before waits for) and
     later a `WEIGHT` (those of its weights, which only the update waits for). `NORM` sums up a stage's squared gradients for
-    clipping by their global norm. `EMA` is the update of a momentum teacher.
+    clipping by their global norm. `EMA` is the update of a momentum teacher. Where blocks train alone (see
+    `BlockStructure`), a student's `BACKWARD` is its forward, loss and backward, which nothing separates, and `REDUCE` adds up
+    the gradients of ranks that share a batch.
     """
 
     __hash__ = str.__hash__
@@ -41,6 +45,7 @@ class Op(str, Enum):
     BACKWARD = "B"
     INPUT = "I"
     WEIGHT = "W"
+    REDUCE = "R"
     NORM = "N"
     UPDATE = "U"
     EMA = "E"
@@ -51,7 +56,7 @@ class Op(str, Enum):
         return self in _PER_MICROBATCH
 
 
-_PER_MICROBATCH = frozenset((Op.FORWARD, Op.LOSS, Op.BACKWARD, Op.INPUT, Op.WEIGHT))
+_PER_MICROBATCH = frozenset((Op.FORWARD, Op.LOSS, Op.BACKWARD, Op.INPUT, Op.WEIGHT, Op.REDUCE))
 _OF_TEACHER = frozenset((Op.FORWARD, Op.EMA))
 
 
@@ -69,7 +74,8 @@ class Lane(str, Enum):
     """Which ordered channel of a directed edge a transfer uses.
 
     A `DATA` transfer tells a batch's rows, and its targets follow on `TARGET`; a `TOKEN` carries only the order; `NORM`
-    takes a stage's squared gradients to every other; `REPORT` takes losses and metrics to rank 0, beside the schedule.
+    takes a stage's squared gradients to every other; `REPORT` takes losses and metrics to rank 0, beside the schedule. `INPUT`
+    takes samples to ranks that share the first blocks, `STATE` a block that moves, and `REDUCE` gradients in one process.
     """
 
     DATA = "data"
@@ -79,11 +85,14 @@ class Lane(str, Enum):
     TOKEN = "token"
     NORM = "norm"
     TARGET = "target"
+    INPUT = "input"
+    STATE = "state"
+    REDUCE = "reduce"
     REPORT = "report"
 
 
 _TEXT = re.compile(
-    r"(?P<role>[ST])(?P<stage>#)(?P<op>[DFLBIWNUE])(?P<microbatch>#|)@(?P<step>#)(?:(?P<kind>[<>])(?P<peer>#))?".replace(
+    r"(?P<role>[ST])(?P<stage>#)(?P<op>[DFLBIWRNUE])(?P<microbatch>#|)@(?P<step>#)(?:(?P<kind>[<>])(?P<peer>#))?".replace(
         "#", "(?:0|[1-9][0-9]{0,8})"
     )
 )
@@ -107,7 +116,7 @@ class Action:
     peer: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.microbatch is not None) != (self.op in _PER_MICROBATCH):
+        if (self.microbatch is not None) != (self.op in _PER_MICROBATCH) and self.op is not Op.UPDATE:
             raise ValueError(f"op {self.op.name} {'needs' if self.op.per_microbatch else 'takes no'} microbatch")
         if (self.peer is None) != (self.kind is Kind.COMPUTE):
             raise ValueError("exactly the transfers name a peer")

@@ -8,8 +8,9 @@ from graphlib import CycleError, TopologicalSorter
 
 from pipestill.errors import ScheduleError
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.needs import lane, needs
-from pipestill.schedule.program import Schedule, Structure
+from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.needs import lane, meets, needs
+from pipestill.schedule.program import AnyStructure, Schedule, Structure
 
 _READS_WEIGHTS = (Op.FORWARD, Op.BACKWARD, Op.INPUT, Op.WEIGHT)
 
@@ -56,12 +57,16 @@ def examine(schedule: Schedule, num_steps: int = 3) -> Proof:
     rows = schedule.unroll(num_steps + schedule.lookahead)
     problems += _lane_problems(rows, schedule.structure)
     problems += _order_problems(rows)
+    if isinstance(schedule.structure, BlockStructure):
+        problems += _collective_problems(rows, schedule.structure)
     if complete and not never_stuck(schedule):
         problems += _stuck_ranks(schedule)
+    if isinstance(schedule.structure, BlockStructure):
+        return _proof_of_blocks(problems, num_steps, schedule)
     versions, version_problems = _versions(rows, schedule.structure)
     problems += version_problems
     stash, run_ahead, bound_problems = _bounds(rows, schedule)
-    moving = [v.student + (v.teacher if schedule.structure.momentum else ()) for v in versions]
+    moving = [v.student + (v.teacher if schedule.pipeline.momentum else ()) for v in versions]
     staleness = max((v.step - used for v, read in zip(versions, moving, strict=True) for used in read), default=0)
     return Proof(tuple(problems + bound_problems), versions[:num_steps], stash, run_ahead, staleness)
 
@@ -116,19 +121,19 @@ def _transfer_problems(schedule: Schedule) -> list[str]:
     ]
 
 
-def crossings(structure: Structure) -> list[tuple[Action, int, int]]:
+def crossings(structure: AnyStructure) -> list[tuple[Action, int, int]]:
     """(work, its rank, a rank that needs its result), once each, in the order of a plain loop's consumers."""
     seen: dict[tuple[Action, int, int], None] = {}
     for consumer in structure.actions():
         destination = structure.rank_of(consumer)
-        for need in needs(consumer, structure):
+        for need in [] if meets(consumer) else needs(consumer, structure):
             source = structure.rank_of(need)
-            if source != destination and need.step >= 0:
-                seen[need, source, destination] = None
+            if source != destination:
+                seen[need.at(0), source, destination] = None
     return list(seen)
 
 
-def _lane_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
+def _lane_problems(rows: list[list[Action]], structure: AnyStructure) -> list[str]:
     """On each lane, sends and receives stand in the same order."""
     sent = defaultdict[tuple[int, int, Lane], list[Action]](list)
     received = defaultdict[tuple[int, int, Lane], list[Action]](list)
@@ -147,6 +152,28 @@ def _lane_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
                     f"receives {came} where {out} is sent"
                 )
                 break
+    return problems
+
+
+def _collective_problems(rows: list[list[Action]], structure: BlockStructure) -> list[str]:
+    """Ranks that add up gradients together do so in the same order: a process group tells its collectives by their order."""
+    met = defaultdict[tuple[Op, tuple[int, ...]], dict[int, list[Action]]](lambda: defaultdict(list))
+    known = set(structure.actions())
+    for rank, row in enumerate(rows):
+        for action in row:
+            if action.op in (Op.BACKWARD, Op.REDUCE) and action.at(0) in known:  # sent on their way, and waited for
+                group = tuple(map(structure.rank_of, structure.sharers(action)))
+                met[action.op, group][rank].append(action)
+    problems = []
+    for (_, group), orders in met.items():
+        first = orders[group[0]]
+        for rank in group[1:]:
+            for here, there in zip(orders[rank], first, strict=False):
+                if here not in structure.sharers(there):
+                    problems.append(
+                        f"rank {rank}: {here} is out of order: rank {group[0]} of its group has {there} then"
+                    )
+                    break
     return problems
 
 
@@ -213,7 +240,9 @@ def _edges(schedule: Schedule) -> list[list[tuple[int, int]]]:
             for need in needs(action, structure):
                 sources.append((rank, need.at(0), need.step))
                 source = structure.rank_of(need)
-                if source != rank:
+                if source != rank and meets(action):
+                    sources[-1] = (source, need.at(0), need.step)
+                elif source != rank:
                     sources[-1:] = [
                         (rank, need.receive_from(source).at(0), need.step),
                         (source, need.send_to(rank).at(0), need.step),
@@ -242,7 +271,7 @@ def _stuck_ranks(schedule: Schedule) -> list[str]:
         num_steps *= 2
 
 
-def deadlock(rows: list[list[Action]], structure: Structure, *, rendezvous: bool) -> list[str]:
+def deadlock(rows: list[list[Action]], structure: AnyStructure, *, rendezvous: bool) -> list[str]:
     """One line a stuck rank when the rows cannot all run to their end, else nothing.
 
     A receive only posts a buffer and never blocks on the message itself; work blocks until its inputs are
@@ -253,14 +282,16 @@ def deadlock(rows: list[list[Action]], structure: Structure, *, rendezvous: bool
     sent = set[tuple[int, Action]]()
     position = [0] * len(rows)
 
-    def available(need: Action, rank: int) -> bool:
+    def available(need: Action, rank: int, collective: bool) -> bool:
+        if collective and need.step >= 0:
+            return need in done[structure.rank_of(need)]
         return need.step < 0 or need in done[rank] or ((rank, need) in posted and (rank, need) in sent)
 
     def awaited(rank: int) -> Action | None:
         """What the rank's next action waits for; None when it can run now."""
         action = rows[rank][position[rank]]
         for need in needs(action, structure):
-            if not available(need, rank):
+            if not available(need, rank, meets(action)):
                 return need
         if rendezvous and action.kind is Kind.SEND and (action.peer, action.payload) not in posted:
             assert action.peer is not None
@@ -290,6 +321,13 @@ def deadlock(rows: list[list[Action]], structure: Structure, *, rendezvous: bool
         for rank, row in enumerate(rows)
         if position[rank] < len(row)
     ]
+
+
+def _proof_of_blocks(problems: list[str], num_steps: int, schedule: Schedule) -> Proof:
+    """A student's step waits for the update before it, wherever that was, so no order that can run reads another version."""
+    window = schedule.structure.num_microbatches
+    steps = [Versions(k, tuple(range(k * window, (k + 1) * window)), (0,)) for k in range(num_steps)]
+    return Proof(tuple(problems), tuple(steps), (0,) * len(schedule.rows), schedule.lookahead, 0)
 
 
 def _versions(rows: list[list[Action]], structure: Structure) -> tuple[tuple[Versions, ...], list[str]]:
@@ -334,7 +372,7 @@ def _versions(rows: list[list[Action]], structure: Structure) -> tuple[tuple[Ver
 
 def _bounds(rows: list[list[Action]], schedule: Schedule) -> tuple[tuple[int, ...], int, list[str]]:
     """Stash peak of every rank and the largest run-ahead, and where they pass the declared bounds."""
-    structure = schedule.structure
+    structure = schedule.pipeline
     peaks, most_ahead, problems = [], 0, []
     for rank, row in enumerate(rows):
         held = peak = 0

@@ -6,10 +6,11 @@ from functools import lru_cache
 from itertools import pairwise
 
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.program import Structure
+from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.program import AnyStructure, Structure
 
 
-def needs(action: Action, structure: Structure) -> list[Action]:
+def needs(action: Action, structure: AnyStructure) -> list[Action]:
     """The work whose results `action` uses directly, in the order in which a plain loop would do it.
 
     A receive waits for its step's data, since a batch's rows size the buffer; a send for the work it carries.
@@ -24,6 +25,8 @@ def needs(action: Action, structure: Structure) -> list[Action]:
 
     if action.op is Op.DATA:
         return [data.at(step - 1)]
+    if isinstance(structure, BlockStructure):
+        return _block_needs(action, structure)
     if action.op is Op.FORWARD:
         assert m is not None
         before = [data]
@@ -66,6 +69,35 @@ def needs(action: Action, structure: Structure) -> list[Action]:
     return [*gradients, action.at(step - 1)] if structure.student_staleness else gradients
 
 
+def _block_needs(action: Action, structure: BlockStructure) -> list[Action]:
+    """Of blocks that train alone."""
+    step, share = action.step, structure.share_of(action)
+    if action.op is Op.REDUCE:
+        return [Action(a.role, a.stage, Op.BACKWARD, a.microbatch, step) for a in structure.sharers(action)]
+    if action.op is Op.UPDATE:
+        return [
+            Action(
+                action.role, action.stage, structure.student_ops(action.stage, share.batch)[-2], action.microbatch, step
+            )
+        ]
+    before = [Action(Role.STUDENT, 0, Op.DATA, None, step)]
+    for block in structure.reads(action):
+        units = structure.sources(block, share) if block >= 0 else []
+        before += [Action(Role.TEACHER, block, Op.FORWARD, u, step) for u in units]
+    if action.op is Op.BACKWARD:
+        before += [update for update in (structure.before(action),) if update is not None]
+    else:
+        before += [a.at(step - 1 - structure.ahead) for a in structure.receipts.get(action.at(0), [])]
+    if structure.barrier and share.batch == 0:
+        before += [a.at(step - 1) for a in structure.actions() if a.op is Op.UPDATE and a.at(step - 1) not in before]
+    return before
+
+
+def meets(action: Action) -> bool:
+    """Whether what an action needs of other ranks reaches it by a collective, and not by sends and receives."""
+    return action.op is Op.REDUCE
+
+
 def _gradients_before(action: Action, structure: Structure) -> list[Action]:
     """The update that takes what the step before has added up on a stage. Elsewhere, forwards need it anyway."""
     stale = structure.student_staleness and structure.train
@@ -94,10 +126,13 @@ def _order(structure: Structure) -> dict[tuple[Role, Op, int], tuple[Role, Op, i
     return {after: before for before, after in pairwise(passes)}
 
 
-def lane(transfer: Action, destination: int, structure: Structure) -> Lane:
+def lane(transfer: Action, destination: int, structure: AnyStructure) -> Lane:
     """The channel of the edge to rank `destination` on which `transfer` (a send or a receive) travels."""
     if transfer.op is Op.DATA:
         return Lane.DATA
+    if isinstance(structure, BlockStructure):
+        key = transfer.payload.at(0), destination
+        return Lane.TEACHER if key in structure.relays else Lane.STATE if key in structure.moves else Lane.TOKEN
     if transfer.op is Op.NORM:
         return Lane.NORM
     if transfer.op in (Op.BACKWARD, Op.INPUT):

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pipestill.schedule.action import Action, Op, Role
+from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.text import (
+    Fields,
+    block_lines,
+    numbers,
+    of_blocks,
+    parse_blocks,
+    parse_number,
+    parse_numbers,
+    parse_truth,
+    yes_or_no,
+)
 
 Row = tuple[Action, ...]
 
@@ -166,6 +177,9 @@ def pipeline(num_stages: int, num_microbatches: int, *, teacher: bool = True, **
     return Structure(ranks, ranks if teacher else (), num_microbatches, **rest)
 
 
+AnyStructure = Structure | BlockStructure
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """Each rank's ordered actions over a period of one step, repeated for as long as the data lasts.
@@ -178,7 +192,7 @@ class Schedule:
     """
 
     strategy: str
-    structure: Structure
+    structure: AnyStructure
     rows: tuple[Row, ...]
     stash: tuple[int, ...]
     run_ahead: int
@@ -190,6 +204,12 @@ class Schedule:
         late = [str(action) for row in self.rows for action in row if action.step < 0]
         if late:
             raise ValueError(f"steps in a period count from 0, its oldest step; got {', '.join(late)}")
+
+    @property
+    def pipeline(self) -> Structure:
+        """The structure of a schedule whose models run end to end."""
+        assert isinstance(self.structure, Structure)
+        return self.structure
 
     @property
     def lookahead(self) -> int:
@@ -204,23 +224,15 @@ class Schedule:
     def to_text(self) -> str:
         """The schedule as text that `from_text` reads back."""
         s = self.structure
-        head = [
+        lines = [
             _HEADER,
             f"strategy: {self.strategy}",
-            f"student ranks: {_numbers(s.student_ranks)}",
-            f"teacher ranks: {_numbers(s.teacher_ranks)}",
-            f"microbatches: {s.num_microbatches}",
-            f"views: {s.views}",
-            f"teacher views: {s.teacher_views}",
-            f"staleness: {s.staleness}",
-            f"student staleness: {s.student_staleness}",
-            f"pieces: {s.pieces}",
-            *(f"{name}: {'yes' if getattr(s, field) else 'no'}" for name, field in _TRUTHS.items()),
-            f"stash: {_numbers(self.stash)}",
+            *(block_lines(s) if isinstance(s, BlockStructure) else _lines(s)),
+            f"stash: {numbers(self.stash)}",
             f"run ahead: {self.run_ahead}",
+            *(f"rank {r}: {' '.join(map(str, row))}" for r, row in enumerate(self.rows)),
         ]
-        rows = [f"rank {r}: {' '.join(map(str, row))}" for r, row in enumerate(self.rows)]
-        return "\n".join(head + rows) + "\n"
+        return "\n".join(lines) + "\n"
 
     @classmethod
     def from_text(cls, text: str) -> Schedule:
@@ -228,26 +240,16 @@ class Schedule:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines or lines[0] != _HEADER:
             raise ValueError(f"not a schedule: expected the first line to be '{_HEADER}', got {lines[:1]}")
-        fields: dict[str, str] = {}
+        fields: Fields = {}
         for line in lines[1:]:
             key, colon, value = line.partition(":")
             if not colon or key in fields:
                 raise ValueError(f"not a line of a schedule, or a second one of its kind: '{line}'")
             fields[key] = value.strip()
         try:
-            structure = Structure(
-                student_ranks=_parse_numbers("student ranks", fields),
-                teacher_ranks=_parse_numbers("teacher ranks", fields),
-                num_microbatches=_parse_number("microbatches", fields),
-                views=_parse_number("views", fields),
-                teacher_views=_parse_number("teacher views", fields),
-                staleness=_parse_number("staleness", fields),
-                student_staleness=_parse_number("student staleness", fields),
-                pieces=_parse_number("pieces", fields),
-                **{field: _parse_truth(name, fields) for name, field in _TRUTHS.items()},
-            )
-            strategy, stash = fields.pop("strategy"), _parse_numbers("stash", fields)
-            run_ahead = _parse_number("run ahead", fields)
+            structure: AnyStructure = parse_blocks(fields) if of_blocks(fields) else _parse(fields)
+            strategy, stash = fields.pop("strategy"), parse_numbers("stash", fields)
+            run_ahead = parse_number("run ahead", fields)
             rows = tuple(tuple(map(Action.parse, fields.pop(f"rank {r}").split())) for r in range(structure.num_ranks))
         except KeyError as error:
             raise ValueError(f"the schedule lacks the line {error}") from None
@@ -256,28 +258,29 @@ class Schedule:
         return cls(strategy, structure, rows, stash, run_ahead)
 
 
-def _numbers(values: tuple[int, ...]) -> str:
-    return " ".join(map(str, values)) or "none"
+def _lines(s: Structure) -> list[str]:
+    return [
+        f"student ranks: {numbers(s.student_ranks)}",
+        f"teacher ranks: {numbers(s.teacher_ranks)}",
+        f"microbatches: {s.num_microbatches}",
+        f"views: {s.views}",
+        f"teacher views: {s.teacher_views}",
+        f"staleness: {s.staleness}",
+        f"student staleness: {s.student_staleness}",
+        f"pieces: {s.pieces}",
+        *(f"{name}: {yes_or_no(getattr(s, field))}" for name, field in _TRUTHS.items()),
+    ]
 
 
-def _parse_numbers(key: str, fields: dict[str, str]) -> tuple[int, ...]:
-    text = fields.pop(key)
-    if text == "none":
-        return ()
-    if re.fullmatch(r"[0-9]{1,9}( +[0-9]{1,9})*", text) is None:
-        raise ValueError(f"'{key}: {text}' in a schedule: expected whole numbers with spaces between, or 'none'")
-    return tuple(map(int, text.split()))
-
-
-def _parse_number(key: str, fields: dict[str, str]) -> int:
-    text = fields.pop(key)
-    if re.fullmatch("[0-9]{1,9}", text) is None:
-        raise ValueError(f"'{key}: {text}' in a schedule: expected a whole number")
-    return int(text)
-
-
-def _parse_truth(key: str, fields: dict[str, str]) -> bool:
-    text = fields.pop(key)
-    if text not in ("yes", "no"):
-        raise ValueError(f"'{key}: {text}' in a schedule: expected yes or no")
-    return text == "yes"
+def _parse(fields: Fields) -> Structure:
+    return Structure(
+        student_ranks=parse_numbers("student ranks", fields),
+        teacher_ranks=parse_numbers("teacher ranks", fields),
+        num_microbatches=parse_number("microbatches", fields),
+        views=parse_number("views", fields),
+        teacher_views=parse_number("teacher views", fields),
+        staleness=parse_number("staleness", fields),
+        student_staleness=parse_number("student staleness", fields),
+        pieces=parse_number("pieces", fields),
+        **{field: parse_truth(name, fields) for name, field in _TRUTHS.items()},
+    )

@@ -9,12 +9,16 @@ from itertools import count
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.needs import lane, needs
-from pipestill.schedule.program import Schedule, Structure
+from pipestill.schedule.block_costs import BlockwiseCosts
+from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.needs import lane, meets, needs
+from pipestill.schedule.program import AnyStructure, Schedule, Structure
 from pipestill.schedule.trace import Event, Trace
 
+AnyCosts = StageCosts | BlockwiseCosts
 
-def simulate(schedule: Schedule, costs: StageCosts, num_steps: int | None = None) -> Trace:
+
+def simulate(schedule: Schedule, costs: AnyCosts, num_steps: int | None = None) -> Trace:
     """Run `schedule` against the clock of `costs` for `num_steps` steps (default: enough for a steady state).
 
     Each rank does its row in order, as an executor does; a transfer overlaps with work and waits for earlier
@@ -25,6 +29,26 @@ def simulate(schedule: Schedule, costs: StageCosts, num_steps: int | None = None
     if num_steps is None:
         num_steps = 9 + 3 * schedule.lookahead
     return _Simulation(schedule, costs, num_steps).run()
+
+
+def work_seconds(action: Action, structure: AnyStructure, costs: AnyCosts) -> float:
+    """How long `action` computes when no other rank disturbs it, in either kind of structure."""
+    if isinstance(structure, BlockStructure):
+        assert isinstance(costs, BlockwiseCosts)
+        return costs.action_seconds(action, structure)
+    assert isinstance(costs, StageCosts)
+    return action_seconds(action, structure, costs)
+
+
+def message_seconds(action: Action, destination: int, structure: AnyStructure, costs: AnyCosts) -> float:
+    """How long the result of `action` takes to arrive at rank `destination`, in either kind of structure."""
+    if lane(action, destination, structure) is Lane.TOKEN:
+        return costs.link.latency_seconds
+    if isinstance(structure, BlockStructure):
+        assert isinstance(costs, BlockwiseCosts)
+        return costs.transfer_seconds(action, destination, structure)
+    assert isinstance(costs, StageCosts)
+    return transfer_seconds(action, structure, costs)
 
 
 def action_seconds(action: Action, structure: Structure, costs: StageCosts) -> float:
@@ -80,7 +104,7 @@ class _Todo:
 class _Simulation:
     """The state of one run: a clock, what each rank is doing, and what is where."""
 
-    def __init__(self, schedule: Schedule, costs: StageCosts, num_steps: int) -> None:
+    def __init__(self, schedule: Schedule, costs: AnyCosts, num_steps: int) -> None:
         self.structure = schedule.structure
         self.costs = costs
         self.num_ranks = len(schedule.rows)
@@ -97,16 +121,19 @@ class _Simulation:
         self.arrivals: list[tuple[float, int, int, tuple[int, int]]] = []  # time, tie-break, rank, result
         self.ticket = count()
         self.running: dict[int, tuple[_Todo, int, float, float]] = {}  # rank -> work, period, start, work left
+        self.met: dict[int, list[int]] = defaultdict(list)  # work -> other ranks that a collective brings its result to
+        for consumer in filter(meets, self.structure.actions()):
+            for need in needs(consumer, self.structure):
+                if self.structure.rank_of(need) != self.structure.rank_of(consumer):
+                    self.met[numbers[need.at(0)]].append(self.structure.rank_of(consumer))
         self.slept = set[int]()  # ranks that have waited since their last work
         self.events: list[Event] = []
 
     def _look_up(self, action: Action, numbers: dict[Action, int]) -> _Todo:
         if action.peer is None:
-            seconds = action_seconds(action, self.structure, self.costs)
-        elif lane(action, action.peer, self.structure) is Lane.TOKEN:
-            seconds = 0.0
+            seconds = work_seconds(action, self.structure, self.costs)
         else:
-            seconds = transfer_seconds(action, self.structure, self.costs) - self.costs.link.latency_seconds
+            seconds = message_seconds(action, action.peer, self.structure, self.costs) - self.costs.link.latency_seconds
         needed = tuple((numbers[need.at(0)], need.step) for need in needs(action, self.structure))
         return _Todo(action, numbers[action.payload.at(0)], seconds, needed)
 
@@ -123,6 +150,8 @@ class _Simulation:
                 todo, period = row[self.position[rank]]
                 stuck = todo.action.at(period + todo.action.step)
                 raise RuntimeError(f"rank {rank} never runs {stuck}: the schedule deadlocks")
+        if isinstance(self.structure, BlockStructure):
+            return Trace(self.num_ranks, tuple(self.events), blockwise=True, window=self.structure.window)
         return Trace(self.num_ranks, tuple(self.events))
 
     def _advance(self, rank: int) -> None:
@@ -154,6 +183,8 @@ class _Simulation:
         step = period + todo.action.step
         self.events.append(Event(rank, todo.action.at(step), start, self.now))
         self.here[rank].add((todo.payload, step))
+        for other in self.met.get(todo.payload, ()):
+            heapq.heappush(self.arrivals, (self.now, next(self.ticket), other, (todo.payload, step)))
 
     def _pass_time(self) -> set[int]:
         """Move the clock to the next end of work or arrival; the ranks that may now go on."""

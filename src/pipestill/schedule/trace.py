@@ -34,6 +34,10 @@ class Trace:
     num_ranks: int
     events: tuple[Event, ...]
     cuts: frozenset[int] = frozenset()
+    blockwise: bool = False
+    """Work is told apart by its block, not by its microbatch."""
+    window: int = 1
+    """How many batches a step has where blocks train alone."""
 
     def steps(self) -> list[int]:
         """The longest run of consecutive steps, up to the last one, whose every update is in the trace."""
@@ -42,13 +46,18 @@ class Trace:
         return steps[gaps[-1] :] if gaps else steps
 
     def _update_ends(self) -> dict[int, float]:
-        """When the last update of each step ended, for steps that every rank updated."""
+        """When the last update of each step ended, for steps that every rank updated, and for windows cut short by an epoch."""
+        ends, full = self._updates()
+        return {step: end for step, end in ends.items() if step in full or self.window > 1}
+
+    def _updates(self) -> tuple[dict[int, float], set[int]]:
+        """When the last update of each step ended, and the steps that have all updates."""
         ends = defaultdict[int, list[float]](list)
         for event in self.events:
             if event.action.op is Op.UPDATE:
                 ends[event.action.step].append(event.end)
         most = max((len(e) for e in ends.values()), default=0)
-        return {step: max(e) for step, e in ends.items() if len(e) == most}
+        return {step: max(e) for step, e in ends.items()}, {step for step, e in ends.items() if len(e) == most}
 
     def step_seconds(self) -> list[float]:
         """Seconds from the end of one steady step to the end of the next."""
@@ -57,7 +66,8 @@ class Trace:
 
     def _steady(self) -> list[int]:
         """The steps k whose interval, end of k to end of k + 1, is steady: the middle third of them, without cuts."""
-        steps = [k for k in self.steps()[:-1] if k not in self.cuts]
+        full = self._updates()[1]
+        steps = [k for k in self.steps()[:-1] if k not in self.cuts and k + 1 in full]
         skip = len(steps) // 3
         return steps[skip : len(steps) - skip]
 

@@ -1,0 +1,171 @@
+"""`pipestill profile RECIPE -o FILE`: what every block costs, and the links between devices."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pipestill.block_profile import BlockProfile
+from pipestill.cli.figures import milliseconds, plain_table, shown_bytes, wide_console
+from pipestill.cli.measure import CSV, recipe_of, writable, write_json
+from pipestill.cli.options import Helped
+from pipestill.costs import BlockCosts, Costs, Link
+from pipestill.errors import ConfigError
+from pipestill.recipes.measure import measure
+from pipestill.recipes.recipe import BlockwiseWorkload
+from pipestill.recipes.run_options import RunOptions
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What is measured, and where it goes.
+
+    Args:
+        out: the file to write, also -o: a .json of costs, or a .csv of blocks for a recipe that trains block by block;
+            --costs takes either (default: none)
+        devices: processes that the links between them, and how much they slow each other down, are measured with; blocks
+            that learn alone are measured at the shares of a batch of 1 to so many ranks
+        microbatches: slices of a batch; costs of a pipeline are for one of them
+        device: cpu or cuda: between what links are measured (default: cuda where there are enough); blocks are measured on
+            the CPU, as before a run
+        seed: of the initial weights and the data's order
+        threads: CPU threads of each process (default: the cores shared out evenly)
+        timeout_seconds: deadline of every wait
+        json: print what was measured as one JSON object
+    """
+
+    out: str | None = None
+    devices: int = 1
+    microbatches: int = 8
+    device: str | None = None
+    seed: int = 0
+    threads: int | None = None
+    timeout_seconds: float = 600.0
+    json: bool = False
+
+
+def run(words: list[str]) -> int:
+    """Run the command."""
+    try:
+        recipe, options, _ = recipe_of("profile", words, ProfileOptions)
+    except Helped:
+        return 0
+    if options.devices < 1 or options.microbatches < 1:
+        raise ConfigError(
+            f"devices {options.devices} and microbatches {options.microbatches}; expected at least 1 each"
+        )
+    by_blocks = isinstance(recipe.workload(options.seed), BlockwiseWorkload)
+    _check_file(options.out, recipe.name, by_blocks)
+    how = RunOptions(
+        devices=options.devices, microbatches=options.microbatches, split_backward=not by_blocks, device=options.device,
+        seed=options.seed, threads=options.threads, timeout_seconds=options.timeout_seconds,
+    )  # fmt: skip
+    costs = measure(recipe, how)
+    figures: dict[str, Any] = {"recipe": recipe.name, "devices": options.devices, "file": options.out}
+    if isinstance(costs, BlockProfile):
+        blocks = [asdict(block) for block in costs.blocks]
+        figures |= {"batch": costs.batch, "blocks": blocks, "link": costs.link.to_json()}
+    else:
+        figures |= {"microbatches": options.microbatches, "costs": costs.to_json()}
+    if options.out is not None:
+        if isinstance(costs, BlockProfile):
+            costs.save(options.out)
+        else:
+            write_json(options.out, costs.to_json())
+    if options.json:
+        print(json.dumps(figures, allow_nan=False))
+        return 0
+    console = wide_console()
+    if isinstance(costs, BlockProfile):
+        tell_of_blocks(costs, options.devices, console)
+    else:
+        tell(costs, options.devices, console)
+    if options.out is not None:
+        console.print(f"written to {options.out}")
+    return 0
+
+
+def _check_file(path: str | None, recipe: str, by_blocks: bool) -> None:
+    suffix = CSV if by_blocks else ".json"
+    if path is not None and Path(path).suffix.lower() != suffix:
+        what = "blocks that learn alone" if by_blocks else "pipelines"
+        raise ConfigError(f"cannot write '{path}': recipe '{recipe}' is of {what}, so the name must end in {suffix}")
+    writable(path)
+
+
+def tell(costs: Costs, devices: int, console: Console) -> None:
+    """Costs of a pipeline's blocks, for a person."""
+    console.print(f"milliseconds of one microbatch of {costs.rows} rows, median; update once a batch")
+    table = plain_table("block", "forward", "backward", "of weights", "update", "parameters", "output")
+    for role, blocks in (("teacher", costs.teacher), ("student", costs.student)):
+        for index, block in enumerate(blocks):
+            table.add_row(f"{role} {_name(index, block.name)}", *_cells(block, role == "student"))
+    console.print(table, crop=False)
+    views = f"; views take {', '.join(f'{v:.2f}' for v in costs.views)} of it" if len(costs.views) > 1 else ""
+    console.print(f"loss {milliseconds(costs.loss_seconds)} ms{views}")
+    if devices > 1:
+        console.print(
+            f"link: {_link(costs.link)}, and {milliseconds(costs.link.wake_seconds)} ms more after a wait; while all "
+            f"{devices} processes compute, work takes {costs.interference:.2f} times as long"
+        )
+    else:
+        console.print(_ALONE)
+
+
+_ALONE = "links were not measured: one process has none, and --devices N starts more"
+
+
+def _cells(block: BlockCosts, trains: bool) -> list[str]:
+    own = (block.backward_seconds, block.weight_seconds, block.update_seconds)
+    learnt = [milliseconds(seconds) if trains else "" for seconds in own]
+    return [
+        milliseconds(block.forward_seconds), *learnt, shown_bytes(block.parameter_bytes), shown_bytes(block.output_bytes)
+    ]  # fmt: skip
+
+
+def _name(index: int, name: str) -> str:
+    return name if name == str(index) else f"{index}: {name}"
+
+
+def _link(link: Link) -> str:
+    return f"{link.latency_seconds * 1e6:.0f} us, then {link.bytes_per_second / 1e9:.3g} GB/s"
+
+
+def tell_of_blocks(profile: BlockProfile, devices: int, console: Console) -> None:
+    """Times of blocks that learn alone, for a person."""
+    most = max(block.relative_standard_error for block in profile.blocks)
+    console.print(
+        f"milliseconds of a teacher block's forward + its student block's step, for parts of a batch of {profile.batch} "
+        f"(standard error at most {most:.0%})"
+    )
+    for table in _tables(profile):
+        console.print(table, crop=False)
+    console.print(f"link: {_link(profile.link)}" if devices > 1 else _ALONE)
+
+
+_SHOWN = 5  # row counts of one table
+
+
+def _tables(profile: BlockProfile) -> list[Table]:
+    """Times at each share, a few shares beside each other, and then the bytes."""
+    rows = profile.blocks[0].rows[::-1]
+    tables = []
+    for start in range(0, len(rows), _SHOWN):
+        shown = rows[start : start + _SHOWN]
+        table = plain_table("block", *(f"{count} rows" for count in shown))
+        for index, block in enumerate(profile.blocks):
+            times = (f"{milliseconds(block.teacher(n))} + {milliseconds(block.student(n))}" for n in shown)
+            table.add_row(_name(index, block.name), *times)
+        tables.append(table)
+    table = plain_table("block", "input a row", "parameters", "teacher", "student, with its state", "activations a row")
+    for index, block in enumerate(profile.blocks):
+        table.add_row(_name(index, block.name), *map(shown_bytes, (
+            block.input_bytes_per_row, block.parameter_bytes, block.teacher_bytes, block.state_bytes,
+            block.activation_bytes_per_row,
+        )))  # fmt: skip
+    return [*tables, table]

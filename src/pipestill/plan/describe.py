@@ -1,0 +1,69 @@
+"""A blockwise plan in words: who trains what."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from pipestill.plan.blockwise import BlockPlan, Phase
+from pipestill.schedule import Role
+from pipestill.schedule.blocks import BlockStructure
+
+
+def describe(plan: BlockPlan) -> list[str]:
+    """One line a rank: `teacher 0-1, 2-3:1/4; student 0, 1:2/3` has a quarter of the rows of teacher blocks 2 and 3 each, and
+    two thirds of student block 1's, counted over a window of batches; phases are separated by `then`.
+    """
+    lines = []
+    for rank in range(plan.num_devices):
+        mine = [_of_rank(phase, phase.ranks.index(rank)) for phase in plan.phases if rank in phase.ranks]
+        lines.append(" then ".join(mine) or "nothing")
+    return lines
+
+
+def phase_titles(plan: BlockPlan) -> list[str]:
+    """What each phase trains, for pictures: nothing more than the plan's strategy where there is one phase."""
+    on = f"{plan.strategy} on {plan.num_devices} {'device' if plan.num_devices == 1 else 'devices'}"
+    if len(plan.phases) == 1:
+        return [on]
+    titles = []
+    for phase in plan.phases:
+        block = phase.blocks[0]
+        name, number = plan.costs.profile.blocks[block].name, f"block {block}"
+        ranks = "rank " + ", ".join(map(str, phase.ranks)) if plan.strategy == "ls" else on
+        titles.append(f"{ranks}: {number}{'' if name == number else f', {name}'}")
+    return titles
+
+
+def _of_rank(phase: Phase, rank: int) -> str:
+    structure = phase.schedule.structure
+    assert isinstance(structure, BlockStructure)
+    parts = []
+    for role, name in ((Role.TEACHER, "teacher"), (Role.STUDENT, "student")):
+        held = []
+        for block, shares in enumerate(structure.shares(role)):
+            rows = sum((s.part[1] - s.part[0] for s in shares if s.rank == rank), Fraction(0)) / structure.window
+            if rows:
+                held.append((block, rows))
+        if held:
+            parts.append(f"{name} {_listed(held)}")
+    return "; ".join(parts) or "nothing"
+
+
+def _listed(held: list[tuple[int, Fraction]]) -> str:
+    """Runs of blocks as `2-4`, with the part of their rows where that is not all, as in `5:1/3`."""
+    runs: list[list[tuple[int, Fraction]]] = []
+    for block, rows in held:
+        if runs and (block - 1, rows) == runs[-1][-1]:
+            runs[-1].append((block, rows))
+        else:
+            runs.append([(block, rows)])
+    words = []
+    for run in runs:
+        (first, rows), (last, _) = run[0], run[-1]
+        words.append(f"{first}-{last}" if last > first else f"{first}")
+        words[-1] += "" if rows == 1 else f":{_share(rows)}"
+    return ", ".join(words)
+
+
+def _share(rows: Fraction) -> str:
+    return str(rows) if rows.denominator <= 32 else f"{float(rows):.3g}"

@@ -1,0 +1,337 @@
+"""Search for a network block by block: a MobileNetV2 teacher, a student drawn from a supernet of its operations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from pipestill import losses
+from pipestill.errors import ConfigError
+from pipestill.model.blockwise import Blockwise
+from pipestill.model.seeding import derive
+from pipestill.recipes.compress import BLOCK_LOSSES, NOISE
+from pipestill.recipes.datasets import Images, digits, noise, open_images
+from pipestill.recipes.phases import num_parameters
+from pipestill.recipes.recipe import BlockwiseWorkload, Training, cosine
+from pipestill.recipes.run_options import Numbers
+from pipestill.recipes.search import (
+    Alternating,
+    Interleaved,
+    SearchSteps,
+    WithFlops,
+    length,
+    rows_apart,
+    weights_and_alphas,
+)
+from pipestill.recipes.supernet import (
+    MobileShape,
+    Network,
+    Paths,
+    best_paths,
+    count_flops,
+    derived,
+    largest_paths,
+    network,
+    random_paths,
+    same_path,
+    search_stages,
+    supernet,
+)
+
+_NOISE_BATCHES, _RANDOM_PATHS = 16, 5
+_TEACHER = "k3e6"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Form of the data, sizes of both networks, and how long to train."""
+
+    channels: int
+    image_size: int
+    num_classes: int
+    widths: tuple[int, ...]
+    teacher_cells: tuple[int, ...]
+    cells: tuple[int, ...]
+    strides: tuple[int, ...]
+    stem: tuple[int, int]
+    stem_stride: int
+    head: int
+    batch_size: int
+    teacher_epochs: int
+    epochs: int
+    fine_tuning_epochs: int
+    lr: float
+    alpha_lr: float
+    flops_weight: float
+    augment: bool
+    kernels: tuple[int, ...] = (3, 5, 7)
+    expansions: tuple[int, ...] = (3, 6)
+
+
+_WIDTHS = (24, 32, 64, 96, 160, 320)
+_MOBILENET, _PROXYLESS = (2, 3, 4, 3, 3, 1), (2, 4, 4, 4, 4, 1)
+PRESETS = {
+    "digits": Preset(
+        1, 8, 10, (8, 12, 16, 24, 32, 40), (1, 2, 2, 2, 2, 1), (1, 2, 2, 2, 2, 1), (1, 2, 1, 1, 2, 1), (16, 8), 1, 64,
+        64, 8, 16, 6, 0.2, 0.05, 0.05, augment=False,
+    ),
+    "cifar10": Preset(
+        3, 32, 10, _WIDTHS, _MOBILENET, _PROXYLESS, (1, 2, 2, 1, 2, 1), (32, 16), 1, 1280,
+        256, 150, 60, 20, 0.05, 1e-3, 0.0, augment=True,
+    ),
+    "imagenet": Preset(
+        3, 224, 1000, _WIDTHS, _MOBILENET, _PROXYLESS, (2, 2, 2, 1, 2, 1), (32, 16), 2, 1280,
+        256, 90, 30, 10, 0.05, 1e-3, 0.0, augment=True,
+    ),
+}  # fmt: skip
+"""Of cifar10 and imagenet, the blocks, the batch and the rate of the architecture are Pipe-BD's (Jang et al., DATE 2023), the
+stem, the head and the teacher's cells MobileNetV2's (Sandler et al. 2018, table 2); epochs and `lr` are usual ones."""
+
+
+@dataclass(frozen=True)
+class Nas:
+    """Search for a network: each cell of the student chooses between convolutions of several sizes, block by block.
+
+    Each block of the student learns alone to give what the teacher's gives, along one random path a batch; on held-out data
+    it learns how likely its paths should be. The most likely ones make the network, which is then, unless fine_tuning_epochs
+    is 0, distilled end to end. What is not given is the preset's, shown by --print_config.
+
+    Args:
+        preset: form of the data, sizes and epochs: digits, or Pipe-BD's configurations for cifar10 and imagenet
+        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with a folder of images a class; or
+            noise, to measure speed (default for digits: those that ship inside scikit-learn)
+        image_size: pixels that images of folders are brought to, in height and width
+        widths: channels of each block
+        teacher_cells: MBConvs (k3e6) in each block of the teacher
+        cells: places to fill in each block of the student
+        strides: by what the first cell of each block divides the image's height and width
+        stem: channels of the first convolution, and of the MBConv (k3e1) behind it
+        stem_stride: of the first convolution
+        head: channels of the last convolution, before the classifier
+        kernels: sizes of convolutions to choose from, odd
+        expansions: factors on the channels inside an MBConv to choose from
+        block_loss: of each block but the last: mean squared error, the same relative to the teacher's, or 1 - cosine
+        temperature: T that softens logits in the last block's loss and in the fine-tuning
+        flops_weight: of a block's expected FLOPs, as a share of the most it could have, in the loss of its paths
+        held_out: share of the training data on which paths learn, and weights do not
+        every: batches for the weights before each one for the paths
+        warm_up: share of the epochs before paths learn
+        batch_size: samples of one update
+        epochs: passes over the data for the student's blocks
+        teacher_epochs: passes over the data for the teacher
+        fine_tuning_epochs: passes over the data end to end, after the blocks; 0 is none. The network without a teacher has
+            as many as the blocks and this together
+        lr: learning rate of the blocks' weights (SGD, Nesterov) at the start; each rate but alpha_lr falls along a cosine
+        alpha_lr: learning rate of the paths (Adam)
+        teacher_lr: learning rate of the teacher, and of the network without one
+        fine_tuning_lr: learning rate of the fine-tuning
+        sgd_momentum: SGD's own momentum
+        weight_decay: L2 penalty of weights
+        augment: train on images that are moved and mirrored, and on random parts of those of folders
+        workers: processes that read images beside the training
+    """
+
+    name: ClassVar[str] = "nas"
+    run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"strategy": "balanced", "microbatches": 2})
+
+    # None stands for the preset's value, which replaces it at once.
+    preset: Literal["digits", "cifar10", "imagenet"] = "digits"
+    data: str | None = None
+    image_size: int = None  # type: ignore[assignment]
+    widths: Numbers = None  # type: ignore[assignment]
+    teacher_cells: Numbers = None  # type: ignore[assignment]
+    cells: Numbers = None  # type: ignore[assignment]
+    strides: Numbers = None  # type: ignore[assignment]
+    stem: Numbers = None  # type: ignore[assignment]
+    stem_stride: int = None  # type: ignore[assignment]
+    head: int = None  # type: ignore[assignment]
+    kernels: Numbers = None  # type: ignore[assignment]
+    expansions: Numbers = None  # type: ignore[assignment]
+    block_loss: Literal["mse", "normalised", "cosine"] = "mse"
+    temperature: float = 1.0
+    flops_weight: float = None  # type: ignore[assignment]
+    held_out: float = 0.2
+    every: int = 5
+    warm_up: float = 0.25
+    batch_size: int = None  # type: ignore[assignment]
+    epochs: int = None  # type: ignore[assignment]
+    teacher_epochs: int = None  # type: ignore[assignment]
+    fine_tuning_epochs: int = None  # type: ignore[assignment]
+    lr: float = None  # type: ignore[assignment]
+    alpha_lr: float = None  # type: ignore[assignment]
+    teacher_lr: float = 0.05
+    fine_tuning_lr: float = 0.02
+    sgd_momentum: float = 0.9
+    weight_decay: float = 5e-4
+    augment: bool = None  # type: ignore[assignment]
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` with everything that cannot be."""
+        preset = vars(PRESETS[self.preset])
+        for name, value in vars(self).items():
+            chosen = preset.get(name) if value is None else value
+            object.__setattr__(self, name, Numbers(chosen) if isinstance(chosen, (tuple, list)) else chosen)
+        if problems := self._problems():
+            raise ConfigError("; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        least = {
+            "image_size": 4, "stem_stride": 1, "head": 1, "every": 1, "batch_size": 2, "epochs": 1, "teacher_epochs": 1,
+            "fine_tuning_epochs": 0, "workers": 0, "flops_weight": 0, "weight_decay": 0,
+        }  # fmt: skip
+        problems = [
+            f"{name} is {getattr(self, name)}; expected at least {count}"
+            for name, count in least.items()
+            if getattr(self, name) < count
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)}; expected more than 0"
+            for name in ("temperature", "lr", "alpha_lr", "teacher_lr", "fine_tuning_lr")
+            if not getattr(self, name) > 0
+        ]
+        problems += [
+            f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1"
+            for name in ("sgd_momentum", "warm_up")
+            if not 0.0 <= getattr(self, name) < 1.0
+        ]
+        if not 0.0 < self.held_out < 1.0:
+            problems.append(f"held_out is {self.held_out}; expected more than 0 and less than 1")
+        lists = ("widths", "teacher_cells", "cells", "strides", "stem", "kernels", "expansions")
+        problems += [
+            f"{name} is {_listed(getattr(self, name))}; expected numbers of at least 1"
+            for name in lists
+            if not getattr(self, name) or min(getattr(self, name)) < 1
+        ]
+        problems += [
+            f"{name} is {_listed(getattr(self, name))}, of {len(getattr(self, name))} blocks; widths has {len(self.widths)}"
+            for name in ("teacher_cells", "cells", "strides")
+            if len(getattr(self, name)) != len(self.widths)
+        ]
+        if len(self.stem) != 2:
+            problems.append(f"stem is {_listed(self.stem)}; expected two numbers, such as 32,16")
+        if any(kernel % 2 == 0 for kernel in self.kernels):
+            problems.append(f"kernels is {_listed(self.kernels)}; expected odd numbers")
+        for name in ("kernels", "expansions"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                problems.append(f"{name} is {_listed(getattr(self, name))}; expected each number once")
+        if len(self.kernels) * len(self.expansions) == 1:
+            problems.append("kernels and expansions leave one path in each cell; give two numbers of one of them")
+        if self.preset == "digits" and self.data is None and self.image_size != 8:
+            problems.append(f"image_size is {self.image_size}; the digits are 8 x 8, so give --data, or leave it out")
+        return problems
+
+    def workload(self, seed: int, num_samples: int | None = None) -> BlockwiseWorkload:
+        """The task, the data and how it is trained. Raises `DataError` for data that is missing or broken.
+
+        On the first `num_samples`, which are for trying out, paths learn from the first epoch on.
+        """
+        images = self.images(seed)
+        few = num_samples is not None
+        count = length(images.train) if num_samples is None else min(max(2, num_samples), length(images.train))
+        generator = torch.Generator().manual_seed(derive(seed, "held out"))
+        train, test = self._loaders(images, range(count))
+        weights, paths = (self._loaders(images, rows)[0] for rows in rows_apart(count, self.held_out, generator))
+        if len(weights) < self.every and not few:
+            raise ConfigError(
+                f"an epoch has {len(weights)} batches for the weights, and paths learn after every {self.every}; "
+                "lower --every or --batch_size"
+            )
+        warm_up = 0 if few else int(self.epochs * self.warm_up)
+        steps = SearchSteps(len(weights), min(self.every, len(weights)), warm_up)
+        search = {"alpha_lr": self.alpha_lr, "momentum": self.sgd_momentum, "weight_decay": self.weight_decay}
+        plain = (torch.optim.SGD, {"momentum": self.sgd_momentum, "weight_decay": self.weight_decay})
+        tuning = Training(self.fine_tuning_epochs, plain[0], self.fine_tuning_lr, plain[1], cosine)
+        return BlockwiseWorkload(
+            build=partial(self.task, images, steps, seed),
+            train_loader=train,
+            validation_loader=test,
+            supervised_loss=losses.cross_entropy,
+            metrics={"accuracy": losses.accuracy},
+            teacher_training=Training(self.teacher_epochs, plain[0], self.teacher_lr, plain[1], cosine),
+            student_training=Training(self.epochs, Alternating, self.lr, search, cosine, weights_and_alphas),
+            alone_training=Training(
+                self.epochs + self.fine_tuning_epochs, plain[0], self.teacher_lr, plain[1], cosine
+            ),
+            fine_tuning=tuning if self.fine_tuning_epochs else None,
+            fine_tuning_loss=losses.SoftTarget(self.temperature, weight=1.0),
+            block_loader=Interleaved(weights, paths, steps),
+            derive=_derived,
+            fresh=lambda found: self.network(cast(Network, found).paths, images, derive(seed, "alone")),
+            rivals=lambda task: {"random_paths": [
+                derived(_supernet(task), random_paths(_supernet(task), derive(seed, i))) for i in range(_RANDOM_PATHS)
+            ]},
+            describe=partial(self.describe, images),
+        )  # fmt: skip
+
+    def _loaders(self, images: Images, rows: Any) -> tuple[Any, Any]:
+        return replace(images, train=Subset(images.train, rows)).loaders(
+            self.batch_size, augment=self.augment, workers=self.workers
+        )
+
+    def _shape(self, cells: Numbers) -> MobileShape:
+        first, second = self.stem
+        return MobileShape(self.widths, cells, self.strides, (first, second), self.head, self.stem_stride)
+
+    def task(self, images: Images, steps: SearchSteps, seed: int) -> Blockwise:
+        """Teacher and supernet for images of that form."""
+        shape = self._shape(self.teacher_cells)
+        teacher = network(
+            shape, same_path(shape, _TEACHER), images.channels, images.num_classes, derive(seed, "teacher")
+        )
+        student = supernet(
+            self._shape(self.cells), self.kernels, self.expansions, images.channels, images.size, images.num_classes,
+            steps=steps, seed=seed,
+        )  # fmt: skip
+        each = [BLOCK_LOSSES[self.block_loss]] * (len(student) - 1) + [losses.SoftCrossEntropy(self.temperature)]
+        stages = search_stages(student)
+        return Blockwise(
+            teacher, student, [WithFlops(loss, s, self.flops_weight) for loss, s in zip(each, stages, strict=True)]
+        )
+
+    def network(self, paths: Paths, images: Images, seed: int) -> Network:
+        """A network of some paths, as it is initialised."""
+        return network(self._shape(self.cells), paths, images.channels, images.num_classes, seed)
+
+    def describe(self, images: Images, task: Blockwise, found: nn.Module) -> dict[str, Any]:
+        """What was found, and how large it is beside the teacher and the largest path."""
+        largest = self.network(largest_paths(_supernet(task)), images, 0)
+        models = {"teacher": task.teacher, "student": found, "largest_path": largest}
+        return {"search": {
+            "paths": [list(stage) for stage in cast(Network, found).paths],
+            "flops": {name: count_flops(model, images.channels, images.size) for name, model in models.items()},
+            "parameters": {name: num_parameters(model) for name, model in models.items()},
+        }}  # fmt: skip
+
+    def images(self, seed: int) -> Images:
+        """What is learnt from."""
+        form = PRESETS[self.preset]
+        if self.data == NOISE:
+            return noise(form.channels, self.image_size, form.num_classes, _NOISE_BATCHES * self.batch_size, seed)
+        if self.data is not None:
+            return open_images(self.data, self.image_size, augment=self.augment)
+        if self.preset == "digits":
+            return Images(*digits(seed), 1, 8, 10)
+        raise ConfigError(
+            f"preset '{self.preset}' reads its images from --data PATH (see docs/search.md); --data {NOISE} measures speed "
+            "without any"
+        )
+
+
+def _supernet(task: Blockwise) -> nn.Sequential:
+    return cast(nn.Sequential, task.student)
+
+
+def _derived(task: Blockwise) -> nn.Module:
+    return derived(_supernet(task), best_paths(_supernet(task)))
+
+
+def _listed(numbers: Numbers) -> str:
+    return ",".join(map(str, numbers)) or "empty"

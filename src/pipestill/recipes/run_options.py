@@ -1,0 +1,97 @@
+"""How a recipe is run: the options that all recipes share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+class Numbers(tuple[int, ...]):
+    """Whole numbers that are written 2,1,3 on the command line and [2, 1, 3] in YAML."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: Any) -> Numbers:
+        """From text with commas, or a sequence; `ValueError` for anything else."""
+        items = text.strip("[]").split(",") if isinstance(text, str) and text.strip("[]") else text
+        if items in ("", "[]"):
+            return cls()
+        try:
+            return cls(int(item) for item in items)
+        except (TypeError, ValueError):
+            raise ValueError(f"expected whole numbers such as 3,3, got {text!r}") from None
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+}
+
+
+class NumBytes(int):
+    """An amount of memory, written 80GB, 512MiB or in bytes."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, text: Any) -> NumBytes:
+        """From a number and a unit of 1000 (KB, MB, GB, TB) or 1024 (KiB ...); `ValueError` for anything else, or nothing."""
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(text).lower())
+        if isinstance(text, bool) or not found or found[2] not in _UNITS or not float(found[1]):
+            raise ValueError(f"expected memory such as 80GB or 512MiB, got {text!r}")
+        return cls(float(found[1]) * _UNITS[found[2]])
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a recipe is run.
+
+    Args:
+        devices: pipeline stages, or ranks that share blocks; each one process with one device
+        strategy: reference, sequential, gpipe, 1f1b, tspipe, async or fill; for a recipe that trains block by block
+            reference, dp, ls, relay, relay-dpu, hybrid or balanced
+        microbatches: slices of a batch whose gradients add up, where a model is trained end to end
+        staleness: of a momentum teacher under 'fill': 0 is exact, with 1 it is one step old (default: 0)
+        split_backward: 'fill' takes gradients of weights apart from those of inputs, and fills bubbles with them
+        stash: most microbatches that a rank of 'fill' holds between forward and backward: a number, n (as many as
+            stages), 2n-1 or all (default: n, and 2n-1 with split backwards)
+        clip_grad_norm: largest norm of all gradients together, where a model is trained end to end (default: no limit)
+        batch_norm: running statistics move with each microbatch, once a batch (deferred), or not at all (frozen)
+        run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as needed)
+        student_partition: blocks of each student stage, such as 3,3 (default: levelled from measured costs)
+        teacher_partition: blocks of each teacher stage
+        costs: a costs file to plan pipelines with, instead of measuring
+        profile: a CSV of blocks to plan blockwise training with, instead of measuring
+        memory: most that blockwise training may hold on a device, such as 80GB (default: no limit)
+        teacher: a teacher's model.safetensors of an earlier run, instead of training one
+        device: cpu or cuda (default: cuda where there are enough)
+        seed: of the initial weights, the data's order and dropout
+        log_every: steps between two lines of metrics.jsonl
+        threads: CPU threads of each process (default: the cores shared out evenly)
+        timeout_seconds: deadline of every wait
+    """
+
+    devices: int = 1
+    strategy: str = "fill"
+    microbatches: int = 8
+    staleness: int | None = None
+    split_backward: bool = False
+    stash: int | str | None = None
+    clip_grad_norm: float | None = None
+    batch_norm: Literal["microbatch", "deferred", "frozen"] = "microbatch"
+    run_ahead: int | None = None
+    student_partition: Numbers | None = None
+    teacher_partition: Numbers | None = None
+    costs: str | None = None
+    profile: str | None = None
+    memory: NumBytes | None = None
+    teacher: str | None = None
+    device: str | None = None
+    seed: int = 0
+    log_every: int = 10
+    threads: int | None = None
+    timeout_seconds: float = 600.0
