@@ -3,9 +3,10 @@
     .venv/bin/python benchmarks/blockwise.py [--rounds 3] [--profiles ../shared/profiles] [--out benchmarks/results/blockwise]
 
 Virtual: four devices that wait for as long as the profiles say (one CSV a workload; the paper's four), links of 10 GB/s
-and 20 microseconds, batches of 256 rows. Real: two processes, one thread each, train the six blocks of recipe `compress`,
-beside what two independent processes doing all the work once reach. Writes OUT.md, OUT.json and a picture of every
-workload's schedules, OUT_NAME.png.
+and 20 microseconds, batches of 256 rows. Real: two processes, one thread each, train six blocks of equal work, and the six
+unequal ones of recipe `compress`, beside what two independent processes doing all the work once reach. Writes OUT.md,
+OUT.json and a picture of the schedules
+that were chosen for every workload on virtual devices, OUT_NAME.png.
 """
 
 from __future__ import annotations
@@ -13,19 +14,25 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, Subset
 
 from pipestill import draw
 from pipestill.block_compare import compare_blocks
 from pipestill.block_profile import BlockProfile
-from pipestill.compare import Comparison
+from pipestill.losses import cross_entropy
+from pipestill.model.blockwise import Blockwise
 from pipestill.plan.blockwise import BLOCK_STRATEGIES, plan_blocks
 from pipestill.plan.stages import dp_seconds
 from pipestill.recipes.compress import Compress
+from pipestill.recipes.datasets import digits
+from pipestill.recipes.recipe import BlockwiseWorkload, Training
 from pipestill.recipes.run_options import RunOptions
 from pipestill.virtual_block_compare import VirtualBlockOptions, compare_virtual_blocks
 
@@ -37,7 +44,49 @@ PUBLISHED = {  # of Pipe-BD on four GPUs, over dp: ls, relay, relay-dpu, hybrid 
     "compress-imagenet": (0.50, 3.98, 4.23, 7.57),
 }
 DEVICES, BATCH = 4, 256
-REAL = Compress(batch_size=128)
+
+
+@dataclass(frozen=True)
+class SixAlike:
+    """Six blocks of equal work on the digits: a teacher's of three convolutions each, a student's of one."""
+
+    name: ClassVar[str] = "six-alike"
+
+    width: int = 48
+    batch_size: int = 64
+
+    def workload(self, seed: int, num_samples: int | None = None) -> BlockwiseWorkload:
+        """Build it."""
+        train, test = digits(seed)
+        seen = train if num_samples is None else Subset(train, range(num_samples))
+        loaders = (DataLoader(data, self.batch_size, shuffle=True, drop_last=True) for data in (seen, test))
+        training = Training(epochs=1, optimizer=torch.optim.SGD, lr=0.01)
+        return BlockwiseWorkload(
+            self.task, *loaders, cross_entropy, {}, teacher_training=training, student_training=training,
+            alone_training=training,
+        )  # fmt: skip
+
+    def task(self) -> Blockwise:
+        """Fresh models, the same every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return Blockwise(self._blocks(3), self._blocks(1))
+
+    def _blocks(self, depth: int) -> nn.Sequential:
+        blocks = []
+        for block in range(6):
+            layers = [] if block else [nn.Conv2d(1, self.width, 1)]
+            for _ in range(depth):
+                layers += [nn.Conv2d(self.width, self.width, 3, padding=1), nn.ReLU()]
+            blocks.append(Whole(*layers))
+        return nn.Sequential(*blocks)
+
+
+class Whole(nn.Sequential):
+    """Layers that are one block."""
+
+
+REAL = {"six blocks alike": SixAlike(), "compress": Compress(batch_size=128)}
 
 
 def main() -> None:
@@ -63,11 +112,12 @@ def main() -> None:
             figures["virtual"][name] = virtual(name, profile, arguments)
     if arguments.only != "virtual":
         options = RunOptions(devices=2, threads=1, device="cpu")
-        measured = compare_blocks(
-            REAL, options, list(BLOCK_STRATEGIES), rounds=arguments.rounds, steps=arguments.steps, device_type="cpu"
-        )
-        picture(measured, arguments.out, "real")
-        figures["real"] = {"where": where, **measured.figures}
+        figures["real"] = {"where": where}
+        for name, recipe in REAL.items():
+            measured = compare_blocks(
+                recipe, options, list(BLOCK_STRATEGIES), rounds=arguments.rounds, steps=arguments.steps, device_type="cpu"
+            )
+            figures["real"][name] = measured.figures
     file.write_text(json.dumps(figures, indent=2) + "\n")
     arguments.out.with_suffix(".md").write_text(text(figures))
     print(text(figures))
@@ -77,16 +127,17 @@ def virtual(name: str, profile: BlockProfile, arguments: argparse.Namespace) -> 
     """One workload on virtual devices, with what the cost model of the paper says."""
     options = VirtualBlockOptions(DEVICES, BATCH, list(BLOCK_STRATEGIES), arguments.rounds, arguments.steps)
     measured = compare_virtual_blocks(profile, options)
-    picture(measured, arguments.out, name)
+    picture(profile, arguments.out, name)
     hybrid = plan_blocks(profile, strategy="hybrid", devices=DEVICES, batch=BATCH).chosen
     assert hybrid is not None
     return {**measured.figures, "cost_model": dp_seconds(profile, BATCH, DEVICES) / hybrid.seconds}
 
 
-def picture(measured: Comparison, out: Path, name: str) -> None:
-    """All timelines, one above the other."""
-    traces = {n: t for n, t in measured.traces.items() if n not in ("dp", "ls")}  # of these it would show one phase
-    draw.picture(list(traces.values()), out.with_name(f"{out.name}_{name}.png"), titles=list(traces))
+def picture(profile: BlockProfile, out: Path, name: str) -> None:
+    """The chosen schedules as they are predicted, one above the other."""
+    names = [n for n in BLOCK_STRATEGIES if n not in ("dp", "ls")]  # of these it would show one phase of several
+    plans = [plan_blocks(profile, strategy=n, devices=DEVICES, batch=BATCH) for n in names]
+    draw.picture([plan.predictions[0] for plan in plans], out.with_name(f"{out.name}_{name}.png"), titles=names)
 
 
 def text(figures: dict[str, Any]) -> str:
@@ -110,15 +161,15 @@ def text(figures: dict[str, Any]) -> str:
                     f"other devices, {published} for ls, relay, relay-dpu and hybrid.",
                     table(mine["results"]),
                 ]
-        else:
-            ceiling = figures[kind]["calibration"]
+        for name in REAL if kind == "real" else ():
+            ceiling = figures[kind][name]["calibration"]
             low, high = ceiling["ceiling_spread"]
             parts += [
-                "## compress on digits, 2 processes",
+                f"## {name}, on digits, 2 processes",
                 f"One pass of all work takes {ceiling['alone_seconds_per_step'] * 1e3:.1f} ms a batch alone and "
                 f"{ceiling['together_seconds_per_step'] * 1e3:.1f} ms in two processes at once: the ceiling is "
                 f"{ceiling['ceiling']:.3f} ({low:.3f} to {high:.3f}).",
-                table(figures[kind]["results"]),
+                table(figures[kind][name]["results"]),
             ]
     return "\n\n".join(parts) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from pipestill.block_profile import BlockProfile
 from pipestill.compare import Comparison
+from pipestill.costs import Link
 from pipestill.plan.blockwise import BlockPlan, plan_blocks
 from pipestill.plan.describe import describe
 from pipestill.runtime.block_groups import process_groups
@@ -19,11 +21,17 @@ from pipestill.schedule import Trace
 
 Measured = tuple[list[Trace], float]
 _FEWEST, _LONG_SECONDS = 6, 20.0  # steps of a phase, and the time at which they are enough
+_ACTION_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
 class VirtualBlockOptions:
-    """How virtual devices are used. `steps`: batches of a measurement, at least."""
+    """How virtual devices are used. `steps`: batches of a measurement, at least.
+
+    `slower`: how many seconds a second of the costs lasts, so that actions are long beside what processes that share a few
+    cores cost each other; figures are divided by it. By default as many as make a mean action of the first strategy last
+    20 ms, and at least one.
+    """
 
     devices: int
     batch: int
@@ -31,6 +39,7 @@ class VirtualBlockOptions:
     rounds: int
     steps: int
     memory_bytes: float | None = None
+    slower: float | None = None
     timeout_seconds: float = 600.0
 
 
@@ -48,11 +57,26 @@ def compare_virtual_blocks(profile: BlockProfile, options: VirtualBlockOptions) 
     }
     for plan in plans.values():
         assert plan.predictions  # simulated once here, and sent to the ranks with the plan
-    arguments = (list(plans.values()), options.rounds, options.steps, options.timeout_seconds)
+    slower = options.slower or max(1.0, _ACTION_SECONDS / _mean_action_seconds(next(iter(plans.values()))))
+    slowed = [_slowed(plan, slower) for plan in plans.values()]
+    arguments = (slowed, options.rounds, options.steps, options.timeout_seconds)
     measured: list[list[Measured]] = launch(
         _measure, arguments, options.devices, device_type="cpu", threads=1, timeout_seconds=options.timeout_seconds
     )
-    return _figures(plans, measured, options)
+    return _figures(plans, measured, options, slower)
+
+
+def _mean_action_seconds(plan: BlockPlan) -> float:
+    events = [event for trace in plan.predictions for event in trace.events if event.seconds > 0]
+    return sum(event.seconds for event in events) / len(events) if events else _ACTION_SECONDS
+
+
+def _slowed(plan: BlockPlan, factor: float) -> BlockPlan:
+    """The same schedules where everything lasts `factor` times as long."""
+    link = plan.costs.link
+    slow = Link(link.latency_seconds * factor, link.bytes_per_second / factor, link.wake_seconds * factor)
+    profile = plan.costs.profile.scaled(factor).with_link(slow)
+    return dataclasses.replace(plan, costs=dataclasses.replace(plan.costs, profile=profile))
 
 
 def _measure(plans: list[BlockPlan], rounds: int, steps: int, timeout_seconds: float) -> list[list[Measured | None]]:
@@ -75,10 +99,12 @@ def _counts(plan: BlockPlan, steps: int) -> list[int]:
     return counts
 
 
-def _figures(plans: dict[str, BlockPlan], measured: list[list[Measured]], options: VirtualBlockOptions) -> Comparison:
+def _figures(
+    plans: dict[str, BlockPlan], measured: list[list[Measured]], options: VirtualBlockOptions, slower: float
+) -> Comparison:
     seconds = [
         [
-            plan.total([trace.median_seconds_per_step for trace in traces])
+            plan.total([trace.median_seconds_per_step / slower for trace in traces])
             for plan, (traces, _) in zip(plans.values(), of_round, strict=True)
         ]
         for of_round in measured
@@ -87,7 +113,7 @@ def _figures(plans: dict[str, BlockPlan], measured: list[list[Measured]], option
     for i, (name, plan) in enumerate(plans.items()):
         mine = [of_round[i] for of_round in seconds]
         ratios = [of_round[0] / of_round[i] for of_round in seconds]
-        busy = [_busy(plan, of_round[i][0]) for of_round in measured]
+        busy = [_busy(plan, of_round[i][0]) / slower for of_round in measured]
         results.append({
             "strategy": name,
             "seconds_per_step": median(mine),
@@ -106,10 +132,16 @@ def _figures(plans: dict[str, BlockPlan], measured: list[list[Measured]], option
     late = [share for of_round in measured for _, share in of_round]
     calibration: dict[str, Any] = {
         "virtual": True, "devices": options.devices, "batch": options.batch, "rounds": options.rounds,
-        "steps": options.steps, "late": median(late),
+        "steps": options.steps, "late": median(late), "slower": slower,
     }  # fmt: skip
-    last = {name: measured[-1][i][0][-1] for i, name in enumerate(plans)}
+    last = {name: _at_speed(measured[-1][i][0][-1], slower) for i, name in enumerate(plans)}
     return Comparison({"calibration": calibration, "results": results}, last)
+
+
+def _at_speed(trace: Trace, slower: float) -> Trace:
+    """The trace in the seconds of the costs."""
+    events = (dataclasses.replace(e, start=e.start / slower, end=e.end / slower) for e in trace.events)
+    return dataclasses.replace(trace, events=tuple(events))
 
 
 def _busy(plan: BlockPlan, traces: Sequence[Trace]) -> float:

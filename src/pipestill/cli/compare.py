@@ -111,7 +111,7 @@ def run(words: list[str]) -> int:
     refuse(rest, ("strategy",), "names one; 'compare' takes several: --strategies a,b,c")
     refuse(rest, ("teacher",), "is not read by 'compare': how well a teacher does takes no time")
     device_type = choose_device_type(options.device, options.devices)
-    if isinstance(recipe.workload(options.seed, num_samples=1), BlockwiseWorkload):
+    if isinstance(recipe.workload(options.seed), BlockwiseWorkload):
         given = any(word.startswith("--strategies") for word in rest)
         names = _strategies(wanted) if given else [*BLOCK_STRATEGIES]
         return _tell(
@@ -232,7 +232,9 @@ def _blocks(calibration: dict[str, Any], results: list[dict[str, Any]]) -> str:
     if calibration.get("virtual"):
         machine = (
             f"Virtual devices: processes and messages are real, work waits; clocks were set back by {calibration['late']:.1%} "
-            f"for waits that ended late. A step trains every block on one batch of {calibration['batch']} rows; {least}."
+            f"for waits that ended late, and time ran {calibration['slower']:.1f} times slower than the figures say, so that "
+            "actions are long beside what processes on few cores cost each other. A step trains every block on one batch of "
+            f"{calibration['batch']} rows; {least}."
         )
     else:
         machine = (

@@ -14,12 +14,11 @@ from pipestill import losses
 from pipestill.errors import ConfigError
 from pipestill.model.blockwise import Blockwise
 from pipestill.model.seeding import derive
-from pipestill.recipes.datasets import Images, digits, noise, open_images
+from pipestill.recipes.datasets import Images, choose_images
 from pipestill.recipes.networks import Shape, network
 from pipestill.recipes.recipe import OPTIMIZERS, BlockwiseWorkload, Training, cosine
 from pipestill.recipes.run_options import Numbers
 
-NOISE, _NOISE_BATCHES = "noise", 16
 BLOCK_LOSSES: dict[str, losses.BlockLoss] = {
     "mse": losses.mse, "normalised": losses.normalised_mse, "cosine": losses.cosine_distance,
 }  # fmt: skip
@@ -210,17 +209,11 @@ class Compress:
 
     def images(self, seed: int) -> Images:
         """What is learnt from."""
-        form = DATA[self.preset]
-        if self.data == NOISE:
-            return noise(form.channels, self.image_size, form.num_classes, _NOISE_BATCHES * self.batch_size, seed)
-        if self.data is not None:
-            return open_images(self.data, self.image_size, augment=self.augment)
-        if self.preset == "digits":
-            return Images(*digits(seed), 1, 8, 10)
-        raise ConfigError(
-            f"preset '{self.preset}' reads its images from --data PATH (see docs/blockwise.md); --data {NOISE} measures speed "
-            "without any"
-        )
+        preset = DATA[self.preset]
+        return choose_images(
+            self.data, self.preset, (preset.channels, self.image_size, preset.num_classes), batch_size=self.batch_size,
+            augment=self.augment, seed=seed, page="docs/blockwise.md",
+        )  # fmt: skip
 
 
 def _listed(numbers: Numbers) -> str:

@@ -19,6 +19,7 @@ from pipestill.errors import ConfigError, DataError
 from pipestill.model.seeding import derive
 
 Sample = tuple[Tensor, int]
+NOISE, _NOISE_BATCHES = "noise", 16
 
 _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, by channel; usual for any photographs
 _CIFAR_FOLDER, _CIFAR_PAGE = "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar.html"
@@ -288,6 +289,25 @@ def _random_part(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 # -- noise ------------------------------------------------------------------------------------------------------------
+
+
+def choose_images(
+    data: str | None, preset: str, form: tuple[int, int, int], *, batch_size: int, augment: bool, seed: int, page: str
+) -> Images:
+    """What a recipe of images learns from: `data`, a path or "noise", or what is embedded for its preset.
+
+    `form` is (channels, size, classes), `page` where the docs tell of the data. `ConfigError` for a preset without any.
+    """
+    channels, size, num_classes = form
+    if data == NOISE:
+        return noise(channels, size, num_classes, _NOISE_BATCHES * batch_size, seed)
+    if data is not None:
+        return open_images(data, size, augment=augment)
+    if preset == "digits":
+        return Images(*digits(seed), 1, 8, 10)
+    raise ConfigError(
+        f"preset '{preset}' reads its images from --data PATH (see {page}); --data {NOISE} measures speed without any"
+    )
 
 
 def noise(channels: int, size: int, num_classes: int, num_samples: int, seed: int) -> Images:

@@ -16,8 +16,8 @@ from pipestill import losses
 from pipestill.errors import ConfigError
 from pipestill.model.blockwise import Blockwise
 from pipestill.model.seeding import derive
-from pipestill.recipes.compress import BLOCK_LOSSES, NOISE
-from pipestill.recipes.datasets import Images, digits, noise, open_images
+from pipestill.recipes.compress import BLOCK_LOSSES
+from pipestill.recipes.datasets import Images, choose_images
 from pipestill.recipes.phases import num_parameters
 from pipestill.recipes.recipe import BlockwiseWorkload, Training, cosine
 from pipestill.recipes.run_options import Numbers
@@ -45,7 +45,7 @@ from pipestill.recipes.supernet import (
     supernet,
 )
 
-_NOISE_BATCHES, _RANDOM_PATHS = 16, 5
+_RANDOM_PATHS = 5
 _TEACHER = "k3e6"
 
 
@@ -312,17 +312,11 @@ class Nas:
 
     def images(self, seed: int) -> Images:
         """What is learnt from."""
-        form = PRESETS[self.preset]
-        if self.data == NOISE:
-            return noise(form.channels, self.image_size, form.num_classes, _NOISE_BATCHES * self.batch_size, seed)
-        if self.data is not None:
-            return open_images(self.data, self.image_size, augment=self.augment)
-        if self.preset == "digits":
-            return Images(*digits(seed), 1, 8, 10)
-        raise ConfigError(
-            f"preset '{self.preset}' reads its images from --data PATH (see docs/search.md); --data {NOISE} measures speed "
-            "without any"
-        )
+        preset = PRESETS[self.preset]
+        return choose_images(
+            self.data, self.preset, (preset.channels, self.image_size, preset.num_classes), batch_size=self.batch_size,
+            augment=self.augment, seed=seed, page="docs/search.md",
+        )  # fmt: skip
 
 
 def _supernet(task: Blockwise) -> nn.Sequential:

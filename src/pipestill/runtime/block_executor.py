@@ -69,8 +69,10 @@ class BlockExecutor:
             Action, tuple[Any, int]
         ] = {}  # a teacher forward -> its output here, and how often it is used yet
         self.uses = self._count_uses()
+        self.packed: tuple[int, list[Tensor]] = (-1, [])  # the samples of a step as they go to one rank after the other
         self.heard = set[Message]()  # transfers whose arrival only the order was about
         self.row = schedule.rows[rank]
+        self.tokens = {a.at(0): self._tokens_of(a.at(0)) for a in self.row if a.op in (Op.FORWARD, Op.BACKWARD)}
         self.reads_samples = self.structure.reads_samples(rank)
         self.forms = {a.stage: worker.state_forms(a.stage) for a, _ in self.structure.moves if self._touches(a)}
 
@@ -194,17 +196,21 @@ class BlockExecutor:
             tensors = yield from self._arrive(self._from(before, Lane.STATE))
             self.worker.set_state(action.stage, tensors)
 
+    def _tokens_of(self, action: Action) -> list[Action]:
+        """Work of other ranks that `action` (of step 0) waits for, and that only the order is about."""
+        others = [need for need in needs(action, self.structure) if need.op is not Op.DATA]
+        others = [need for need in others if self.structure.rank_of(need) != self.rank]
+        return [need for need in others if self._lane(need, self.rank) is Lane.TOKEN]
+
     def _tokens(self, action: Action) -> Waiting:
         """Wait for work of other ranks that only the order is about."""
-        for need in needs(action, self.structure):
-            if need.op is Op.DATA or need.step < 0 or self.structure.rank_of(need) == self.rank:
-                continue
-            if self._lane(need, self.rank) is Lane.TOKEN:
-                message = self._from(need, Lane.TOKEN)
-                if message not in self.heard:
-                    yield from self._arrive(message)
-                    self.heard.add(message)
-        self.heard = {m for m in self.heard if m.payload.step >= action.step - self.structure.ahead - 2}
+        for need in self.tokens[action.at(0)]:
+            step = need.step + action.step
+            message = self._from(need.at(step), Lane.TOKEN) if step >= 0 else None
+            if message is not None and message not in self.heard:
+                yield from self._arrive(message)
+                recent = action.step - self.structure.ahead - 2
+                self.heard = {m for m in self.heard if m.payload.step >= recent} | {message}
 
     # -- rows of teacher blocks -----------------------------------------------------------------------------------
 
@@ -327,7 +333,9 @@ class BlockExecutor:
             window = self.windows[action.step]
             self.transport.send(self._message(action, Lane.DATA), [window.header()])
             if self.structure.reads_samples(action.peer) and not window.ended:
-                self.transport.send(self._message(action, Lane.INPUT), self._packed(window))
+                if self.packed[0] != action.step:
+                    self.packed = action.step, self._packed(window)
+                self.transport.send(self._message(action, Lane.INPUT), self.packed[1])
 
     def _packed(self, window: Window) -> list[Tensor]:
         """The samples of a window as they travel."""

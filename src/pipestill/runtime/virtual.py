@@ -29,6 +29,7 @@ from pipestill.schedule import Action, Lane, Op, Role, Schedule, Trace
 from pipestill.schedule.comms import edges
 from pipestill.schedule.simulate import action_seconds, transfer_seconds
 
+_UNTIMED = (Lane.INPUT,)  # samples are sent a step ahead, and costs do not know of their way
 _PROMPT_SECONDS = 5e-4  # a look at the transport that takes longer has waited
 
 
@@ -130,17 +131,23 @@ class VirtualTransport:
         self.free: dict[int, float] = {}  # when the edge to a rank is
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        if message.lane in _UNTIMED:
+            self.inner.send(message, tensors)
+            return
         sent = max(self.clock.now(), self.free.get(message.destination, 0.0)) + self.seconds(message)
         self.free[message.destination] = sent
         self.inner.send(message, [*tensors, torch.tensor([sent + self.latency], dtype=torch.float64)])
 
     def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
-        self.inner.post(message, [*buffers, torch.empty(1, dtype=torch.float64)])
+        stamp = [] if message.lane in _UNTIMED else [torch.empty(1, dtype=torch.float64)]
+        self.inner.post(message, [*buffers, *stamp])
 
     def arrived(self, message: Message) -> bool:
         begin, real = self.clock.now(), time.perf_counter()
         self.inner.arrived(message)
         self.stamps = self.inner.take(message)
+        if message.lane in _UNTIMED:
+            return True
         arrival = float(self.stamps.pop())
         if arrival > begin or time.perf_counter() - real > _PROMPT_SECONDS:
             self.clock.wait_until(arrival)
