@@ -1,9 +1,10 @@
 """How strategies scale to 16 devices: virtual ones, whose work and links wait for as long as their costs say.
 
     .venv/bin/python benchmarks/scaling.py [--devices 1,2,4,8,16] [--rounds 2] [--steps 6] [--only ssl|kd]
-        [--strategies sequential,fill+split] [--out benchmarks/results/scaling]
+        [--microbatches 20] [--strategies sequential,fill+split+all] [--out benchmarks/results/scaling]
 
-Two workloads. `ssl`: equal momentum teacher and student, two views, one loss a microbatch (BYOL) and every action 20 ms long.
+Two workloads. `ssl`: equal momentum teacher and student, two views, one loss a microbatch (BYOL) and every action 20 ms long
+(--milliseconds).
 `kd`: one view, a frozen ViT-L and a ResNet-152, whose blocks take time by their multiply-adds (a forward of one of 8
 student stages is about 20 ms). Links have 50 us and 10 GB/s. Speedups are over `sequential` of the same round; a trivial
 pipeline, run beside them, tells what this machine's processes and messages leave of any result. Writes OUT.md, OUT.json
@@ -26,15 +27,14 @@ from pipestill.schedule.program import Demands
 from pipestill.virtual_compare import VirtualOptions, compare_virtual
 
 LINK = Link(latency_seconds=50e-6, bytes_per_second=10e9)
-SECONDS = 0.020  # of an action
 SSL = ("sequential", "gpipe", "1f1b", "tspipe", "fill", "fill+stale", "fill+split", "fill+split+stale", "async")
 KD = ("sequential", "gpipe", "1f1b", "tspipe", "fill", "fill+split")
 PUBLISHED = {("ssl", 8): 6.42, ("ssl", 16): 12.15, ("kd", 8): 4.68}  # TSPipe (PAPERS.md, section 1.4)
 
 
-def ssl(devices: int) -> tuple[Costs, Demands]:
+def ssl(devices: int, seconds: float) -> tuple[Costs, Demands]:
     """Stages alike; every boundary carries 1 MB a microbatch and view."""
-    costs = Costs.uniform(devices, SECONDS, SECONDS, 2 * SECONDS, weight=SECONDS, views=2)
+    costs = Costs.uniform(devices, seconds, seconds, 2 * seconds, weight=seconds, views=2)
     blocks = {
         role: tuple(replace(block, output_bytes=1_000_000) for block in getattr(costs, role))
         for role in ("student", "teacher")
@@ -42,13 +42,13 @@ def ssl(devices: int) -> tuple[Costs, Demands]:
     return replace(costs, **blocks, link=LINK), Demands(momentum=True, views=2, teacher_views=2)
 
 
-def kd(devices: int) -> tuple[Costs, Demands]:
+def kd(devices: int, seconds: float) -> tuple[Costs, Demands]:
     """ViT-L/16 and ResNet-152 at 224 pixels, by their multiply-adds; a microbatch of 8 images."""
     first, more, widths = 373e6, 218e6, (256, 512, 1024, 2048)
     blocks = [231e6, *[more] * 2, first, *[more] * 7, first, *[more] * 35, first, *[more] * 2]
     blocks[0] += 118e6  # with the stem
     sizes = [3136 * widths[0]] * 3 + [784 * widths[1]] * 8 + [196 * widths[2]] * 36 + [49 * widths[3]] * 3
-    second = SECONDS * 8 / sum(blocks)  # of a multiply-add
+    second = seconds * 8 / sum(blocks)  # of a multiply-add
     student = tuple(
         BlockCosts(f"block{i}", m * second, 2 * m * second, output_bytes=8 * size * 4, weight_seconds=m * second)
         for i, (m, size) in enumerate(zip(blocks, sizes, strict=True))
@@ -58,10 +58,12 @@ def kd(devices: int) -> tuple[Costs, Demands]:
     return Costs(student, teacher, link=LINK), Demands()
 
 
-def measure(name: str, devices: int, rounds: int, steps: int, chosen: list[str]) -> dict[str, Any]:
+def measure(
+    name: str, devices: int, rounds: int, steps: int, chosen: list[str], microbatches: int | None, seconds: float
+) -> dict[str, Any]:
     """One workload on so many devices."""
-    costs, demands = (ssl if name == "ssl" else kd)(devices)
-    microbatches = max(4, devices if name == "ssl" else 2 * devices)
+    costs, demands = (ssl if name == "ssl" else kd)(devices, seconds)
+    microbatches = microbatches or max(4, devices if name == "ssl" else 2 * devices)
     strategies = chosen or (SSL if name == "ssl" else KD)
     options = VirtualOptions(devices, microbatches, strategies, rounds, steps)
     figures = compare_virtual(costs, demands, options).figures
@@ -120,16 +122,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--strategies", default="", help="default: all that the workload allows")
     parser.add_argument("--only", choices=("ssl", "kd"))
+    parser.add_argument("--microbatches", type=int, help="default: as many as devices for ssl, twice as many for kd")
+    parser.add_argument("--milliseconds", type=float, default=20.0, help="of an action")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scaling"))
     arguments = parser.parse_args()
     chosen = [strategy for strategy in arguments.strategies.split(",") if strategy]
     names = [arguments.only] if arguments.only else ["ssl", "kd"]
     runs = []
-    text = f"Measured {date.today().isoformat()} by `benchmarks/scaling.py`, {arguments.rounds} rounds.\n"
+    text = (
+        f"Measured {date.today().isoformat()} by `benchmarks/scaling.py`, {arguments.rounds} rounds, actions of "
+        f"{arguments.milliseconds:g} ms.\n"
+    )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         for devices in map(int, arguments.devices.split(",")):
-            runs.append(measure(name, devices, arguments.rounds, arguments.steps, chosen))
+            how = (arguments.rounds, arguments.steps, chosen, arguments.microbatches, arguments.milliseconds / 1e3)
+            runs.append(measure(name, devices, *how))
             text += "\n" + table(runs[-1])
             print(table(runs[-1]), flush=True)
             arguments.out.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")

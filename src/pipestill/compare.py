@@ -30,8 +30,10 @@ PEERS: dict[str, Literal["1f1b", "gpipe"]] = {"torch-1f1b": "1f1b", "torch-gpipe
 """`torch.distributed.pipelining`, the teacher run first: what users would have without us."""
 
 
-VARIANTS: dict[str, dict[str, Any]] = {"split": {"split_backward": True}, "stale": {"staleness": 1}}
-"""What may follow `fill` after a `+`: fill+split, fill+stale, fill+split+stale."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "split": {"split_backward": True}, "stale": {"staleness": 1}, "all": {"stash": "all"},
+}  # fmt: skip
+"""What may follow `fill` after a `+`, each alone or with others: fill+split, fill+split+stale, fill+split+all."""
 
 
 def variant(name: str) -> tuple[str, dict[str, Any]]:
@@ -43,7 +45,7 @@ def variant(name: str) -> tuple[str, dict[str, Any]]:
     knobs: dict[str, Any] = {}
     for knob in given:
         if strategy != "fill" or knob not in VARIANTS:
-            raise ConfigError(f"no variant '{name}'; there are fill+split, fill+stale and fill+split+stale")
+            raise ConfigError(f"no variant '{name}'; after fill there may be {', '.join(f'+{v}' for v in VARIANTS)}")
         knobs |= VARIANTS[knob]
     return strategy, knobs
 

@@ -41,8 +41,8 @@ class VirtualCompareOptions:
         virtual: devices wait for as long as the costs say, instead of computing
         devices: pipeline stages, each one process
         microbatches: slices of a batch
-        strategies: names with commas between them, among them fill+split (split backwards) and fill+stale (staleness 1);
-            speedups are over the first
+        strategies: names with commas between them, among them fill+split (split backwards), fill+stale (staleness 1) and
+            fill+split+all (stash all); speedups are over the first
         costs: a costs file, or a CSV of blocks for dp, ls, relay, relay-dpu, hybrid and balanced
         batch: with a CSV of blocks: rows of a batch (default: the most that it was measured for)
         uniform: T,F,BI,BW in seconds: what every stage takes for a teacher forward, a student forward, its input gradient
@@ -82,8 +82,8 @@ class CompareOptions:
 
     Args:
         strategies: names with commas between them, among them fill+split (split backwards), fill+stale (staleness 1),
-            reference, torch-1f1b and torch-gpipe (PyTorch's own pipelines, the teacher run first); speedups are over
-            the first
+            fill+split+all (stash all), reference, torch-1f1b and torch-gpipe (PyTorch's own pipelines, the teacher run
+            first); speedups are over the first
         rounds: how often each is measured, in turn
         steps: updates of each measurement, at least 6
         draw: a .svg or .png file for all timelines, one above the other
