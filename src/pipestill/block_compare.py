@@ -8,11 +8,10 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pipestill.block_profile import BlockProfile
 from pipestill.block_train import BlockResult
-from pipestill.compare import Comparison
+from pipestill.compare import Comparison, barrier, rank_here, slowest
 from pipestill.errors import ConfigError, nearest
 from pipestill.plan.blockwise import BLOCK_STRATEGIES, plan_blocks
 from pipestill.plan.describe import describe
@@ -20,7 +19,7 @@ from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
 from pipestill.recipes.run_blocks import make_block_trainer
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch
-from pipestill.runtime.world import OneProcess, Processes
+from pipestill.runtime.world import OneProcess
 from pipestill.train import REFERENCE
 
 _FEWEST_WINDOWS = 7
@@ -71,7 +70,7 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
             assert measured.plan is not None
             profile = measured.plan.costs.profile
         for name in strategies:
-            _barrier()
+            barrier()
             runs[name].append(_train(workload, dataclasses.replace(options, strategy=name), steps, profile))
     assert profile is not None
     return _figures(options, runs, alone, together, profile)
@@ -79,17 +78,13 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
 
 def _one_pass(workload: BlockwiseWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
     """Seconds a batch of all work once: the slowest process's, in all of them at once or in rank 0's alone."""
-    _barrier()
+    barrier()
     seconds = 0.0
-    if not only_rank_0 or not dist.is_initialized() or dist.get_rank() == 0:
+    if not only_rank_0 or rank_here() == 0:
         one = dataclasses.replace(options, devices=1, strategy=ONE_PASS)
         trainer = make_block_trainer(workload.task(), workload, one)
         seconds = trainer.fit(workload.of_blocks(), steps=steps, world=OneProcess(1)).seconds_per_batch
-    if dist.is_initialized():
-        every: list[float | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, seconds)
-        seconds = max(s for s in every if s is not None)
-    return seconds
+    return slowest(seconds)
 
 
 def _train(workload: BlockwiseWorkload, options: RunOptions, steps: int, profile: BlockProfile | None) -> BlockResult:
@@ -99,11 +94,6 @@ def _train(workload: BlockwiseWorkload, options: RunOptions, steps: int, profile
         plan = trainer.plan_for(profile, profile.batch)
         steps = max(steps, _FEWEST_WINDOWS * max(phase.window for phase in plan.phases))
     return trainer.fit(workload.of_blocks(), steps=steps)
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        Processes().barrier()
 
 
 def _figures(

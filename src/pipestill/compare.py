@@ -114,7 +114,7 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
             costs = costs if options.costs else _calibrated(costs, options, alone, together, links, seen)
             costs = _shared(costs)
         for name in strategies:
-            _barrier()
+            barrier()
             runs[name].append(_run(name, workload, options, costs, steps))
     assert costs is not None
     if options.costs is None:
@@ -132,15 +132,20 @@ def _link(options: RunOptions, step_seconds: float) -> Link:
 
 def _plain_loop(workload: EndToEndWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
     """Seconds of a step of the plain loop: the slowest process's, in all of them at once or in rank 0's alone."""
-    _barrier()
+    barrier()
     seconds = 0.0
-    if not only_rank_0 or _rank() == 0:
+    if not only_rank_0 or rank_here() == 0:
         seconds = _train(workload, reference_options(options), steps).seconds_per_step
-    if dist.is_initialized():
-        every: list[float | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, seconds)
-        seconds = max(s for s in every if s is not None)
-    return seconds
+    return slowest(seconds)
+
+
+def slowest(seconds: float) -> float:
+    """The most of all processes; on all of them together."""
+    if not dist.is_initialized():
+        return seconds
+    every: list[float] = [0.0] * dist.get_world_size()
+    dist.all_gather_object(every, seconds)
+    return max(every)
 
 
 def _train(workload: EndToEndWorkload, options: RunOptions, steps: int) -> Result:
@@ -200,7 +205,7 @@ def _run_peer(
     trainer.costs = costs
     inputs, targets = next(iter(workload.train_loader))
     batches = list(_repeated(workload, steps))  # read beforehand: ours are read ahead by a thread
-    device = device_of(_rank(), trainer.device_type)
+    device = device_of(rank_here(), trainer.device_type)
     reset_peak(device)
     seconds = train_with_torch(
         task, dry_run(task, inputs, targets), trainer.plan_for(costs), batches,
@@ -293,10 +298,12 @@ def _shared(costs: Costs) -> Costs:
     return box[0]
 
 
-def _rank() -> int:
+def rank_here() -> int:
+    """The rank of this process, 0 where there is one only."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _barrier() -> None:
+def barrier() -> None:
+    """Wait for every process, where there are several."""
     if dist.is_initialized():
         dist.barrier()
