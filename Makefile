@@ -21,7 +21,7 @@ install: $(STAMP)  ## .venv with everything, at the versions of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) numpy
-	$(PIP) -e '.[recipes,dev]'
+	$(PIP) -e '.[recipes,text,dev]'
 	touch $@
 
 train: $(STAMP)  ## distil a small network on the digits over two devices, to see it work

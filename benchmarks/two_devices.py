@@ -49,7 +49,7 @@ CASES = {
         ("sequential", "gpipe", "1f1b", "fill", "torch-gpipe", "torch-1f1b"),
     ),
     "byol": Case(
-        Byol(width=128, depth=6, projection=128, hidden=512, batch_size=64, lr=0.01),
+        Byol(width=128, depth=6, projection=128, hidden=512, batch_size=64, optimizer="sgd", lr=0.01),
         ("sequential", "gpipe", "1f1b", "tspipe", "fill", "fill+split", "fill+stale"),
         " --workload byol",
         """

@@ -28,6 +28,15 @@ def block_times(draw: st.DrawFn) -> BlockTimes:
     )
 
 
+@st.composite
+def measured_blocks(draw: st.DrawFn) -> tuple[BlockTimes, ...]:
+    """Blocks whose all-reduces are measured for the same sizes of groups, or for none."""
+    sizes = tuple(sorted(draw(st.sets(st.integers(2, 64), max_size=3))))
+    seconds = st.lists(amounts, min_size=len(sizes), max_size=len(sizes)).map(tuple)
+    blocks = draw(st.lists(block_times(), min_size=1, max_size=3))
+    return tuple(replace(block, allreduce_ranks=sizes, allreduce_seconds=draw(seconds)) for block in blocks)
+
+
 # ---------------------------------------------------------------- seconds
 
 
@@ -71,6 +80,18 @@ def test_allreduce_and_relay_by_hand() -> None:
     assert profile.with_link(Link()).allreduce_seconds(1, 4) == 0.0
 
 
+def test_measured_allreduces_replace_those_of_the_links() -> None:
+    """Between measured sizes a straight line; above the largest, as many messages as a ring has."""
+    profile = BlockProfile((SMALL, SMALL), Link(0.5, 50.0)).with_allreduces((2, 4), [(3.0, 7.0), (0.0, 0.0)])
+    assert [profile.allreduce_seconds(0, k) for k in (1, 2, 3, 4, 7)] == [0.0, 3.0, 5.0, 7.0, 14.0]
+    assert profile.allreduce_seconds(1, 5) == 0.0
+    assert profile.scaled(2.0).allreduce_seconds(0, 2) == 3.0, "of work only"
+    everything = profile.scaled(2.0, transfers=True)
+    assert everything.allreduce_seconds(0, 2) == 6.0
+    assert everything.link == Link(1.0, 25.0)
+    assert profile.with_link(Link(1.0)).allreduce_seconds(0, 2) == 2.0, "other links have other all-reduces"
+
+
 def test_memory_is_known_when_one_block_says_so() -> None:
     assert not BlockProfile((SMALL, SMALL)).memory_known
     assert BlockProfile((SMALL, replace(SMALL, state_bytes=1))).memory_known
@@ -87,6 +108,9 @@ def test_memory_is_known_when_one_block_says_so() -> None:
             {"student_seconds": (1.0, -1.0, float("nan")), "parameter_bytes": -1},
             "student_seconds holds -1.0, .*student_seconds holds nan, .*parameter_bytes is -1, expected 0",
         ),
+        ({"allreduce_ranks": (2, 3)}, "2 sizes of groups with 0 allreduce_seconds"),
+        ({"allreduce_ranks": (1, 2), "allreduce_seconds": (0.0, 1.0)}, r"\[1, 2\], expected ascending sizes from 2"),
+        ({"allreduce_ranks": (2,), "allreduce_seconds": (-1.0,)}, "allreduce_seconds holds -1.0, expected 0 or more"),
     ],
 )
 def test_wrong_times(changes: dict[str, tuple[float, ...]], message: str) -> None:
@@ -97,12 +121,15 @@ def test_wrong_times(changes: dict[str, tuple[float, ...]], message: str) -> Non
 def test_wrong_profile() -> None:
     with pytest.raises(PlanError, match="no block; expected at least one; a batch of 0 rows"):
         BlockProfile((), batch=0)
+    one = replace(SMALL, name="one", allreduce_ranks=(2,), allreduce_seconds=(1.0,))
+    with pytest.raises(PlanError, match=r"groups of \[\] in block 'conv', \[2\] in block 'one'; expected the same"):
+        BlockProfile((SMALL, one))
 
 
 # ---------------------------------------------------------------- files
 
 
-@given(st.lists(block_times(), min_size=1, max_size=3).map(tuple))
+@given(measured_blocks())
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_saved_profile_loads_equal(tmp_path: Path, blocks: tuple[BlockTimes, ...]) -> None:
     BlockProfile(blocks).save(tmp_path / "blocks.csv")
@@ -161,6 +188,17 @@ def test_lines_and_columns_in_any_order(tmp_path: Path) -> None:
         (f"{HEADER}\n0,1,1,1,1\n0,2,1,1,1,1,1\n", ["line 2: 5 cells, the header has 6", "line 3: 7 cells"]),
         (f"{HEADER}\n0,1,1,1,1,1\n2,1,1,1,1,1\n", ["blocks are 0, 2; expected 0 to 1 without a gap"]),
         (f"{HEADER}\n1,1,1,1,1,1\n", ["blocks are 1; expected 0 to 0"]),
+        (
+            f"{HEADER},allreduce_1_seconds,allreduce_two_seconds\n",
+            [
+                "'allreduce_two_seconds' is known",
+                "'allreduce_1_seconds' is of groups of one rank, expected two or more",
+            ],
+        ),
+        (
+            f"{HEADER},allreduce_2_seconds\n0,1,1,1,1,1,0.5\n0,2,1,1,1,1,0.25\n0,3,1,1,1,1,-1\n",
+            ["line 4: allreduce_2_seconds is -1", "block 0: allreduce_2_seconds is 0.5 and 0.25, expected the same"],
+        ),
         (
             f"{HEADER}\n0,1,1,1,10,20\n0,1,1,1,10,21\n0,2,1,1,11,20\n",
             [

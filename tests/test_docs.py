@@ -138,6 +138,27 @@ def test_blockwise_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
 
+def test_language_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code asserts by itself that blocks are the models, and that the student learnt."""
+    pytest.importorskip("transformers")
+    monkeypatch.delenv("RANK", raising=False)
+    with torch.random.fork_rng():
+        exec(
+            compile("\n".join(fences_of("docs/language.md", "python")), "docs/language.md", "exec"),
+            {"__name__": "page"},
+        )
+
+
+def test_momentum_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code asserts by itself that the features got better, and that the pipeline equals the plain loop."""
+    monkeypatch.delenv("RANK", raising=False)
+    with torch.random.fork_rng():
+        exec(
+            compile("\n".join(fences_of("docs/momentum.md", "python")), "docs/momentum.md", "exec"),
+            {"__name__": "page"},
+        )
+
+
 def test_readme_example_runs() -> None:
     batches = [(torch.randn(16, 6), torch.randint(0, 3, (16,))) for _ in range(2)]
     names: dict[str, Any] = {

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipestill.losses import Cosine, LogitsMSE, SoftTarget, accuracy, cross_entropy
+from pipestill.losses import (
+    Cosine,
+    Dino,
+    LogitsMSE,
+    MaskedDistillation,
+    SoftTarget,
+    accuracy,
+    cross_entropy,
+    masked_accuracy,
+    masked_cross_entropy,
+)
 
 STUDENT = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]])
 TEACHER = torch.tensor([[2.0, 0.0, 1.0], [1.0, 1.0, 2.0]])
@@ -90,3 +100,92 @@ def test_cross_entropy_and_accuracy() -> None:
     assert accuracy(STUDENT, TARGET).item() == 1.0
     assert accuracy(STUDENT, torch.tensor([0, 2])).item() == 0.5
     assert accuracy(STUDENT, TARGET).dtype == torch.float64
+
+
+def test_dino_by_hand() -> None:
+    """Cross entropies of all pairs of different views; the teacher's are centred by batches before."""
+    loss = Dino(3, student_temperature=0.5, teacher_temperatures=(0.2, 0.4), warm_up_batches=2, center_momentum=0.75)
+    students = [torch.randn(2, 3, generator=torch.Generator().manual_seed(view)) for view in range(3)]
+    center = [0.0, 0.0, 0.0]
+    mean = torch.cat([TEACHER, 2 * TEACHER]).mean(0).tolist()
+    for temperature in (0.2, 0.3, 0.4, 0.4):
+        entropies = []
+        for j, teacher in enumerate((TEACHER, 2 * TEACHER)):
+            for i, student in enumerate(students):
+                for row in range(2):
+                    t = softmax(teacher[row] - torch.tensor(center), temperature)
+                    s = softmax(student[row], 0.5)
+                    entropies += [-sum(a * math.log(b) for a, b in zip(t, s, strict=True))] if i != j else []
+        parts = loss(students, (TEACHER, 2 * TEACHER), None)
+        assert list(parts) == ["dino"]
+        assert parts["dino"].item() == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+        center = [0.75 * c + 0.25 * m for c, m in zip(center, mean, strict=True)]
+    assert loss.center.tolist() == pytest.approx(center)
+    assert loss.batches == 4
+
+
+def test_dino_outside_training_moves_nothing() -> None:
+    loss = Dino(3).eval()
+    loss((STUDENT, STUDENT), (TEACHER,), None)
+    assert loss.center.tolist() == [0.0, 0.0, 0.0]
+    assert loss.batches == 0
+    assert loss.teacher_temperature().item() == pytest.approx(0.07), "no batches to warm up over"
+
+
+def test_dino_refuses_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match="center_momentum 1"):
+        Dino(3, center_momentum=1.0)
+    with pytest.raises(ValueError, match="student_temperature 0"):
+        Dino(3, student_temperature=0.0)
+
+
+def masked_case() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Two sequences of three tokens, of which the last is padding; two of the five are masked."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        {
+            "logits": torch.randn(2, 3, 4, generator=generator),
+            "last_hidden_state": torch.randn(2, 3, 5, generator=generator),
+        }
+        for _ in range(2)
+    )
+    labels = torch.tensor([[1, 0, 3], [2, 1, 0]])
+    masked, tokens = torch.tensor([[1.0, 0, 0], [0, 1, 0]]), torch.tensor([[1.0, 1, 1], [1, 1, 0]])
+    return student, teacher, {"labels": labels, "masked": masked * 2 / 2, "tokens": tokens * 2 / 5}
+
+
+def test_masked_distillation_by_hand() -> None:
+    student, teacher, target = masked_case()
+    parts = MaskedDistillation(2.0, 5.0, 2.0, 1.0)(student, teacher, target)
+    real, masked = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)], [(0, 0), (1, 1)]
+    divergence = sum(
+        t * math.log(t / s)
+        for at in real
+        for s, t in zip(softmax(student["logits"][at], 2.0), softmax(teacher["logits"][at], 2.0), strict=True)
+    )
+    labels = -sum(math.log(softmax(student["logits"][at], 1.0)[int(target["labels"][at])]) for at in masked)
+    hidden = sum(
+        1 - float(F.cosine_similarity(student["last_hidden_state"][at], teacher["last_hidden_state"][at], dim=0))
+        for at in real
+    )
+    assert list(parts) == ["soft_target", "cross_entropy", "cosine"]
+    assert parts["soft_target"].item() == pytest.approx(5.0 * 4.0 * divergence / 5, rel=1e-5)
+    assert parts["cross_entropy"].item() == pytest.approx(2.0 * labels / 2, rel=1e-5)
+    assert parts["cosine"].item() == pytest.approx(hidden / 5, rel=1e-5)
+    right = sum(int(student["logits"][at].argmax()) == int(target["labels"][at]) for at in masked)
+    assert masked_accuracy(student, target).item() == pytest.approx(right / 2)
+    assert masked_cross_entropy(student, target)["cross_entropy"].item() == pytest.approx(labels / 2, rel=1e-5)
+
+
+def test_masked_distillation_refuses_and_leaves_out() -> None:
+    student, teacher, target = masked_case()
+    assert list(MaskedDistillation(soft_target=0.0)(student, teacher, target)) == ["cross_entropy", "cosine"]
+    wide = {**teacher, "last_hidden_state": torch.randn(2, 3, 7)}
+    assert list(MaskedDistillation(cosine=0.0)(student, wide, target)) == ["soft_target", "cross_entropy"]
+    with pytest.raises(ValueError, match=r"student \(2, 3, 5\) and teacher \(2, 3, 7\) differ"):
+        MaskedDistillation()(student, wide, target)
+    with pytest.raises(ValueError, match="differ in shape"):
+        MaskedDistillation()(student, {**teacher, "logits": torch.randn(2, 3, 9)}, target)
+    for wrong in ({"temperature": 0.0}, {"cosine": -1.0}, {"soft_target": 0.0, "cross_entropy": 0.0, "cosine": 0.0}):
+        with pytest.raises(ValueError, match="expected > 0"):
+            MaskedDistillation(**wrong)

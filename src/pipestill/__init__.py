@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from pipestill.model.blockwise import Blockwise, batch_number
     from pipestill.model.tasks import Distillation, Momentum, Supervised
     from pipestill.plan import Plan
+    from pipestill.result import Result
     from pipestill.runtime.launch import launch
-    from pipestill.train import Result, Trainer
+    from pipestill.train import Trainer
 
 __version__ = version("pipestill")
 
@@ -32,7 +33,7 @@ _HOMES = {
     "PipestillError": "pipestill.errors",
     "Plan": "pipestill.plan",
     "RankFailure": "pipestill.errors",
-    "Result": "pipestill.train",
+    "Result": "pipestill.result",
     "Supervised": "pipestill.model.tasks",
     "Trainer": "pipestill.train",
     "UserError": "pipestill.errors",

@@ -18,9 +18,9 @@ from pipestill.plan.describe import describe
 from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
 from pipestill.recipes.run_blocks import make_block_trainer
 from pipestill.recipes.run_options import RunOptions
+from pipestill.result import REFERENCE
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import OneProcess
-from pipestill.train import REFERENCE
 
 _FEWEST_WINDOWS = 7
 ONE_PASS = "relay-dpu"  # on one rank: every block's teacher forward and student step once a batch
@@ -147,5 +147,7 @@ def _figures(
         "ceiling": median(ceilings),
         "ceiling_spread": [min(ceilings), max(ceilings)],
         "link": profile.link.to_json(),
+        "allreduce_ranks": list(profile.blocks[0].allreduce_ranks),
+        "allreduce_seconds": [list(block.allreduce_seconds) for block in profile.blocks],
     }
     return Comparison({"calibration": calibration, "results": results}, traces)

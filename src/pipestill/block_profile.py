@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ _REQUIRED = ("block", *_PER_POINT, "input_bytes_per_row", "parameter_bytes")
 _MEMORY = ("teacher_bytes", "state_bytes", "activation_bytes_per_row")
 _OPTIONAL = ("name", *_MEMORY, "relative_standard_error")
 _PER_BLOCK = ("input_bytes_per_row", "parameter_bytes", *_OPTIONAL)
+_ALLREDUCE = re.compile(r"allreduce_([1-9][0-9]*)_seconds")  # the column of groups of so many ranks
 _LINK = {"link_latency_seconds": "latency_seconds", "link_bytes_per_second": "bytes_per_second"}
 _SERVER = Link(latency_seconds=20e-6, bytes_per_second=10e9)
 _UNREAD = -1  # the block of a line that does not say its block
@@ -34,6 +37,9 @@ class BlockTimes:
     moves. Of the memory, `teacher_bytes` is the teacher block's parameters and buffers, `state_bytes` the student
     block's parameters, gradients and optimizer state together, `activation_bytes_per_row` what a student step holds at
     its peak for each row. `relative_standard_error` is that of the least certain point; 0 where it is not known.
+
+    `allreduce_seconds` is by how much a student's step took longer in a group of each of `allreduce_ranks` ranks, that add
+    up their gradients, than where each rank is by itself; empty where it was not measured.
     """
 
     name: str
@@ -46,6 +52,8 @@ class BlockTimes:
     state_bytes: int = 0
     activation_bytes_per_row: int = 0
     relative_standard_error: float = 0.0
+    allreduce_ranks: tuple[int, ...] = ()
+    allreduce_seconds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises `PlanError` when points are missing, out of order or negative."""
@@ -59,10 +67,20 @@ class BlockTimes:
             if len(seconds) != len(self.rows):
                 problems.append(f"{len(self.rows)} row counts with {len(seconds)} {role}; expected as many")
             problems += [f"{role} holds {s}, expected 0 or more" for s in seconds if not 0 <= s < float("inf")]
-        for item in dataclasses.fields(self)[4:]:
-            amount = getattr(self, item.name)
+        for name in ("input_bytes_per_row", "parameter_bytes", *_MEMORY, "relative_standard_error"):
+            amount = getattr(self, name)
             if not 0 <= amount < float("inf"):
-                problems.append(f"{item.name} is {amount}, expected 0 or more")
+                problems.append(f"{name} is {amount}, expected 0 or more")
+        groups = self.allreduce_ranks
+        if len(groups) != len(self.allreduce_seconds):
+            problems.append(f"{len(groups)} sizes of groups with {len(self.allreduce_seconds)} allreduce_seconds")
+        if any(size <= before for before, size in pairwise((1, *groups))):
+            problems.append(f"allreduce_ranks are {list(groups)}, expected ascending sizes from 2")
+        problems += [
+            f"allreduce_seconds holds {s}, expected 0 or more"
+            for s in self.allreduce_seconds
+            if not 0 <= s < float("inf")
+        ]
         if problems:
             raise PlanError(f"times of block '{self.name}': {'; '.join(problems)}")
 
@@ -96,6 +114,10 @@ class BlockProfile:
         problems = [] if self.blocks else ["no block; expected at least one"]
         if self.batch is not None and self.batch < 1:
             problems.append(f"a batch of {self.batch} rows; expected at least 1")
+        groups = {block.allreduce_ranks: block.name for block in self.blocks}
+        if len(groups) > 1:
+            shown = ", ".join(f"{list(sizes)} in block '{name}'" for sizes, name in groups.items())
+            problems.append(f"all-reduces are measured for groups of {shown}; expected the same sizes in all blocks")
         if problems:
             raise PlanError(f"block profile: {'; '.join(problems)}")
 
@@ -109,9 +131,17 @@ class BlockProfile:
         return self.blocks[min(block + 1, len(self.blocks) - 1)].input_bytes_per_row
 
     def allreduce_seconds(self, block: int, k: int) -> float:
-        """A ring all-reduce of the student block's gradients over k ranks, none for one (Pipe-BD, Jang et al., DATE 2023)."""
+        """An all-reduce of the student block's gradients over k ranks, none for one.
+
+        As measured, on a straight line between measured sizes of groups; above the largest it grows with the 2 (k - 1)
+        messages of a ring. Where nothing was measured, what a ring takes (Pipe-BD, Jang et al., DATE 2023).
+        """
         if k == 1:
             return 0.0
+        sizes, seconds = self.blocks[block].allreduce_ranks, self.blocks[block].allreduce_seconds
+        if sizes:
+            most = sizes[-1]
+            return seconds[-1] * (k - 1) / (most - 1) if k > most else _on_the_line(k, (1, *sizes), (0.0, *seconds))
         moved = 2 * (k - 1) / k * self.blocks[block].parameter_bytes
         return moved / self.link.bytes_per_second + 2 * (k - 1) * self.link.latency_seconds
 
@@ -119,29 +149,41 @@ class BlockProfile:
         """One of k ranks receives its share of the block's input (Pipe-BD, though that charges the whole batch for any k)."""
         return self.link.seconds(self.blocks[block].input_bytes_per_row * (batch / k))
 
-    def scaled(self, factor: float) -> BlockProfile:
-        """Every piece of work `factor` times as long."""
+    def scaled(self, factor: float, *, transfers: bool = False) -> BlockProfile:
+        """Every piece of work `factor` times as long, and with `transfers` also links and measured all-reduces."""
+        slower = factor if transfers else 1.0
         blocks = [
             dataclasses.replace(
                 block,
                 teacher_seconds=tuple(s * factor for s in block.teacher_seconds),
                 student_seconds=tuple(s * factor for s in block.student_seconds),
+                allreduce_seconds=tuple(s * slower for s in block.allreduce_seconds),
             )
             for block in self.blocks
         ]
-        return dataclasses.replace(self, blocks=tuple(blocks))
+        was = self.link
+        link = Link(was.latency_seconds * slower, was.bytes_per_second / slower, was.wake_seconds * slower)
+        return dataclasses.replace(self, blocks=tuple(blocks), link=link)
 
     def with_link(self, link: Link) -> BlockProfile:
-        """The same blocks with other links."""
-        return dataclasses.replace(self, link=link)
+        """The same blocks with other links, from which all-reduces follow too."""
+        return dataclasses.replace(self.with_allreduces((), [()] * len(self.blocks)), link=link)
+
+    def with_allreduces(self, ranks: Sequence[int], seconds: Sequence[Sequence[float]]) -> BlockProfile:
+        """What groups of each of `ranks` took for an all-reduce of each block."""
+        blocks = [
+            dataclasses.replace(block, allreduce_ranks=tuple(ranks), allreduce_seconds=tuple(mine))
+            for block, mine in zip(self.blocks, seconds, strict=True)
+        ]
+        return dataclasses.replace(self, blocks=tuple(blocks))
 
     @classmethod
     def load(cls, path: str | Path) -> BlockProfile:
         """Read a CSV file, one line for each block and row count; `ConfigError` lists what is wrong in it.
 
         Columns: block (from 0), rows, teacher_forward_seconds, student_step_seconds, input_bytes_per_row,
-        parameter_bytes, and optionally the other fields of `BlockTimes`, and link_latency_seconds with
-        link_bytes_per_second (as in `save`).
+        parameter_bytes, and optionally the other fields of `BlockTimes` (of all-reduces allreduce_2_seconds for groups of
+        two ranks, and so on), and link_latency_seconds with link_bytes_per_second (as in `save`).
         """
         try:
             text = Path(path).read_text(encoding="utf-8-sig")
@@ -168,14 +210,17 @@ class BlockProfile:
         if any(block.name != _name(index) for index, block in enumerate(self.blocks)):
             used.insert(0, "name")
         columns = [*_REQUIRED, *used]
+        sizes = self.blocks[0].allreduce_ranks
+        allreduces = [f"allreduce_{size}_seconds" for size in sizes]
         measured = self.link.latency_seconds > 0 and self.link.bytes_per_second < float("inf") and self.link != _SERVER
         link = {column: getattr(self.link, name) for column, name in _LINK.items()} if measured else {}
         try:
             with Path(path).open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
-                writer.writerow([*columns, *link])
+                writer.writerow([*columns, *allreduces, *link])
                 for index, block in enumerate(self.blocks):
                     constant = [getattr(block, column) for column in columns[1 + len(_PER_POINT) :]]
+                    constant += block.allreduce_seconds
                     for point in zip(*(getattr(block, name) for name in _PER_POINT.values()), strict=True):
                         writer.writerow([index, *point, *constant, *link.values()])
         except OSError as error:
@@ -205,10 +250,13 @@ def _read(text: str, problems: list[str]) -> tuple[list[BlockTimes], Link]:
     header = [column.strip() for column in next(reader, [])]
     known = (*_REQUIRED, *_OPTIONAL, *_LINK)
     problems += [f"column '{c}' is missing" for c in _REQUIRED if c not in header]
-    problems += [f"no column '{c}' is known{nearest(c, known)}" for c in header if c not in known]
+    groups = [c for c in header if _ALLREDUCE.fullmatch(c)]
+    problems += [f"no column '{c}' is known{nearest(c, known)}" for c in header if c not in (*known, *groups)]
+    problems += [f"column '{c}' is of groups of one rank, expected two or more" for c in groups if _size(c) < 2]
     problems += [f"column '{c}' is there {count} times" for c, count in Counter(header).items() if count > 1]
     if problems:
-        problems.append(f"columns are {', '.join(_REQUIRED)}; optional ones {', '.join((*_OPTIONAL, *_LINK))}")
+        optional = ", ".join((*_OPTIONAL, "allreduce_2_seconds and so on", *_LINK))
+        problems.append(f"columns are {', '.join(_REQUIRED)}; optional ones {optional}")
         return [], _SERVER
     lines: dict[int, list[dict[str, Any]]] = {}
     for cells in filter(None, reader):
@@ -224,7 +272,7 @@ def _read(text: str, problems: list[str]) -> tuple[list[BlockTimes], Link]:
     link = _link(header, [values for points in lines.values() for values in points], problems)
     lines.pop(_UNREAD, None)
     for block, points in sorted(lines.items()):
-        for column in (c for c in _PER_BLOCK if c in header):
+        for column in (*(c for c in _PER_BLOCK if c in header), *groups):
             different = {point[column]: None for point in points if column in point}  # in the order of the lines
             if len(different) > 1:
                 shown = " and ".join(map(str, different))
@@ -232,6 +280,13 @@ def _read(text: str, problems: list[str]) -> tuple[list[BlockTimes], Link]:
         counts = Counter(point["rows"] for point in points if "rows" in point)
         problems += [f"block {block}: {count} lines for {rows} rows" for rows, count in counts.items() if count > 1]
     return [] if problems else [_times(block, points) for block, points in sorted(lines.items())], link
+
+
+def _size(column: str) -> int:
+    """Of the groups that a column of all-reduces is about."""
+    found = _ALLREDUCE.fullmatch(column)
+    assert found is not None
+    return int(found[1])
 
 
 def _link(header: Sequence[str], points: list[dict[str, Any]], problems: list[str]) -> Link:
@@ -276,4 +331,6 @@ def _times(block: int, points: list[dict[str, Any]]) -> BlockTimes:
     points = sorted(points, key=lambda point: int(point["rows"]))
     constant = {column: points[0][column] for column in _PER_BLOCK if column in points[0]}
     measured = {name: tuple(point[column] for point in points) for column, name in _PER_POINT.items()}
-    return BlockTimes(**{"name": _name(block), **constant, **measured})
+    groups = sorted(((_size(c), seconds) for c, seconds in points[0].items() if _ALLREDUCE.fullmatch(c)))
+    reduced = {"allreduce_ranks": tuple(k for k, _ in groups), "allreduce_seconds": tuple(s for _, s in groups)}
+    return BlockTimes(**{"name": _name(block), **constant, **measured, **reduced})

@@ -21,6 +21,8 @@ from pipestill.model.blockwise import BlockContracts, Blockwise, block_dry_run
 from pipestill.model.boundary import to_device
 from pipestill.model.measure_blocks import measure_blocks
 from pipestill.plan.blockwise import BLOCK_STRATEGIES, BlockPlan, plan_blocks
+from pipestill.result import CPU, REFERENCE, backend_name, constant, total_steps, versions
+from pipestill.runtime.block_allreduce import measure_allreduces
 from pipestill.runtime.block_groups import process_groups
 from pipestill.runtime.block_rank import BlockRankRun, BlockSettings, check_finite_blocks, logged_blocks
 from pipestill.runtime.block_worker import BlockWorker
@@ -29,7 +31,6 @@ from pipestill.runtime.rank import LogClock
 from pipestill.runtime.stage import move
 from pipestill.runtime.world import OneProcess, Processes, World, choose_device_type, device_of, join_world
 from pipestill.schedule import Event, Op, Trace
-from pipestill.train import CPU, REFERENCE, backend_name, constant, total_steps, versions
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,10 @@ class BlockwiseTrainer:
         )
 
     def measure(self, world: World, contracts: BlockContracts, inputs: Any, rows: int) -> BlockProfile:
-        """Times of every block measured on rank 0 alone, for batches of `rows` rows, and the link; the same on every
-        rank, all of which call this together. `inputs`: a batch's, on rank 0.
+        """Times of every block measured on rank 0 alone, for batches of `rows` rows, and between processes links and
+        all-reduces; the same on every rank, all of which call this together. `inputs`: a batch's, on rank 0.
         """
-        link = world.measure_link(0.0)
+        link = world.measure_link(0.0, device_of(world.ranks[0], self.device_type))
         profile = None
         if world.is_main:
             profile = measure_blocks(
@@ -214,7 +215,13 @@ class BlockwiseTrainer:
                 link=link,
                 device=device_of(0, self.device_type),
             )
-        return world.share(profile)
+        profile = world.share(profile)
+        if isinstance(world, Processes) and world.num_ranks > 1:
+            profile = measure_allreduces(
+                self.task, contracts, inputs, profile, world=world, optimizer=self.make_optimizer,
+                device=device_of(world.rank, self.device_type),
+            )  # fmt: skip
+        return profile
 
     def _run(
         self,

@@ -16,14 +16,14 @@ from pipestill.errors import ConfigError, nearest
 from pipestill.model.boundary import num_rows
 from pipestill.model.dry_run import dry_run
 from pipestill.recipes.phases import make_trainer
-from pipestill.recipes.recipe import EndToEndWorkload, Recipe, end_to_end
+from pipestill.recipes.recipe import EndToEndWorkload, Recipe, Workload, end_to_end
 from pipestill.recipes.run_options import RunOptions
+from pipestill.result import REFERENCE, Result
 from pipestill.runtime.launch import launch
 from pipestill.runtime.memory import peak_bytes, reset_peak
-from pipestill.runtime.world import Processes, device_of
+from pipestill.runtime.world import Processes, choose_device_type, device_of
 from pipestill.schedule import STRATEGIES, Trace
 from pipestill.schedule.simulate import simulate
-from pipestill.train import REFERENCE, Result
 from pipestill.verify import reference_options
 
 PEERS: dict[str, Literal["1f1b", "gpipe"]] = {"torch-1f1b": "1f1b", "torch-gpipe": "gpipe"}
@@ -101,6 +101,12 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     if num_samples == 0:
         raise ConfigError(f"batch_size {batch_size} is more than there are samples; comparing needs whole batches")
     workload = end_to_end(recipe, options.seed, num_samples, what=what)
+    peers = [name for name in strategies if variant(name)[0] in PEERS]
+    if peers and isinstance(workload, Workload) and workload.length_axis is not None:
+        raise ConfigError(
+            f"{' and '.join(peers)}: torch's pipelines take batches of one form, and those of recipe '{recipe.name}' differ in "
+            "length; leave the peers out, or have all batches padded to one length"
+        )
     _plain_loop(workload, options, steps)  # the first run pays for imports and for memory from the system
     alone, together, runs = [], [], {name: list[Round]() for name in strategies}
     costs: Costs | None = None
@@ -126,8 +132,9 @@ def _link(options: RunOptions, step_seconds: float) -> Link:
     """The link now, for actions of the length that a step's have on average."""
     if not dist.is_initialized():
         return Link()
-    on_cpu = "nccl" not in str(dist.get_backend_config())
-    return Processes().measure_link(step_seconds / (3 * options.devices * options.microbatches) if on_cpu else 0.0)
+    device = device_of(rank_here(), choose_device_type(options.device, options.devices))
+    an_action = step_seconds / (3 * options.devices * options.microbatches)
+    return Processes().measure_link(an_action if device.type == "cpu" else 0.0, device)
 
 
 def _plain_loop(workload: EndToEndWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:

@@ -18,7 +18,9 @@ _VERSION = 1
 class BlockCosts:
     """What one block costs for one microbatch (in one view). A teacher's backward is 0, and its update 0 when frozen.
 
-    `weight_seconds` is the part of the backward that the gradients of the weights take.
+    `weight_seconds` is the part of the backward that the gradients of the weights take. In memory, `parameter_bytes` are
+    the weights, `training_bytes` what training adds to them (gradients and the optimizer's state), and `stash_bytes` what
+    is kept of a microbatch from its forward to its backward.
     """
 
     name: str
@@ -29,6 +31,7 @@ class BlockCosts:
     output_bytes: int = 0
     stash_bytes: int = 0
     weight_seconds: float = 0.0
+    training_bytes: int = 0
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self)[1:]:
@@ -50,34 +53,47 @@ class Link:
     """What a transfer between two ranks takes: `latency_seconds` + bytes / `bytes_per_second`.
 
     `wake_seconds` is how much later a rank that had to wait for a transfer gets on with its work than one that had not:
-    its core slept, and works more slowly at first.
+    its core slept, and works more slowly at first. `handling_seconds` is what each message keeps a rank from its work, at
+    either end, and the sender for bytes / `handling_bytes_per_second` more: the transfer itself is beside the work.
     """
 
     latency_seconds: float = 0.0
     bytes_per_second: float = float("inf")
     wake_seconds: float = 0.0
+    handling_seconds: float = 0.0
+    handling_bytes_per_second: float = float("inf")
 
     def __post_init__(self) -> None:
-        _check_amount("link: latency_seconds", self.latency_seconds)
-        _check_amount("link: wake_seconds", self.wake_seconds)
-        if not self.bytes_per_second > 0:
-            raise PlanError(f"link: bytes_per_second is {self.bytes_per_second}, expected more than 0")
+        for name in ("latency_seconds", "wake_seconds", "handling_seconds"):
+            _check_amount(f"link: {name}", getattr(self, name))
+        for name in _RATES:
+            if not getattr(self, name) > 0:
+                raise PlanError(f"link: {name} is {getattr(self, name)}, expected more than 0")
 
     def seconds(self, num_bytes: float) -> float:
         return self.latency_seconds + num_bytes / self.bytes_per_second
 
+    def only(self) -> Link:
+        """The link by itself, for ranks that nothing keeps from their work."""
+        return Link(self.latency_seconds, self.bytes_per_second)
+
     def to_json(self) -> dict[str, float | None]:
-        """JSON has no infinity: bytes_per_second is null for a link without a limit."""
-        unlimited = self.bytes_per_second == float("inf")
-        return {**dataclasses.asdict(self), "bytes_per_second": None if unlimited else self.bytes_per_second}
+        """JSON has no infinity: a rate without a limit is null."""
+        return {
+            name: None if value == float("inf") and name in _RATES else value
+            for name, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> Link:
         """Read back `to_json`; `TypeError` for what is unknown."""
         if not isinstance(data, dict):
             raise TypeError(f"a link is {data!r}, expected an object")
-        unlimited = "bytes_per_second" in data and data["bytes_per_second"] is None
-        return cls(**{**data, "bytes_per_second": float("inf")} if unlimited else data)
+        unlimited = {name: float("inf") for name in _RATES if name in data and data[name] is None}
+        return cls(**{**data, **unlimited})
+
+
+_RATES = ("bytes_per_second", "handling_bytes_per_second")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +102,8 @@ class Costs:
 
     `views` holds how much longer each view of a sample takes than the blocks say, and how many more bytes it has.
     `interference` is how much longer work takes while every rank computes than while one does alone: 1 on
-    separate devices, more where processes share memory bandwidth, caches or cores.
+    separate devices, more where processes share memory bandwidth, caches or cores. `source` says where the figures come
+    from, such as the device that they were computed for.
     """
 
     student: tuple[BlockCosts, ...]
@@ -97,6 +114,7 @@ class Costs:
     link: Link = field(default_factory=Link)
     interference: float = 1.0
     views: tuple[float, ...] = (1.0,)
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not self.views:
@@ -109,6 +127,11 @@ class Costs:
         _check_amount("data_seconds", self.data_seconds)
         if not 1.0 <= self.interference < float("inf"):
             raise PlanError(f"interference is {self.interference}, expected 1 or more")
+
+    @property
+    def know_memory(self) -> bool:
+        """Whether the bytes of the stash are there: costs of earlier versions, or of stages without a model, lack them."""
+        return any(block.stash_bytes for block in self.student)
 
     def microbatch_seconds(self, teacher_views: int = 1) -> float:
         """Work of one microbatch, in all its views, through everything."""

@@ -7,12 +7,14 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from pipestill.errors import DataError, PipestillError
 from pipestill.model.boundary import copied, distinct_tensors, num_rows, rows_of
+from pipestill.model.lengths import length_of
 from pipestill.model.seeding import OwnGenerator, derive
 from pipestill.runtime.batch import Batch
 
@@ -37,7 +39,8 @@ class Reader:
 
     The thread draws random numbers from a generator seeded by (seed, epoch), so that shuffling and augmentation are
     the same on every run and independent of the models. A loader's sampler is told the epoch where it has
-    `set_epoch`. An exception in the loader is raised here as `LoaderError`; waiting for a batch has a deadline.
+    `set_epoch`. `length_axis`: batches may differ in the size of that axis. An exception in the loader is raised here as
+    `LoaderError`; waiting for a batch has a deadline.
     """
 
     def __init__(
@@ -48,11 +51,12 @@ class Reader:
         steps: int | None,
         seed: int,
         split_batch: SplitBatch = inputs_and_targets,
+        length_axis: int | None = None,
         timeout_seconds: float = 600.0,
         ahead: int = 2,
     ) -> None:
         self.loader, self.epochs, self.steps, self.seed = loader, epochs, steps, seed
-        self.split_batch, self.timeout_seconds = split_batch, timeout_seconds
+        self.split_batch, self.length_axis, self.timeout_seconds = split_batch, length_axis, timeout_seconds
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._peeked: Batch | None = None
@@ -138,7 +142,7 @@ class Reader:
                     break
             if waiting is None:
                 raise DataError(f"the loader gave no batch in epoch {epoch}; expected at least one")
-            yield Batch(waiting.rows, epoch, True, waiting.inputs, waiting.targets)
+            yield replace(waiting, last=True)
             epoch += 1
 
     def _epoch(self, epoch: int) -> Iterator[Batch]:
@@ -154,8 +158,10 @@ class Reader:
                     raise DataError(f"batch {index} has no rows; expected at least one sample a batch")
                 if distinct_tensors(targets) and (found := num_rows(targets, f"targets of batch {index}")) != rows:
                     raise DataError(f"batch {index} has {rows} rows of inputs and {found} of targets")
+                axis = self.length_axis
+                length = 0 if axis is None else length_of(axis, inputs, targets, f"batch {index}")
                 # It is read ahead, and a loader may fill the same tensors again for its next batch.
-                yield Batch(rows, epoch, False, copied(inputs), copied(targets))
+                yield Batch(rows, epoch, False, copied(inputs), copied(targets), length)
 
 
 def sample(batch: Batch, rows: int = 3) -> tuple[Any, Any]:

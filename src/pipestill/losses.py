@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 LossValue = Tensor | Mapping[str, Tensor]
 DistillationLoss = Callable[[Any, Any, Any], LossValue]
@@ -84,6 +84,67 @@ def cross_entropy(output: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {"cross_entropy": F.cross_entropy(output, target)}
 
 
+@dataclass(frozen=True)
+class MaskedDistillation:
+    """Of masked language models: `soft_target` * T^2 * KL(teacher || student) of logits softened by temperature T, +
+    `cross_entropy` with the masked tokens + `cosine` * (1 - cosine similarity of the last hidden states).
+
+    Outputs are dicts of `logits` (rows, length, vocabulary) and `last_hidden_state` (rows, length, features). The target is
+    a dict of `labels` (rows, length) and of two weights of the same shape: `masked`, of each token in the cross entropy, and
+    `tokens`, in the other two. Each part is the mean over rows of the weighted sum over tokens: with weights of rows /
+    tokens, the mean over the batch's tokens, however the batch is cut (Sanh et al. 2019, DistilBERT, section 3; weights 5, 2
+    and 1 and T 2 as in its released training, which counts padding in none of the three).
+    """
+
+    temperature: float = 2.0
+    soft_target: float = 5.0
+    cross_entropy: float = 2.0
+    cosine: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = (self.soft_target, self.cross_entropy, self.cosine)
+        if self.temperature <= 0 or min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                f"temperature {self.temperature} and weights {weights}; expected > 0, and weights >= 0 that are not all 0"
+            )
+
+    def __call__(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], target: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        hidden, taught = student["last_hidden_state"], teacher["last_hidden_state"]
+        _check_shapes(student["logits"], teacher["logits"])
+        parts, t = {}, self.temperature
+        if self.soft_target:
+            ours, theirs = (F.log_softmax(output["logits"] / t, -1) for output in (student, teacher))
+            divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+            parts["soft_target"] = _weighted(divergence, target["tokens"]) * (self.soft_target * t * t)
+        if self.cross_entropy:
+            parts["cross_entropy"] = masked_cross_entropy(student, target)["cross_entropy"] * self.cross_entropy
+        if self.cosine:
+            _check_shapes(hidden, taught)
+            apart = 1.0 - F.cosine_similarity(hidden, taught, dim=-1)
+            parts["cosine"] = _weighted(apart, target["tokens"]) * self.cosine
+        return parts
+
+
+def masked_cross_entropy(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cross entropy of `logits` with the masked tokens: outputs and targets as in `MaskedDistillation`."""
+    logits = output["logits"]
+    each = F.cross_entropy(logits.flatten(0, 1), target["labels"].flatten(), reduction="none")
+    return {"cross_entropy": _weighted(each.view_as(target["masked"]), target["masked"])}
+
+
+def masked_accuracy(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
+    """Share of the masked tokens whose largest logit is theirs: outputs and targets as in `MaskedDistillation`."""
+    right = output["logits"].argmax(-1) == target["labels"]
+    return _weighted(right.double(), target["masked"])
+
+
+def _weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean over rows of the weighted sum of values (rows, length)."""
+    return (values * weights).sum(-1).mean()
+
+
 def byol(student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -> dict[str, Tensor]:
     """Sum of 2 - 2 cosine(student's view i, teacher's view j) over all pairs of different views, the mean over rows.
 
@@ -112,6 +173,55 @@ class InfoNCE:
                     logits = F.normalize(s, dim=-1) @ F.normalize(key, dim=-1).t() / t
                     terms.append(F.cross_entropy(logits, torch.arange(len(logits), device=logits.device)) * (2 * t))
         return {"info_nce": torch.stack(terms).sum()}
+
+
+class Dino(nn.Module):
+    """Cross entropy of the student's view i with the teacher's view j, the mean over all pairs of different views and rows.
+
+    Outputs (rows, dim) a view. The teacher's are sharpened by a temperature that rises evenly from the first to the second of
+    `teacher_temperatures` over `warm_up_batches`, once `center` is taken from them: their mean, moved by 1 -
+    `center_momentum` towards that of each batch after its loss. So it is of batches: use it with `batch_loss=True`. Both
+    the center and the number of batches are buffers (Caron et al. 2021, DINO, algorithm 1).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        student_temperature: float = 0.1,
+        teacher_temperatures: tuple[float, float] = (0.04, 0.07),
+        warm_up_batches: int = 0,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if min(student_temperature, *teacher_temperatures) <= 0 or not 0 <= center_momentum < 1 or warm_up_batches < 0:
+            raise ValueError(
+                f"student_temperature {student_temperature}, teacher_temperatures {teacher_temperatures}, center_momentum "
+                f"{center_momentum} and warm_up_batches {warm_up_batches}; expected > 0, > 0, 0 to below 1, and >= 0"
+            )
+        self.student_temperature, self.teacher_temperatures = student_temperature, teacher_temperatures
+        self.warm_up_batches, self.center_momentum = warm_up_batches, center_momentum
+        self.register_buffer("center", torch.zeros(dim))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.center: Tensor
+        self.batches: Tensor
+
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -> dict[str, Tensor]:
+        learnt = [F.log_softmax(view / self.student_temperature, -1) for view in student]
+        with torch.no_grad():
+            taught = [((view - self.center) / self.teacher_temperature()).softmax(-1) for view in teacher]
+        terms = [-(t * s).sum(-1).mean() for j, t in enumerate(taught) for i, s in enumerate(learnt) if i != j]
+        if self.training:
+            with torch.no_grad():
+                self.center.lerp_(torch.cat(list(teacher)).mean(0), 1.0 - self.center_momentum)
+                self.batches.add_(1)
+        return {"dino": torch.stack(terms).mean()}
+
+    def teacher_temperature(self) -> Tensor:
+        """Of the next batch."""
+        first, last = self.teacher_temperatures
+        done = (self.batches / max(1, self.warm_up_batches)).clamp(max=1.0) if self.warm_up_batches else 1.0
+        return torch.as_tensor(first + (last - first) * done, device=self.center.device)
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import pairwise
 from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipestill.callbacks import Callback
 from pipestill.costs import BlockCosts, Costs
@@ -24,95 +21,32 @@ from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.losses import Metric
 from pipestill.model.batchnorm import Norms, batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
+from pipestill.model.boundary import to_device
 from pipestill.model.dry_run import Contracts, dry_run
 from pipestill.model.profile import profile
 from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
 from pipestill.plan import Plan, make_plan
+from pipestill.result import CPU, REFERENCE, Counted, Reporter, Result, backend_name, constant, total_steps
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.runtime.rank import LogClock, RankRun, Settings, Tally, check_finite, logged_momentum, logged_values
 from pipestill.runtime.reference import evaluate, reference
-from pipestill.runtime.stage import gradient_squares, move
+from pipestill.runtime.stage import gradient_squares, move, placed
 from pipestill.runtime.world import OneProcess, World, choose_device_type, device_of, join_world
 from pipestill.schedule import STRATEGIES, Event, Trace, check
 from pipestill.schedule.comms import edges
 from pipestill.schedule.program import Demands
-
-REFERENCE = "reference"
-CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run did. Complete on the process of rank 0 only; `plan` and `trace` are None for `reference`."""
-
-    strategy: str
-    devices: int
-    backend: str
-    steps: int
-    samples: int
-    seconds: float
-    seconds_per_step: float
-    utilisation: float
-    bubble: float
-    predicted_seconds_per_step: float | None
-    limit_seconds_per_step: float | None
-    staleness: int
-    peak_memory_bytes: list[int]
-    metrics: dict[str, float]
-    whole_backwards: tuple[str, ...] = ()
-    """Blocks whose backward stayed whole where `split_backward` was asked for, and why."""
-    plan: Plan | None = field(repr=False, default=None)
-    trace: Trace | None = field(repr=False, default=None)
-
-    def summary(self) -> dict[str, Any]:
-        """What summary.json holds, apart from the recipe's name."""
-        values = {name: value for name, value in vars(self).items() if name not in ("plan", "trace")}
-        exact = True if not self.staleness else f"no: each step reads weights that are {self.staleness} step old"
-        return {**values, "samples_per_second": self.samples / self.seconds, "exact": exact, "versions": versions()}
-
-
-class _Reporter:
-    """Tells every callback, and remembers the last metrics."""
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
-        self.metrics: dict[str, float] = {}
-
-    def step(self, values: dict[str, float]) -> None:
-        self.metrics["loss"] = values["loss"]
-        for callback in self.callbacks:
-            callback.step(values)
-
-    def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        self.metrics.update(metrics)
-        for callback in self.callbacks:
-            callback.validation(step, epoch, metrics)
-
-
-class _Counted:
-    """Counts the batches and samples that pass."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches, self.steps, self.samples = batches, 0, 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = next(self.batches)
-        self.steps += 1
-        self.samples += batch.rows
-        return batch
 
 
 class Trainer:
     """Trains the student of `task` over `devices` pipeline stages, exactly as a plain loop would.
 
     `optimizer(parameters, lr=lr, **optimizer_options)` is made once per stage, from its own parameters; `param_groups`
-    may turn its named parameters into groups first. `lr_schedule(step)` is a factor on every group's rate. A batch is cut into
-    `microbatches`, whose gradients add up to the batch's mean. `strategy` is a schedule's name or `reference`, a plain
-    loop on one device. Partitions (blocks of each stage) are levelled from measured costs unless given.
+    may turn its named parameters into groups first. `lr_schedule(step)` and `weight_decay_schedule(step)` are factors on
+    every group's rate and decay. A batch is cut into `microbatches`, whose gradients add up to the batch's mean. With a
+    `length_axis`, batches may differ in the size of that axis, which all their tensors that have it share (token sequences,
+    say). `strategy` is a schedule's name or `reference`, a plain loop on one device. Partitions (blocks of each stage) are
+    levelled from measured costs unless given.
 
     Alone, all ranks take turns in this process; under torchrun or `pipestill.launch`, each process is one rank. Either way
     `student` is the whole model with its own names, on every process, once `fit` returns.
@@ -127,6 +61,7 @@ class Trainer:
         optimizer_options: Mapping[str, Any] | None = None,
         param_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None = None,
         lr_schedule: Callable[[int], float] | None = None,
+        weight_decay_schedule: Callable[[int], float] | None = None,
         devices: int = 1,
         strategy: str = "fill",
         microbatches: int = 8,
@@ -142,6 +77,7 @@ class Trainer:
         device: str | None = None,
         metrics: Mapping[str, Metric] | None = None,
         split_batch: SplitBatch = inputs_and_targets,
+        length_axis: int | None = None,
         seed: int = 0,
         log_every: int = 10,
         callbacks: Sequence[Callback] = (),
@@ -158,6 +94,8 @@ class Trainer:
             raise PlanError(f"strategy 'reference' runs on one device, not {devices}; choose another, or --devices 1")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ConfigError(f"clip_grad_norm is {clip_grad_norm}; expected more than 0, or none")
+        if length_axis is not None and length_axis < 1:
+            raise ConfigError(f"length_axis is {length_axis}; expected 1 or more, for axis 0 counts samples")
         if staleness not in (None, 0, 1):
             raise PlanError(f"staleness is {staleness}; expected 0 or 1")
         if strategy == REFERENCE and staleness and not task.demands.momentum:
@@ -173,8 +111,10 @@ class Trainer:
         self.staleness, self.split_backward, self.stash = staleness, split_backward, stash
         self.clip_grad_norm = clip_grad_norm
         self.student_staleness = 0  # of `reference`, to emulate the asynchronous strategy
+        self.spare_ranks = False  # more processes than devices may have been started; the first ones call `fit`
         self.optimizer, self.lr, self.optimizer_options = optimizer, lr, dict(optimizer_options or {})
-        self.param_groups, self.lr_factor = param_groups, lr_schedule or constant
+        self.param_groups, self.length_axis = param_groups, length_axis
+        self.lr_factor, self.decay_factor = lr_schedule or constant, weight_decay_schedule or constant
         self.devices, self.strategy, self.microbatches, self.run_ahead = devices, strategy, microbatches, run_ahead
         self.student_partition, self.teacher_partition, self.costs = student_partition, teacher_partition, costs
         self.device_type = choose_device_type(device, devices)
@@ -207,17 +147,17 @@ class Trainer:
         world = (
             OneProcess(1)
             if self.strategy == REFERENCE
-            else join_world(self.devices, self.device_type, self.timeout_seconds)
+            else join_world(self.devices, self.device_type, self.timeout_seconds, spare_ranks=self.spare_ranks)
         )
         readers = ExitStack()
         source = (
             readers.enter_context(closing(self._reader(loader, epochs, steps, self._split))) if world.is_main else None
         )
-        reporter = _Reporter(self.callbacks if world.is_main else ())
+        reporter = Reporter(self.callbacks if world.is_main else ())
         try:
             few = world.share(sample(source.peek()) if source else None)
             rows = world.share(source.peek().rows if source else None)
-            contracts = dry_run(self.task, *few, split=self.split_backward)
+            contracts = self.dry_run(*few)
             plan = None if self.strategy == REFERENCE else self._plan(world, contracts, few, rows)
             total = total_steps(loader, epochs, steps)
             for callback in reporter.callbacks:
@@ -227,7 +167,7 @@ class Trainer:
                 if validate is None
                 else lambda: readers.enter_context(closing(self._reader(validate, 1, None, self.split_batch)))
             )
-            counted = _Counted(source) if source else None
+            counted = Counted(source) if source else None
             with batch_norms(self.batch_norm, self._training_models()) as norms:
                 if plan is None:
                     assert counted is not None
@@ -241,7 +181,7 @@ class Trainer:
     def preflight(self, loader: Iterable[Any]) -> None:
         """Raise the `UserError`s that `fit` would, from the first batch and without training or measuring anything."""
         inputs, targets = self.split_batch(next(iter(loader)))
-        dry_run(self.task, inputs, targets, split=self.split_backward)
+        self.dry_run(inputs, targets)
         teacher = self.task.teacher_blocks
         costs = self.costs or Costs(
             tuple(BlockCosts(b.name, 1.0, 1.0) for b in self.task.student_blocks.blocks),
@@ -251,6 +191,10 @@ class Trainer:
         if self.strategy != REFERENCE:
             plan = self.plan_for(costs)
             assert plan.schedule
+
+    def dry_run(self, inputs: Any, targets: Any) -> Contracts:
+        """What crosses each boundary, from a sample of a batch; raises `UserError`s for what cannot work."""
+        return dry_run(self.task, inputs, targets, split=self.split_backward, length_axis=self.length_axis)
 
     @property
     def demands(self) -> Demands:
@@ -274,7 +218,7 @@ class Trainer:
 
     def _reader(self, loader: Iterable[Any], epochs: int | None, steps: int | None, split_batch: SplitBatch) -> Reader:
         return Reader(
-            loader, epochs=epochs, steps=steps, seed=self.seed, split_batch=split_batch,
+            loader, epochs=epochs, steps=steps, seed=self.seed, split_batch=split_batch, length_axis=self.length_axis,
             timeout_seconds=self.timeout_seconds,
         )  # fmt: skip
 
@@ -303,27 +247,32 @@ class Trainer:
         return plan
 
     def measure(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Costs:
-        """Costs of every block for `rows` rows measured on rank 0 alone, and how much longer it takes while all ranks
+        """Costs of every block for `rows` rows measured on rank 0 alone, and on CPUs how much longer it takes while all ranks
         compute. On all ranks together.
         """
+        device = device_of(world.ranks[0], self.device_type)
 
         def once() -> Costs:
-            return profile(
-                self.task, contracts, *few, rows=rows, optimizer=self.make_optimizer, split=self.split_backward
-            )
+            with placed(self.task, device):
+                return profile(
+                    self.task, contracts, *to_device(few, device), rows=rows, optimizer=self.make_optimizer,
+                    split=self.split_backward,
+                )  # fmt: skip
 
         alone = once() if world.is_main else None
         if len(world.ranks) == world.num_ranks:
             assert alone is not None
             return alone
         world.barrier()
-        together = once()
-        on_cpu, seen = self.device_type == "cpu", self.task.demands.teacher_views
+        if device.type != "cpu":  # nobody shares a device
+            link = world.measure_link(0.0, device)
+            return world.share(alone and alone.with_surroundings(link, 1.0))
+        together, seen = once(), self.task.demands.teacher_views
         an_action = together.microbatch_seconds(seen) / (3 * self.devices * self.task.demands.views)  # on average
-        link = world.measure_link(an_action if on_cpu else 0.0)
+        link = world.measure_link(an_action, device)
         slowest = world.gather([together.microbatch_seconds(seen)])
         interference = 1.0
-        if alone is not None and on_cpu:
+        if alone is not None:
             interference = max(1.0, sum(slowest) / len(slowest) / alone.microbatch_seconds(seen))
         return world.share(alone and alone.with_surroundings(link, interference))
 
@@ -332,9 +281,9 @@ class Trainer:
         world: World,
         plan: Plan,
         contracts: Contracts,
-        source: _Counted | None,
+        source: Counted | None,
         validation: Callable[[], Iterator[Batch]] | None,
-        reporter: _Reporter,
+        reporter: Reporter,
         norms: Norms,
         validate: bool,
     ) -> Result:
@@ -345,6 +294,7 @@ class Trainer:
             self.log_every,
             self.lr,
             self.lr_factor,
+            self.decay_factor,
             self.metrics,
             validate,
             self.timeout_seconds,
@@ -353,6 +303,7 @@ class Trainer:
         for model in self._models():
             forms = world.share(model.forms_of(range(len(model))) if world.is_main else None)
             world.copy_from(model.adopt(forms), 0)  # as DDP does: a script may have drawn other weights in each process
+        world.copy_from(self._loss_state(), 0)
         used = edges(plan.schedule.structure)
         runs = [
             RankRun(
@@ -397,13 +348,20 @@ class Trainer:
             for rank, blocks in enumerate(ranges(partition)):
                 forms = world.share(model.forms_of(blocks) if rank in world.ranks else None, rank)
                 world.copy_from(model.adopt(forms), rank)
+        structure = plan.schedule.pipeline
+        world.copy_from(self._loss_state(), structure.student_ranks[structure.last])
+
+    def _loss_state(self) -> list[Tensor]:
+        """What a loss that is a module holds, such as running means; on the CPU."""
+        loss = self.task.loss
+        return list(loss.to(CPU).state_dict(keep_vars=True).values()) if isinstance(loss, nn.Module) else []
 
     def _run_reference(
         self,
-        source: _Counted,
+        source: Counted,
         contracts: Contracts,
         validation: Callable[[], Iterator[Batch]] | None,
-        reporter: _Reporter,
+        reporter: Reporter,
         norms: Norms,
     ) -> Result:
         """Training without a schedule, with the same logs."""
@@ -438,12 +396,13 @@ class Trainer:
 
         reference(
             self.task, contracts, source, self.make_optimizer(trained), microbatches=self.microbatches, lr_factor=self.lr_factor,
-            seed=self.seed, device=device, before_update=before_update, after_update=after_update,
+            decay_factor=self.decay_factor, seed=self.seed, device=device, before_update=before_update, after_update=after_update,
             norms=norms, largest_norm=self.clip_grad_norm, staleness=self.staleness or 0,
             student_staleness=self.student_staleness,
         )  # fmt: skip
         for model in self._models():
             move(model, range(len(model)), CPU)
+        self._loss_state()
         seconds = step_ends[-1] - step_ends[0]
         return Result(
             strategy=REFERENCE, devices=1, backend=self.device_type, steps=source.steps, samples=source.samples,
@@ -466,33 +425,5 @@ def _whole(task: Task, contracts: Contracts) -> tuple[str, ...]:
     return tuple(f"block {i} ('{blocks[i].name}'): {reason}" for i, reason in sorted(contracts.unsplit.items()))
 
 
-def versions() -> dict[str, str]:
-    """Of what a run's results depend on."""
-    return {"pipestill": version("pipestill"), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def constant(step: int) -> float:
-    """The schedule of a learning rate that stays."""
-    return 1.0
-
-
 def _start(event: Event) -> float:
     return event.start
-
-
-def total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int | None:
-    """How many steps a run has, where that can be known beforehand."""
-    if epochs is None:
-        return steps
-    try:
-        length = len(loader) if isinstance(loader, Sized) else None
-    except TypeError:  # a DataLoader over an IterableDataset has a __len__ that refuses
-        length = None
-    return None if length is None else min(epochs * length, steps or epochs * length)
-
-
-def backend_name(world: World, device_type: str) -> str:
-    """What moves tensors between the ranks."""
-    if isinstance(world, OneProcess):
-        return f"in-process {device_type}"
-    return "gloo" if device_type == "cpu" else "nccl"

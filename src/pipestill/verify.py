@@ -11,9 +11,9 @@ from torch import Tensor
 from pipestill.recipes.phases import make_trainer
 from pipestill.recipes.recipe import Recipe, end_to_end
 from pipestill.recipes.run_options import RunOptions
+from pipestill.result import REFERENCE, Result
 from pipestill.runtime.launch import launch
 from pipestill.schedule import check
-from pipestill.train import REFERENCE, Result
 
 TRANSPORTS = ("in-process", "process-group")
 

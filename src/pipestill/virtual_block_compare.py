@@ -11,7 +11,6 @@ from typing import Any
 
 from pipestill.block_profile import BlockProfile
 from pipestill.compare import Comparison
-from pipestill.costs import Link
 from pipestill.plan.blockwise import BlockPlan, plan_blocks
 from pipestill.plan.describe import describe
 from pipestill.runtime.block_groups import process_groups
@@ -73,9 +72,7 @@ def _mean_action_seconds(plan: BlockPlan) -> float:
 
 def _slowed(plan: BlockPlan, factor: float) -> BlockPlan:
     """The same schedules where everything lasts `factor` times as long."""
-    link = plan.costs.link
-    slow = Link(link.latency_seconds * factor, link.bytes_per_second / factor, link.wake_seconds * factor)
-    profile = plan.costs.profile.scaled(factor).with_link(slow)
+    profile = plan.costs.profile.scaled(factor, transfers=True)
     return dataclasses.replace(plan, costs=dataclasses.replace(plan.costs, profile=profile))
 
 

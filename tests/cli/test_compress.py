@@ -48,7 +48,6 @@ WRONG = {
     "memory in words": ("--memory much", "memory takes an amount such as 80GB or 512MiB, got 'much'"),
     "memory that nothing fits into": ("--memory 1KB --devices 2 --widths 2 --depths 1 --student_depths 1", "fits into"),
     "reference on two devices": ("--strategy reference --devices 2", "'reference' runs on one device, not 2"),
-    "devices beyond blocks": ("--devices 7", "7 devices"),
     "missing data": ("--preset cifar10", "preset 'cifar10' reads its images from --data PATH"),
     "no such directory": ("--data nowhere", "no directory 'nowhere'"),
     "widths in words": ("--widths wide", "widths takes whole numbers such as 3,3, got 'wide'"),

@@ -68,7 +68,7 @@ WRONG = {
     "nearest of blocks": ("plan --costs blocks.csv --strategy hybrd", "no strategy 'hybrd' (did you mean 'hybrid'?)"),
     "strategy of blocks": ("plan --costs costs.json --strategy relay", "'relay' is of blocks that learn alone"),
     "strategy of pipelines": ("plan --costs blocks.csv --strategy gpipe", "'gpipe' is of pipelines"),
-    "memory of a pipeline": ("plan --costs costs.json --memory 1GB", "--memory is for blocks that learn alone"),
+    "memory of a pipeline": ("plan --costs costs.json --memory 1GB", "these costs do not tell what blocks hold in memory"),
     "knobs of pipelines": (
         "plan --costs blocks.csv --microbatches 2 --views 2", "--microbatches is for pipelines, and these costs are of blocks",
     ),

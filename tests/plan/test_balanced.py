@@ -126,6 +126,33 @@ def test_a_fast_rank_has_more_to_do() -> None:
         assert seconds_per_batch(BlockwiseCosts(profile, 1, pace), 2) == pytest.approx(5.0, rel=0.02)
 
 
+def test_ranks_of_different_speeds_share_rows_as_fast_as_they_are() -> None:
+    """18 seconds at 18 rows, an all-reduce of 1 and nothing else, on ranks of 2 and 1: 12 and 6 rows would take 6 each, and
+    then 1 each. A fast rank can do 2 seconds' work in the second that it waits.
+    """
+    heavy = BlockTimes("heavy", (1, 18), (0.0, 0.0), (1.0, 18.0), 0, 0, allreduce_ranks=(2,), allreduce_seconds=(1.0,))
+    for pace, rows in (((2.0, 1.0), 12), ((1.0, 2.0), 6)):
+        costs = BlockwiseCosts(BlockProfile((heavy,), Link()), 18, pace)
+        assert seconds_per_batch(costs, 2) == pytest.approx(7.0, rel=1e-6)
+        structure = balanced(costs, 2)[0].structure
+        assert isinstance(structure, BlockStructure)
+        assert {share.part[1] for share in structure.student[0]} == {Fraction(rows, 18), Fraction(1)}
+
+
+def test_layout_is_found_where_hybrid_does_not_fit() -> None:
+    """Hybrid's ranks all hold a stage's teacher and student; a rank may also have the teacher alone, another the student."""
+    block = BlockTimes("block", (1, 8), (2.0, 2.0), (2.0, 2.0), 1, 0, 1000, 1000, 1)
+    profile = BlockProfile((block,), Link())
+    with pytest.raises(PlanError, match="the least that any needs is"):
+        plan_blocks(profile, strategy="hybrid", devices=2, batch=8, memory_bytes=1500)
+    plan = plan_blocks(profile, strategy="balanced", devices=2, batch=8, memory_bytes=1500)
+    assert max(plan.memory_bytes) <= 1500
+    assert plan.seconds_per_batch == pytest.approx(2.0)
+    (structure,) = (phase.schedule.structure for phase in plan.phases)
+    assert isinstance(structure, BlockStructure)
+    assert {share.rank for share in structure.teacher[0]} != {share.rank for share in structure.student[0]}
+
+
 def test_what_a_window_buffers_may_not_fit() -> None:
     """Without memory for a window's relays, what fits is hybrid's."""
     held = [BlockTimes("fixed", (1, 8), (1.0, 1.0), (3.0, 3.0), 100, 0, 0, 10, 0) for _ in range(3)]
@@ -137,5 +164,8 @@ def test_what_a_window_buffers_may_not_fit() -> None:
     found, _ = balanced(costs, 2, limit)
     assert max(memory_bytes_of(free, costs)) > limit >= max(memory_bytes_of(found, costs))
     assert found.structure.num_microbatches == 1
-    with pytest.raises(PlanError, match="fits into 0.000953674 MiB a rank: the least that any needs is"):
+    refused = (
+        "fits into 0.000953674 MiB a rank: the least that any needs is .*; of layouts with level loads, [0-9.]+ MiB"
+    )
+    with pytest.raises(PlanError, match=refused):
         balanced(costs, 2, 1000)

@@ -1,5 +1,6 @@
 """Plans of blockwise training: their figures, and the four tables of acceptance."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from schedule.block_tasks import line, profiles
 from pipestill.block_profile import BlockProfile, BlockTimes
 from pipestill.costs import Link
 from pipestill.errors import PlanError
+from pipestill.plan.block_json import block_plan_from_json, block_plan_to_json
 from pipestill.plan.blockwise import BLOCK_STRATEGIES, BlockPlan, plan_blocks
 from pipestill.plan.stages import dp_seconds, ls
 from pipestill.schedule import check
@@ -158,3 +160,17 @@ def test_impossible_plans(asked: dict[str, object], message: str) -> None:
     profile = BlockProfile((line(1.0, 1.0), line(1.0, 1.0)))
     with pytest.raises(PlanError, match=message):
         plan_blocks(profile, **{"strategy": "hybrid", "devices": 2, "batch": 8, **asked})  # type: ignore[arg-type]
+
+
+def test_measured_allreduces_decide_and_are_kept_with_the_plan() -> None:
+    """A heavy block and a light one on 2 ranks: shared where adding up gradients is cheap, else 10 and 2 seconds."""
+    profile = BlockProfile((line(0.0, 1.0), line(0.0, 0.2)), LINK)
+    for seconds, expected in ((0.5, 7.0), (5.0, 10.0)):
+        measured = profile.with_allreduces((2,), [(seconds,), (seconds,)])
+        dp, hybrid = plans_of(measured, 2, 10, "dp", "hybrid")
+        assert hybrid.chosen is not None
+        assert hybrid.chosen.seconds == pytest.approx(expected)
+        assert dp.seconds_per_batch == pytest.approx(6.0 + 2 * seconds)
+        again = block_plan_from_json(json.dumps(block_plan_to_json(hybrid)))
+        assert again.costs == hybrid.costs
+        assert again.seconds_per_batch == hybrid.seconds_per_batch

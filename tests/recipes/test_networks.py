@@ -7,7 +7,7 @@ import torch
 
 from pipestill.model.blocks import BlockModel
 from pipestill.recipes.compress import SHAPES
-from pipestill.recipes.networks import Shape, halvings, network
+from pipestill.recipes.networks import RESNETS, Shape, halvings, network
 
 SMALL = {"vgg": Shape("vgg", (4, 6, 8), (1, 2, 1), (10,)), "resnet": Shape("resnet", (4, 6, 8), (1, 2, 1))}
 
@@ -59,3 +59,36 @@ def test_the_same_seed_gives_the_same_network() -> None:
     one, same, other = (network(SMALL["vgg"], 3, 8, 5, seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["features.0.weight"], other["features.0.weight"])
+
+
+def test_resnets_are_the_published_ones() -> None:
+    """Torchvision's parameters, in number and in name; bottlenecks halve the image in their 3x3 convolution."""
+    with torch.device("meta"):
+        models = {name: network(shape, 3, 224, 1000) for name, shape in RESNETS.items()}
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert counts == {
+        "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160,
+        "resnet152": 60_192_808,
+    }  # fmt: skip
+    assert {"layer1.0.conv3.weight", "layer1.0.downsample.0.weight", "layer3.35.bn3.running_var"} <= set(
+        models["resnet152"].state_dict()
+    )
+    strides = {name: m.stride for name, m in models["resnet50"].named_modules() if isinstance(m, torch.nn.Conv2d)}
+    assert strides["layer2.0.conv2"] == strides["layer2.0.downsample.0"] == (2, 2)
+    assert strides["layer2.0.conv1"] == (1, 1)
+
+
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_a_resnet_is_cut_at_its_residual_blocks_on_demand(bottleneck: bool) -> None:
+    shape = Shape("resnet", (4, 6), (1, 2), bottleneck=bottleneck)
+    model = network(shape, 3, 96, 5, cuts="residual").eval()
+    blocks = BlockModel(model)
+    assert [block.name for block in blocks.blocks] == ["stem", "layer1.0", "layer2.0", "layer2.1", "classifier"]
+    images = torch.rand(2, 3, 96, 96)
+    assert torch.equal(blocks(images), model(images))
+    assert len(BlockModel(network(shape, 3, 96, 5))) == 3, "two stages and a classifier"
+
+
+def test_a_resnet_without_classes_gives_features() -> None:
+    model = network(Shape("resnet", (4, 6), (1, 1), bottleneck=True), 3, 16, 0)
+    assert model(torch.rand(2, 3, 16, 16)).shape == (2, model.num_features) == (2, 24)

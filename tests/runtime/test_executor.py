@@ -64,7 +64,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
             super().__init__(*arguments, **options)
             executors.append(self)
 
-    def world(devices: int, *rest: Any) -> OneProcess:
+    def world(devices: int, *rest: Any, **more: Any) -> OneProcess:
         worlds.append(OneProcess(devices))
         return worlds[-1]
 
@@ -117,4 +117,4 @@ def test_nobody_else_in_one_process() -> None:
     world.copy_from([tensor], 1)
     world.barrier()
     assert tensor.tolist() == [1, 1]
-    assert world.measure_link(0.0).seconds(10**9) == 0.0
+    assert world.measure_link(0.0, torch.device("cpu")).seconds(10**9) == 0.0

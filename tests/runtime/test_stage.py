@@ -34,10 +34,10 @@ def stages(task: Any, *sizes: int) -> list[StudentStage]:
 def through(first: StudentStage, second: StudentStage, rows: slice, unit: int, share: float) -> None:
     """Forward, loss and backward of one microbatch over two stages."""
     n = len(X[rows])
-    out = first.forward(X[rows], [], 0, unit, n)
+    out = first.forward(X[rows], [], 0, unit, n, 0)
     contract = first.contracts.student[0][first.blocks[-1]]
-    value, gradients = second.enter([t.detach().clone() for t in contract.split(out, n)], n, unit)
-    output = second.forward(value, gradients, 0, unit, n)
+    value, gradients = second.enter([t.detach().clone() for t in contract.split(out, n)], n, unit, 0)
+    output = second.forward(value, gradients, 0, unit, n, 0)
     second.loss(unit, {unit: output}, {}, Y[rows], 0, share)
     first.backward(second.backward(None, 0, unit), 0, unit)
 
@@ -72,7 +72,7 @@ def test_update_scales_every_groups_rate() -> None:
     weight = task.student[0].weight
     weight.grad = torch.ones_like(weight)
     before = weight.detach().clone()
-    stage.update(0.25)
+    stage.update(0.25, 3.0)
     assert torch.equal(weight, before - 0.5 * 0.25)
     assert weight.grad is None
 
@@ -81,7 +81,7 @@ def test_a_stage_without_parameters_has_no_optimizer() -> None:
     task = supervised(nn.Linear(4, CLASSES), nn.Tanh())
     _, second = stages(task, 1, 1)
     assert second.optimizer is None
-    second.update(1.0)
+    second.update(1.0, 1.0)
 
 
 def test_frozen_parameters_are_not_the_optimizers() -> None:
@@ -119,7 +119,7 @@ def test_a_loss_with_other_parts_is_refused() -> None:
 
     (stage,) = stages(ps.Supervised(nn.Sequential(nn.Linear(4, 4)), loss), 1)
     with pytest.raises(ModelError, match="the loss had the parts few on the sample batch and now has many"):
-        stage.loss(0, {0: stage.forward(X, [], 0, 0, 6)}, {}, Y, 0, 1.0)
+        stage.loss(0, {0: stage.forward(X, [], 0, 0, 6, 0)}, {}, Y, 0, 1.0)
 
 
 def test_infer_is_in_eval_mode_and_forward_in_train_mode() -> None:
@@ -128,7 +128,7 @@ def test_infer_is_in_eval_mode_and_forward_in_train_mode() -> None:
     quiet = stage.infer(X, 0, 0)
     assert not quiet.requires_grad
     assert (quiet != 0).all()
-    assert (stage.forward(X, [], 0, 0, 6) == 0).any()
+    assert (stage.forward(X, [], 0, 0, 6, 0) == 0).any()
     assert torch.equal(stage.infer(X, 3, 4), quiet)
 
 

@@ -532,6 +532,56 @@ def case(task: Callable[[], Any], loader: Callable[[], Any] = vectors, **rest: A
     return Case(task, loader, **{"trainer": {**SGD, "lr": 0.1}, "fit": {"epochs": 2}, **rest})
 
 
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {
+        "optimizer": torch.optim.SGD,
+        "optimizer_options": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2},
+    },
+    "adamw": {"optimizer": torch.optim.AdamW, "optimizer_options": {"weight_decay": 1e-2}},
+}
+
+
+# ---------------------------------------------------------------- batches of several lengths
+
+
+def lengths() -> ps.Distillation:
+    """Token sequences: an attention mask (length x length), transposed and flattened boundaries, a number that follows from
+    the length, and a loss of every token.
+    """
+
+    def start(self: Any, given: dict[str, Tensor]) -> dict[str, Any]:
+        h = self.table(given["tokens"])
+        allowed = given["mask"][:, None, None, :] & torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).tril()
+        return {"h": h.transpose(1, 2), "allowed": allowed, "length": h.shape[1], "flat": h.reshape(-1, 6)}
+
+    def attend(self: Any, v: dict[str, Any]) -> dict[str, Any]:
+        assert v["length"] == v["h"].shape[2]
+        h = v["h"].transpose(1, 2) + v["flat"].view(-1, v["length"], 6)
+        seen = F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None], v["allowed"])[:, 0]
+        h = h + F.dropout(self.layer(seen), 0.1, self.training)
+        return {**v, "h": h.transpose(1, 2), "flat": self.layer(h.reshape(-1, 6))}
+
+    def end(self: Any, v: dict[str, Any]) -> Tensor:
+        return self.layer(v["h"].transpose(1, 2)) * (v["length"] / 8)
+
+    def blocks(count: int) -> list[nn.Module]:
+        attends = [Call(attend, layer=nn.Linear(6, 6)) for _ in range(count)]
+        return [Call(start, table=nn.Embedding(9, 6)), *attends, Call(end, layer=nn.Linear(6, 9))]
+
+    return ps.Distillation(nn.Sequential(*blocks(1)), nn.Sequential(*blocks(2)), ps.losses.SoftTarget())
+
+
+def sequences(sizes: Sequence[tuple[int, int]] = ((7, 6), (7, 9), (5, 4), (7, 11), (2, 1))) -> list[tuple[Any, Tensor]]:
+    """Batches of (rows, length)."""
+    generator, found = torch.Generator().manual_seed(3), []
+    for rows, length in sizes:
+        tokens, targets = (torch.randint(0, 9, (rows, length), generator=generator) for _ in range(2))
+        mask = torch.rand(rows, length, generator=generator) < 0.9
+        mask[:, 0] = True
+        found.append(({"tokens": tokens, "mask": mask}, targets))
+    return found
+
+
 CASES: dict[str, Case] = {
     **{
         make.__name__: case(make)
@@ -561,16 +611,13 @@ CASES: dict[str, Case] = {
     "steps": case(nothing_to_train_in_a_stage, fit={"steps": 7}, validate=vectors, trainer={**SGD, **ACCURACY}),
     "steps_within_epochs": case(nothing_to_train_in_a_stage, fit={"steps": 5, "epochs": 4}, validate=vectors),
     "two_rates": case(nothing_to_train_in_a_stage, trainer={**SGD, "param_groups": two_rates, "lr_schedule": lambda k: 0.5**k}),
+    "decays": case(nothing_to_train_in_a_stage, trainer={**OPTIMIZERS["adamw"], "weight_decay_schedule": lambda k: 3.0 * k}),
+    "lengths": case(
+        lengths, sequences, validate=lambda: sequences(((5, 12), (3, 2))), fit={"epochs": 2},
+        trainer={**SGD, **ACCURACY, "length_axis": 1},
+    ),
 }  # fmt: skip
 
-
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {
-        "optimizer": torch.optim.SGD,
-        "optimizer_options": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2},
-    },
-    "adamw": {"optimizer": torch.optim.AdamW, "optimizer_options": {"weight_decay": 1e-2}},
-}
 
 EVERYTHING = Case(
     distillation,

@@ -5,7 +5,6 @@ With `--virtual`, on devices that wait instead of computing: of a recipe or a co
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +148,7 @@ def run_on_virtual_devices(words: list[str]) -> int:
     options = VirtualOptions(
         wanted.devices, wanted.microbatches, _strategies(wanted), wanted.rounds, wanted.steps, wanted.timeout_seconds
     )
-    costs = costs.with_surroundings(dataclasses.replace(costs.link, wake_seconds=0.0), 1.0)
+    costs = costs.with_surroundings(costs.link.only(), 1.0)
     return _tell(compare_virtual(costs, demands, options), wanted)
 
 

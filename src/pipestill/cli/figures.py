@@ -30,7 +30,31 @@ def pipeline_figures(plan: Plan) -> dict[str, Any]:
         "staleness": plan.proof.staleness,
         "student_partition": list(plan.student_partition),
         "teacher_partition": list(plan.teacher_partition),
+        "memory_bytes": list(plan.memory_bytes),
+        "costs": plan.costs.source,
     }
+
+
+def stages_table(plan: Plan) -> Table:
+    """What each rank of a pipeline holds and does, a row each."""
+    table = plain_table("rank", "student blocks", "teacher blocks", "busy", "stash", "memory")
+    trace = plan.prediction
+    busy = trace.busy_seconds_per_step()
+    for rank in range(plan.num_devices):
+        share = busy[rank] / trace.seconds_per_step if trace.seconds_per_step else 0.0
+        table.add_row(
+            str(rank), _range(plan.student_partition, rank), _range(plan.teacher_partition, rank), f"{min(1.0, share):.1%}",
+            str(trace.stash_peak[rank]), shown_bytes(plan.memory_bytes[rank]) if plan.memory_bytes else "",
+        )  # fmt: skip
+    return table
+
+
+def _range(partition: tuple[int, ...], rank: int) -> str:
+    if not partition:
+        return ""
+    first = sum(partition[:rank])
+    last = first + partition[rank] - 1
+    return str(first) if first == last else f"{first}-{last}"
 
 
 def block_figures(plan: BlockPlan) -> dict[str, Any]:

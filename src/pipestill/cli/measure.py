@@ -14,7 +14,10 @@ from pipestill.costs import Costs
 from pipestill.draw.boxes import write_bytes
 from pipestill.errors import ConfigError, nearest
 from pipestill.model.blockwise import Blockwise
+from pipestill.model.devices import Machine
+from pipestill.model.tasks import Task
 from pipestill.plan.blockwise import BLOCK_STRATEGIES
+from pipestill.recipes.estimate import compute, form_of
 from pipestill.recipes.measure import measure
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, Recipe
 from pipestill.recipes.run_options import RunOptions
@@ -57,23 +60,38 @@ def costs_of_recipe(command: str, words: Sequence[str], group: type[T]) -> tuple
         )
     split = bool(getattr(options, "split_backward", False)) or "split" in getattr(options, "strategies", "")
     how = RunOptions(microbatches=max(1, getattr(options, "microbatches", 1)), split_backward=split)
-    costs = costs_for(recipe, workload, getattr(options, "costs", None), how)
+    costs, demands = costs_for(
+        recipe, workload, getattr(options, "costs", None), how, getattr(options, "estimate", None)
+    )
     assert isinstance(costs, Costs)
-    return costs, workload.task().demands, options
+    return costs, demands, options
 
 
-def costs_for(recipe: Recipe, workload: AnyWorkload, file: str | None, how: RunOptions) -> Costs | BlockProfile:
-    """From a file, or measured: costs of a pipeline, or a profile where the recipe trains block by block.
+def costs_for(
+    recipe: Recipe, workload: AnyWorkload, file: str | None, how: RunOptions, estimate: str | None = None
+) -> tuple[Costs | BlockProfile, Demands]:
+    """From a file, computed for a device, or measured: costs of a pipeline, or a profile where the recipe trains block by
+    block; and what the recipe's task asks of a schedule.
 
     `ConfigError` for a file of the other kind, or of other models.
     """
-    if file is None:
-        return measure(recipe, how)
-    costs, task = load(file), workload.task()
-    if isinstance(workload, BlockwiseWorkload) != isinstance(costs, BlockProfile):
-        kind, suffix = (
-            ("block by block", CSV) if isinstance(workload, BlockwiseWorkload) else ("as a pipeline", ".json")
-        )
+    if estimate is not None:
+        if file is not None:
+            raise ConfigError(f"--estimate computes costs, and '{file}' has them; give one of the two")
+        computed, task = compute(workload, Machine.parse(estimate), how)
+        return computed, task.demands
+    if isinstance(workload, BlockwiseWorkload):
+        blocks = workload.task()
+        return (measure(recipe, how) if file is None else _of_file(file, recipe, blocks)), Demands()
+    form = form_of(workload)
+    return (measure(recipe, how) if file is None else _of_file(file, recipe, form)), form.demands
+
+
+def _of_file(file: str, recipe: Recipe, task: Task | Blockwise) -> Costs | BlockProfile:
+    """Costs from a file, of the kind and the number of blocks that the task has."""
+    costs, by_blocks = load(file), isinstance(task, Blockwise)
+    if by_blocks != isinstance(costs, BlockProfile):
+        kind, suffix = ("block by block", CSV) if by_blocks else ("as a pipeline", ".json")
         raise ConfigError(
             f"'{file}' is of {_BLOCKS if isinstance(costs, BlockProfile) else _PIPELINES}, and recipe '{recipe.name}' is "
             f"trained {kind}; 'pipestill profile {recipe.name} -o FILE{suffix}' measures what it needs"

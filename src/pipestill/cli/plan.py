@@ -16,6 +16,7 @@ from pipestill.cli.figures import (
     pipeline_figures,
     plain_table,
     shown_bytes,
+    stages_table,
     who_does_what,
     wide_console,
 )
@@ -46,7 +47,9 @@ class PlanOptions:
         costs: a costs file, or a CSV of blocks that learn alone; by itself, or to spare measuring a recipe
         profile: another name for --costs with a CSV
         batch: rows of a batch, with a CSV of blocks (default: the most that it was measured for)
-        memory: most that blocks which learn alone may take on a device, such as 80GB (default: no limit)
+        estimate: compute a pipeline's costs for a device instead of measuring them here: v100, a100, h100 or h200, with
+            :fp32, :bf16 or the like behind it for another precision than its usual one
+        memory: most that a device may hold, such as 80GB (default: no limit)
         teacher: without a recipe: frozen, ema, or none for the student alone
         views: without a recipe: views of each sample, all seen by both models
         batch_loss: without a recipe: the loss takes the whole batch at once
@@ -64,6 +67,7 @@ class PlanOptions:
     costs: str | None = None
     profile: str | None = None
     batch: int | None = None
+    estimate: str | None = None
     memory: NumBytes | None = None
     teacher: Literal["frozen", "ema", "none"] = "frozen"
     views: int = 1
@@ -112,14 +116,14 @@ def _of_recipe(words: list[str]) -> tuple[_Problem, PlanOptions]:
         devices=max(1, options.devices), microbatches=max(1, options.microbatches),
         split_backward=not isinstance(workload, BlockwiseWorkload), device=options.device, threads=options.threads,
     )  # fmt: skip
-    costs = costs_for(recipe, workload, file, how)
-    demands = Demands() if isinstance(workload, BlockwiseWorkload) else workload.task().demands
+    costs, demands = costs_for(recipe, workload, file, how, options.estimate)
     return _Problem(costs, demands, recipe.name, workload.train_loader.batch_size), options
 
 
 def _of_file(words: list[str]) -> tuple[_Problem, PlanOptions]:
     (options,) = parse("plan [RECIPE|config.yaml]", words, PlanOptions)
     refuse(words, ("device", "threads"), "is for measuring a recipe; leave it out")
+    refuse(words, ("estimate",), "is for a recipe's models; leave it out, or name a recipe instead of --costs")
     file = _file(options)
     if file is None:
         raise ConfigError("'plan' needs one of: a recipe, a config.yaml, or --costs FILE (.json, or .csv of blocks)")
@@ -146,11 +150,13 @@ def _pipelines(costs: Costs, demands: Demands, options: PlanOptions, recipe: str
     with Console(stderr=True).status("planning") as status:
         found = search_pipelines(
             costs, demands, devices=options.devices, microbatches=options.microbatches, staleness=options.staleness,
-            strategy=options.strategy, progress=lambda name: status.update(f"planning {name}"),
+            strategy=options.strategy, memory_bytes=options.memory, progress=lambda name: status.update(f"planning {name}"),
         )  # fmt: skip
         figures = {
             "kind": "pipeline", "recipe": recipe, "devices": options.devices, "microbatches": options.microbatches,
-            "rows": costs.rows, "chosen": found.chosen.name, "considered": [_of_pipeline(o, found) for o in found.considered],
+            "rows": costs.rows, "costs": costs.source,
+            "memory_limit_bytes": None if options.memory is None else int(options.memory),
+            "chosen": found.chosen.name, "considered": [_of_pipeline(o, found) for o in found.considered],
             "file": options.out,
         }  # fmt: skip
     if options.out is not None:
@@ -162,6 +168,9 @@ def _pipelines(costs: Costs, demands: Demands, options: PlanOptions, recipe: str
     console.print(_table_of_pipelines(found), crop=False)
     _tell_refused(found.considered, console)
     plan = found.plan
+    console.print(stages_table(plan), crop=False)
+    if costs.source:
+        console.print(f"costs {costs.source}", markup=False)
     console.print(
         f"{found.chosen.name}: blocks of the stages, student {_listed(plan.student_partition)}"
         f"{f', teacher {_listed(plan.teacher_partition)}' if plan.teacher_partition else ''}. A step is "
@@ -173,7 +182,11 @@ def _pipelines(costs: Costs, demands: Demands, options: PlanOptions, recipe: str
     keys += [f"--stash {plan.stash}"] * (plan.stash is not None) + [f"--staleness {plan.staleness}"] * bool(
         plan.staleness
     )
-    _tell_how_to_go_on(recipe, options, [*keys, f"--microbatches {options.microbatches}"], "costs", console)
+    keys.append(f"--microbatches {options.microbatches}")
+    if found.chosen.recut:
+        keys.append(f"--student_partition {_listed(plan.student_partition)}")
+        keys.append(f"--teacher_partition {_listed(plan.teacher_partition)}")
+    _tell_how_to_go_on(recipe, options, keys, "costs", console)
     return 0
 
 
@@ -185,14 +198,15 @@ def _of_pipeline(one: Considered[Plan], found: Search[Plan]) -> dict[str, Any]:
 
 
 def _table_of_pipelines(found: Search[Plan]) -> Any:
-    table = plain_table("strategy", "ms a step", "busy", "stash", "stale", "")
+    table = plain_table("strategy", "ms a step", "busy", "stash", "stale", "memory", "")
     for one in found.considered:
         if one.plan is None:
-            table.add_row(one.name, "", "", "", "", "refused")
+            table.add_row(one.name, "", "", "", "", "", "refused")
             continue
         table.add_row(
             one.name, milliseconds(one.plan.prediction.seconds_per_step), f"{one.plan.prediction.utilisation:.1%}",
-            str(max(one.plan.proof.stash_peak)), str(one.plan.proof.staleness), _mark(one, found),
+            str(max(one.plan.proof.stash_peak)), str(one.plan.proof.staleness),
+            shown_bytes(max(one.plan.memory_bytes)) if one.plan.memory_bytes else "", _mark(one, found),
         )  # fmt: skip
     return table
 

@@ -16,8 +16,10 @@ from pipestill.cli.measure import CSV, recipe_of, writable, write_json
 from pipestill.cli.options import Helped
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.errors import ConfigError
+from pipestill.model.devices import Machine
+from pipestill.recipes.estimate import compute
 from pipestill.recipes.measure import measure
-from pipestill.recipes.recipe import BlockwiseWorkload
+from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload
 from pipestill.recipes.run_options import RunOptions
 
 
@@ -28,6 +30,8 @@ class ProfileOptions:
     Args:
         out: the file to write, also -o: a .json of costs, or a .csv of blocks for a recipe that trains block by block;
             --costs takes either (default: none)
+        estimate: compute a pipeline's costs for a device instead of measuring them here: v100, a100, h100 or h200, with
+            :fp32, :bf16 or the like behind it for another precision than its usual one
         devices: processes that the links between them, and how much they slow each other down, are measured with; blocks
             that learn alone are measured at the shares of a batch of 1 to so many ranks
         microbatches: slices of a batch; costs of a pipeline are for one of them
@@ -40,6 +44,7 @@ class ProfileOptions:
     """
 
     out: str | None = None
+    estimate: str | None = None
     devices: int = 1
     microbatches: int = 8
     device: str | None = None
@@ -59,13 +64,14 @@ def run(words: list[str]) -> int:
         raise ConfigError(
             f"devices {options.devices} and microbatches {options.microbatches}; expected at least 1 each"
         )
-    by_blocks = isinstance(recipe.workload(options.seed), BlockwiseWorkload)
+    workload = recipe.workload(options.seed)
+    by_blocks = isinstance(workload, BlockwiseWorkload)
     _check_file(options.out, recipe.name, by_blocks)
     how = RunOptions(
         devices=options.devices, microbatches=options.microbatches, split_backward=not by_blocks, device=options.device,
         seed=options.seed, threads=options.threads, timeout_seconds=options.timeout_seconds,
     )  # fmt: skip
-    costs = measure(recipe, how)
+    costs = measure(recipe, how) if options.estimate is None else _computed(workload, options, how)
     figures: dict[str, Any] = {"recipe": recipe.name, "devices": options.devices, "file": options.out}
     if isinstance(costs, BlockProfile):
         blocks = [asdict(block) for block in costs.blocks]
@@ -90,6 +96,15 @@ def run(words: list[str]) -> int:
     return 0
 
 
+def _computed(workload: AnyWorkload, options: ProfileOptions, how: RunOptions) -> Costs:
+    assert options.estimate is not None
+    if options.devices > 1:
+        raise ConfigError(
+            "--devices starts processes that measure, and --estimate measures nothing; leave one of them out"
+        )
+    return compute(workload, Machine.parse(options.estimate), how)[0]
+
+
 def _check_file(path: str | None, recipe: str, by_blocks: bool) -> None:
     suffix = CSV if by_blocks else ".json"
     if path is not None and Path(path).suffix.lower() != suffix:
@@ -100,18 +115,22 @@ def _check_file(path: str | None, recipe: str, by_blocks: bool) -> None:
 
 def tell(costs: Costs, devices: int, console: Console) -> None:
     """Costs of a pipeline's blocks, for a person."""
-    console.print(f"milliseconds of one microbatch of {costs.rows} rows, median; update once a batch")
-    table = plain_table("block", "forward", "backward", "of weights", "update", "parameters", "output")
+    median = "" if costs.source.startswith("computed") else ", median"
+    console.print(f"milliseconds of one microbatch of {costs.rows} rows{median}; update once a batch")
+    table = plain_table("block", "forward", "backward", "of weights", "update", "parameters", "output", "stash")
     for role, blocks in (("teacher", costs.teacher), ("student", costs.student)):
         for index, block in enumerate(blocks):
             table.add_row(f"{role} {_name(index, block.name)}", *_cells(block, role == "student"))
     console.print(table, crop=False)
     views = f"; views take {', '.join(f'{v:.2f}' for v in costs.views)} of it" if len(costs.views) > 1 else ""
     console.print(f"loss {milliseconds(costs.loss_seconds)} ms{views}")
-    if devices > 1:
+    if costs.source.startswith("computed"):
+        console.print(f"costs {costs.source}", markup=False)
+    elif devices > 1:
         console.print(
-            f"link: {_link(costs.link)}, and {milliseconds(costs.link.wake_seconds)} ms more after a wait; while all "
-            f"{devices} processes compute, work takes {costs.interference:.2f} times as long"
+            f"link: {_link(costs.link)}, and {milliseconds(costs.link.wake_seconds)} ms more after a wait; a message "
+            f"keeps either end for {milliseconds(costs.link.handling_seconds)} ms; while all {devices} processes compute, "
+            f"work takes {costs.interference:.2f} times as long"
         )
     else:
         console.print(_ALONE)
@@ -124,7 +143,8 @@ def _cells(block: BlockCosts, trains: bool) -> list[str]:
     own = (block.backward_seconds, block.weight_seconds, block.update_seconds)
     learnt = [milliseconds(seconds) if trains else "" for seconds in own]
     return [
-        milliseconds(block.forward_seconds), *learnt, shown_bytes(block.parameter_bytes), shown_bytes(block.output_bytes)
+        milliseconds(block.forward_seconds), *learnt, shown_bytes(block.parameter_bytes), shown_bytes(block.output_bytes),
+        shown_bytes(block.stash_bytes) if trains else "",
     ]  # fmt: skip
 
 
@@ -144,6 +164,13 @@ def tell_of_blocks(profile: BlockProfile, devices: int, console: Console) -> Non
         f"(standard error at most {most:.0%})"
     )
     for table in _tables(profile):
+        console.print(table, crop=False)
+    sizes = profile.blocks[0].allreduce_ranks
+    if sizes:
+        console.print("milliseconds that groups of ranks take longer for a student's step, to add up its gradients")
+        table = plain_table("block", *(f"{size} ranks" for size in sizes))
+        for index, block in enumerate(profile.blocks):
+            table.add_row(_name(index, block.name), *map(milliseconds, block.allreduce_seconds))
         console.print(table, crop=False)
     console.print(f"link: {_link(profile.link)}" if devices > 1 else _ALONE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from pipestill import draw
 from pipestill.block_profile import BlockProfile
-from pipestill.cli.figures import block_figures, milliseconds, pipeline_figures, who_does_what
+from pipestill.cli.figures import block_figures, milliseconds, pipeline_figures, stages_table, who_does_what
 from pipestill.cli.measure import check_strategy, costs_for, load, recipe_of
 from pipestill.cli.options import Helped, parse, refuse
 from pipestill.costs import Costs
@@ -22,14 +23,15 @@ from pipestill.plan import Plan, make_plan
 from pipestill.plan.block_json import block_plan_from_json, is_block_plan
 from pipestill.plan.blockwise import BlockPlan, plan_blocks
 from pipestill.plan.describe import phase_titles
+from pipestill.plan.search import fitting
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import NumBytes, RunOptions
 from pipestill.schedule.program import Demands
 
 WITHOUT_RECIPE = ("teacher", "views", "batch_loss", "clip")
 OF_PIPELINES = ("microbatches", "staleness", "split_backward", "stash", "run_ahead", "uniform", *WITHOUT_RECIPE)
-OF_BLOCKS = ("batch", "memory")
-_FIXED = ("devices", "strategy", "costs", *OF_PIPELINES, *OF_BLOCKS)
+OF_BLOCKS = ("batch",)
+_FIXED = ("devices", "strategy", "costs", "estimate", "memory", *OF_PIPELINES, *OF_BLOCKS)
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ class SimulateOptions:
         clip: without a recipe: gradients are clipped by their global norm
         costs: a costs file, or a CSV of blocks that learn alone; by itself, or to spare measuring a recipe
         batch: rows of a batch, with a CSV of blocks (default: the most that it was measured for)
-        memory: most that blocks which learn alone may take on a device, such as 80GB (default: no limit)
+        estimate: compute a pipeline's costs for a device instead of measuring them here: v100, a100, h100 or h200, with
+            :fp32, :bf16 or the like behind it for another precision than its usual one
+        memory: most that a device may hold, such as 80GB (default: no limit)
         draw: a .svg or .png file for the picture
         steps: steady steps in the picture (default: 2, or one window of batches)
         text: print the schedule too: each rank's work in order, with @1 after work for the step after
@@ -74,6 +78,7 @@ class SimulateOptions:
     clip: bool = False
     costs: str | None = None
     batch: int | None = None
+    estimate: str | None = None
     memory: NumBytes | None = None
     draw: str | None = None
     steps: int | None = None
@@ -112,6 +117,10 @@ def run(words: list[str]) -> int:
         f"the teacher is at most {plan.proof.run_ahead} ahead",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if plan.memory_bytes:
+        console.print(stages_table(plan), crop=False)
+    if plan.costs.source:
+        console.print(f"costs {plan.costs.source}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -163,6 +172,7 @@ def _plan(source: str | None, words: list[str]) -> tuple[Plan | BlockPlan, Simul
     if source is not None:
         return _of_recipe([source, *words])
     (options,) = parse("simulate [RECIPE|config.yaml|plan.json]", words, SimulateOptions)
+    refuse(words, ("estimate",), "is for a recipe's models; leave it out, or name a recipe")
     if (options.uniform is None) == (options.costs is None):
         raise ConfigError(
             "'simulate' needs one of: a recipe, a config.yaml, a plan.json, --costs FILE, or --uniform T,F,BI,BW"
@@ -181,8 +191,7 @@ def _of_recipe(words: list[str]) -> tuple[Plan | BlockPlan, SimulateOptions, str
     by_blocks = isinstance(workload, BlockwiseWorkload)
     devices = max(1, options.devices) if by_blocks else 1
     how = RunOptions(devices=devices, microbatches=max(1, options.microbatches), split_backward=options.split_backward)
-    costs = costs_for(recipe, workload, options.costs, how)
-    demands = Demands() if isinstance(workload, BlockwiseWorkload) else workload.task().demands
+    costs, demands = costs_for(recipe, workload, options.costs, how, options.estimate)
     plan = _make(costs, demands, options, rest, workload.train_loader.batch_size)
     return plan, options, f"{recipe.name}: {_title(plan)}"
 
@@ -246,11 +255,12 @@ def _make(
             batch=rows_of_batch(costs, options.batch, batch), memory_bytes=options.memory,
         )  # fmt: skip
     refuse(words, OF_BLOCKS, FOR_BLOCKS)
-    return make_plan(
-        costs, devices=options.devices, strategy=options.strategy or "fill", microbatches=options.microbatches,
+    make = partial(
+        make_plan, costs, devices=options.devices, strategy=options.strategy or "fill", microbatches=options.microbatches,
         run_ahead=options.run_ahead, staleness=options.staleness, split_backward=options.split_backward,
         stash=options.stash, demands=demands,
     )  # fmt: skip
+    return fitting(make, options.memory)
 
 
 FOR_PIPELINES = "is for pipelines, and these costs are of blocks that learn alone; leave it out"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.errors import ModelError, nearest
+from pipestill.model.adapters import known_blocks
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class BlockModel:
     """A model together with its ordered blocks. The model itself stays whole; its state dict is never renamed.
 
     `cuts` lists the blocks in order: names of submodules that each take the value of the one before, or `Block`s for
-    anything else. Without cuts, an `nn.Sequential` is cut at every child (nested ones too), and any other model is
-    asked for `pipeline_blocks()`, which returns such a list. Raises `ModelError` when there is none, when a name is
-    unknown, or when a parameter belongs to no block.
+    anything else. Without cuts, an `nn.Sequential` is cut at every child (nested ones too), a model of a known family
+    (see `adapters`) at its layers, and any other is asked for `pipeline_blocks()`, which returns such a list. Raises
+    `ModelError` when there is none, when a name is unknown, or when a parameter belongs to no block.
     """
 
     def __init__(self, model: nn.Module, cuts: Sequence[str | Block] | None = None) -> None:
@@ -127,7 +128,8 @@ class BlockModel:
                 if first != stage:
                     raise ModelError(
                         f"'{name}' (also '{first_name}') is shared by student stages {first} and {stage}, and tied "
-                        "weights cannot be trained in two stages; choose a partition that keeps both in one stage"
+                        "weights cannot be trained in two stages; choose a partition that keeps both in one stage, or untie "
+                        "them (a parameter each; for a Hugging Face model, config.tie_word_embeddings=False)"
                     )
 
     def __call__(self, value: Any) -> Any:
@@ -145,6 +147,8 @@ def _own_cuts(model: nn.Module) -> list[str | Block]:
         if model._forward_hooks or model._forward_pre_hooks:
             raise ModelError("the nn.Sequential has forward hooks, which its blocks alone would not call; remove them")
         return list(_sequential_names(model, ""))
+    if (blocks := known_blocks(model)) is not None:
+        return blocks
     raise ModelError(
         f"cannot tell the blocks of {type(model).__name__}: make it an nn.Sequential, give it a method "
         "pipeline_blocks() that returns the names of its consecutive submodules, or pass such a list as cuts"

@@ -192,8 +192,8 @@ class Contract:
     def _broken(self, what: str, expected: object, came: object) -> ModelError:
         return ModelError(
             f"{self.where}: the {what} that crosses this boundary was {_show(expected)} on the sample batch and is now "
-            f"{_show(came)}; a boundary may change with the number of rows only, so pad the data or cut the model "
-            "elsewhere"
+            f"{_show(came)}; a boundary may change with the number of rows only (and with the length, where the trainer has "
+            "a length_axis), so pad the data or cut the model elsewhere"
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import FEW, MORE, Contract, copied, distinct_tensors, learn, num_rows, rows_of
+from pipestill.model.lengths import ByLength, length_of, sample_lengths, shortened
 from pipestill.model.split import why_whole
 from pipestill.model.stepwise import Values, describe, stepwise, untouched
 from pipestill.model.tasks import Task, check_views, view
@@ -34,15 +36,68 @@ class Contracts:
     loss_parts: tuple[str, ...]
     copies: frozenset[int]
     unsplit: Mapping[int, str] = field(default_factory=dict)
+    by_length: ContractsByLength | None = field(default=None, repr=False)
+
+    def at(self, length: int) -> Contracts:
+        """The contracts of batches of that length, where batches differ in it."""
+        return self if self.by_length is None else self.by_length.at(length)
 
 
-def dry_run(task: Task, inputs: Any, targets: Any, *, split: bool = False) -> Contracts:
+class ContractsByLength:
+    """A task's contracts at any length, from those at three."""
+
+    def __init__(self, lengths: tuple[int, int, int], contracts: Sequence[Contracts]) -> None:
+        self.longest = contracts[-1]
+
+        def family(found: Sequence[Contract]) -> ByLength:
+            one, two, three = found
+            return ByLength(lengths, (one, two, three))
+
+        def nested(found: Sequence[tuple[tuple[Contract, ...], ...]]) -> tuple[tuple[ByLength, ...], ...]:
+            views = zip(*found, strict=True)
+            return tuple(tuple(family(same) for same in zip(*view, strict=True)) for view in views)
+
+        self.inputs, self.targets = family([c.inputs for c in contracts]), family([c.targets for c in contracts])
+        self.student, self.teacher = nested([c.student for c in contracts]), nested([c.teacher for c in contracts])
+        self.at = lru_cache(maxsize=256)(self._at)
+
+    def _at(self, length: int) -> Contracts:
+        student, teacher = (
+            tuple(tuple(block.at(length) for block in view) for view in views) for views in (self.student, self.teacher)
+        )
+        return replace(
+            self.longest,
+            inputs=self.inputs.at(length),
+            targets=self.targets.at(length),
+            student=student,
+            teacher=teacher,
+        )
+
+
+def dry_run(task: Task, inputs: Any, targets: Any, *, split: bool = False, length_axis: int | None = None) -> Contracts:
     """Run forward, loss and backward on 2 and on 3 rows of a sample batch, without a trace left in the models.
 
-    `split`: find out which student blocks cannot take their backward in two halves, too.
+    `split`: find out which student blocks cannot take their backward in two halves, too. `length_axis`: batches may differ
+    in the size of that axis, so the same is done at three lengths; the contracts are those at the sample's.
 
-    Raises `ModelError` naming the block or the loss that fails, or the boundary that changes with more than its rows.
+    Raises `ModelError` naming the block or the loss that fails, or the boundary that changes with more than its rows (and
+    its length).
     """
+    if length_axis is None:
+        return _dry_run(task, inputs, targets, split)
+    lengths = sample_lengths(length_of(length_axis, inputs, targets, "the batch"))
+    found = []
+    for length in lengths:
+        few, labels = (shortened(length_axis, nest, length) for nest in (inputs, targets))
+        found.append(_dry_run(task, few, labels, split and length == lengths[-1]))
+    if any(contracts.loss_parts != found[0].loss_parts for contracts in found):
+        raise ModelError("the loss has other parts at other lengths; it must always give the same ones")
+    copies = frozenset[int]().union(*(contracts.copies for contracts in found))
+    by_length = ContractsByLength(lengths, [replace(contracts, copies=copies) for contracts in found])
+    return replace(found[-1], copies=copies, by_length=by_length)
+
+
+def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> Contracts:
     check_views(task, inputs)
     rows = num_rows(inputs, "the batch's inputs")
     if distinct_tensors(targets) and num_rows(targets, "the batch's targets") != rows:

@@ -17,6 +17,7 @@ from pipestill.block_profile import BlockProfile, BlockTimes
 from pipestill.costs import Link
 from pipestill.model.blockwise import BlockContracts, Blockwise, learn_block, teach, untouched_blocks
 from pipestill.model.boundary import copied, distinct_tensors, rows_of, to_device
+from pipestill.model.live_bytes import LiveBytes
 
 _FEWEST, _MOST = 5, 40  # samples of each point
 _LOOKED_AT = 8  # batches whose memory is counted, for blocks that do other work for each
@@ -39,7 +40,7 @@ def measure_blocks(
     Shares are those of 1 to `devices` ranks. Each point is sampled, on real activations (those of `inputs`, repeated to as
     many rows), until the standard error of its mean is below 3 %, at least 5 and at most 40 times; what is left of it goes
     into the profile. Nothing in the models changes. Memory: parameters, gradients and the optimizer's state as they are
-    after a step, and what a student's step keeps for its backward.
+    after a step, and what a student's step holds at its peak.
     """
     device = device or torch.device("cpu")
     every = range(task.num_blocks)
@@ -96,7 +97,7 @@ def _measure(
             errors.append(error)
     memory = sum(_bytes(t) for state in (stepper.state.values() if stepper else ()) for t in state.values())
     given, wanted = rows_of(value, slice(0, shares[0])), rows_of(target, slice(0, shares[0]))
-    kept = max(_kept_bytes(task, block, given, wanted, device, batch) for batch in range(_LOOKED_AT))
+    held = max(_held_bytes(task, contracts, block, given, wanted, device, batch) for batch in range(_LOOKED_AT))
     weights = sum(map(_bytes, task.tensors_of(block).values()))
     trained = sum(map(_bytes, parameters.values()))
     return BlockTimes(
@@ -108,7 +109,7 @@ def _measure(
         parameter_bytes=trained,
         teacher_bytes=sum(map(_bytes, task.teacher_blocks.tensors_of(range(block, block + 1)).values())),
         state_bytes=weights + trained + memory,
-        activation_bytes_per_row=math.ceil(kept / shares[0]),
+        activation_bytes_per_row=math.ceil(held / shares[0]),
         relative_standard_error=max(errors),
     )
 
@@ -118,9 +119,9 @@ def _sampled(work: Callable[[], object]) -> tuple[float, float]:
     work()
     seconds: list[float] = []
     while True:
-        start = _now()
+        start = now()
         work()
-        seconds.append(_now() - start)
+        seconds.append(now() - start)
         if len(seconds) >= _FEWEST:
             kept = sorted(seconds)[: max(_FEWEST, math.ceil(0.9 * len(seconds)))]  # the slowest tenth is the machine's
             average = mean(kept)
@@ -129,28 +130,33 @@ def _sampled(work: Callable[[], object]) -> tuple[float, float]:
                 return average, error
 
 
-def _now() -> float:
+def now() -> float:
+    """Seconds, once everything that a GPU was given is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def _kept_bytes(task: Blockwise, block: int, given: Any, wanted: Any, device: torch.device, batch: int) -> int:
-    """What autograd keeps between the forward and the backward of a student's step, weights not counted."""
-    weights = {t.untyped_storage().data_ptr() for t in task.tensors_of(block).values()}
-    kept: dict[int, int] = {}
+def _held_bytes(
+    task: Blockwise, contracts: BlockContracts, block: int, given: Any, wanted: Any, device: torch.device, batch: int
+) -> int:
+    """What a student's step holds at its peak, without gradients of weights, which are the block's own."""
+    held = LiveBytes()
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def leave_out(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        held.leave_out(parameter.grad)
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        learn_block(task, block, copied(given), wanted, 1.0, seed=0, batch=batch, unit=0, device=device)
-    for parameter in task.parameters_of(block).values():
+    parameters = task.parameters_of(block).values()
+    hooks = [parameter.register_post_accumulate_grad_hook(leave_out) for parameter in parameters]
+    with held:
+        given = copied(given) if block in contracts.student_writes else given
+        learn_block(task, block, given, wanted, 1.0, seed=0, batch=batch, unit=0, device=device)
+    for hook in hooks:
+        hook.remove()
+    for parameter in parameters:
         parameter.grad = None
-    return sum(kept.values())
+    return held.peak
 
 
 def _bytes(value: object) -> int:

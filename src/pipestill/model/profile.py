@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from statistics import mean, median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.model.blocks import BlockModel
@@ -36,31 +38,66 @@ def profile(
     mean of the views, and what each view takes of that.
 
     `split`: find out which part of each backward the gradients of the weights take; else they are said to take half.
-    Nothing in the models changes. The first of `repeats` + 1 rounds is not counted.
+    Nothing in the models changes. A first round, in which nothing is timed, finds out what the blocks stash.
     """
-    index = torch.arange(rows) % distinct_tensors(inputs)[0].shape[0]
-    inputs, targets = rows_of(inputs, index), rows_of(targets, index)
+    inputs, targets = microbatch_of(inputs, targets, rows)
     rounds = []
     shares = [0.5] * len(task.student_blocks)
     with untouched(task):
-        for _ in range(repeats + 1):
+        with stashes(task) as stash:
+            stepwise(task, inputs, targets, stash.mark)
+        for _ in range(repeats):
             watch = _Stopwatch()
             stepwise(task, inputs, targets, watch.mark)
             rounds.append(watch.seconds)
         if split:
             shares = _weight_shares(task.student_blocks, stepwise(task, inputs, targets).student[0], contracts)
-        updates = [_update_seconds(task.student_blocks, i, optimizer) for i in range(len(task.student_blocks))]
-    seconds = {key: [median(values) for values in zip(*(r[key] for r in rounds[1:]), strict=True)] for key in rounds[0]}
+        updates = [_update(task.student_blocks, i, optimizer) for i in range(len(task.student_blocks))]
+    seconds = {key: [median(values) for values in zip(*(r[key] for r in rounds), strict=True)] for key in rounds[0]}
+    costs = assemble(
+        task, seconds, rows=rows, updates=updates, shares=shares, stash=stash,
+        student_bytes=[[contract.num_bytes(rows) for contract in view] for view in contracts.student],
+        teacher_bytes=[[contract.num_bytes(rows) for contract in view] for view in contracts.teacher],
+    )  # fmt: skip
+    return dataclasses.replace(costs, link=link or Link(), interference=interference, source="measured")
+
+
+Seconds = dict[tuple[str, int], list[float]]
+"""Of each piece of a step ("teacher", "student", "loss" or "backward", and its block), in every view."""
+
+
+def microbatch_of(inputs: Any, targets: Any, rows: int) -> tuple[Any, Any]:
+    """`rows` rows of a sample batch, from its beginning again where it has fewer."""
+    index = torch.arange(rows) % distinct_tensors(inputs)[0].shape[0]
+    return rows_of(inputs, index), rows_of(targets, index)
+
+
+def assemble(
+    task: Task,
+    seconds: Seconds,
+    *,
+    rows: int,
+    updates: Sequence[tuple[float, int]],
+    shares: Sequence[float],
+    stash: Stashes,
+    student_bytes: Sequence[Sequence[int]],
+    teacher_bytes: Sequence[Sequence[int]],
+) -> Costs:
+    """Costs from what a step's pieces take. `updates`: seconds and `training_bytes` of each student block. `shares`: of its
+    backward, that of the weights. Bytes: after each block in each view.
+    """
     views = task.demands.views
     student = tuple(
         BlockCosts(
             name=block.name,
             forward_seconds=mean(seconds["student", i]),
             backward_seconds=mean(seconds["backward", i]),
-            update_seconds=updates[i],
-            parameter_bytes=_parameter_bytes(task.student_blocks, i),
-            output_bytes=round(mean(contract[i].num_bytes(rows) for contract in contracts.student)),
+            update_seconds=updates[i][0],
+            parameter_bytes=parameter_bytes(task.student_blocks, i),
+            output_bytes=round(mean(view[i] for view in student_bytes)),
+            stash_bytes=round(mean(stash.num_bytes[i])),
             weight_seconds=mean(seconds["backward", i]) * shares[i],
+            training_bytes=updates[i][1],
         )
         for i, block in enumerate(task.student_blocks.blocks)
     )
@@ -70,23 +107,60 @@ def profile(
     teacher: tuple[BlockCosts, ...] = ()
     if task.teacher_blocks is not None:
         seen = of_views[: task.demands.teacher_views]
-        smaller = (
-            mean(of_views) / mean(seen) if sum(of_views) else 1.0
-        )  # views cost the same in both models, relatively
+        # views cost the same in both models, relatively
+        smaller = mean(of_views) / mean(seen) if any(of_views) else 1.0
         teacher = tuple(
             BlockCosts(
                 name=block.name,
                 forward_seconds=mean(seconds["teacher", i]) * smaller,
-                parameter_bytes=_parameter_bytes(task.teacher_blocks, i),
-                output_bytes=round(mean(contract[i].num_bytes(rows) for contract in contracts.teacher) * smaller),
+                parameter_bytes=parameter_bytes(task.teacher_blocks, i),
+                output_bytes=round(mean(view[i] for view in teacher_bytes) * smaller),
             )
             for i, block in enumerate(task.teacher_blocks.blocks)
         )
-    scales = tuple(one / mean(of_views) for one in of_views) if views > 1 and sum(of_views) else (1.0,) * views
-    return Costs(
-        student, teacher, loss_seconds=mean(seconds["loss", 0]), rows=rows, link=link or Link(),
-        interference=interference, views=scales,
-    )  # fmt: skip
+    scales = tuple(one / mean(of_views) for one in of_views) if views > 1 and any(of_views) else (1.0,) * views
+    return Costs(student, teacher, loss_seconds=mean(seconds["loss", 0]), rows=rows, views=scales)
+
+
+class Stashes:
+    """Bytes that each student block keeps from its forward to its backward, one number a view.
+
+    A piece of memory counts for the first block that keeps it, and weights and buffers do not count.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.num_bytes: list[list[int]] = [[] for _ in task.student_blocks.blocks]
+        self.fresh = 0
+        blocks = task.student_blocks
+        kept = [*blocks.model.parameters(), *blocks.model.buffers()]
+        self.seen = {_memory(tensor): tensor for tensor in kept}  # held on to, so that no address comes twice
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count what autograd keeps of the block that is running."""
+        memory = _memory(tensor)
+        if memory not in self.seen:
+            self.seen[memory] = tensor
+            self.fresh += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def mark(self, what: str, block: int) -> None:
+        """Hear that a piece of a step is done."""
+        if what == "student":
+            self.num_bytes[block].append(self.fresh)
+        self.fresh = 0
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells a piece of memory from others, on a device without any (meta) too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+@contextmanager
+def stashes(task: Task) -> Iterator[Stashes]:
+    """Hears what autograd keeps of the student, block after block."""
+    found = Stashes(task)
+    with torch.autograd.graph.saved_tensors_hooks(found.keep, lambda tensor: tensor):
+        yield found
 
 
 def _weight_shares(model: BlockModel, outputs: list[Any], contracts: Contracts) -> list[float]:
@@ -110,7 +184,8 @@ def _weight_shares(model: BlockModel, outputs: list[Any], contracts: Contracts) 
     return shares
 
 
-def _parameter_bytes(model: BlockModel, block: int) -> int:
+def parameter_bytes(model: BlockModel, block: int) -> int:
+    """Bytes of a block's weights."""
     return sum(p.numel() * p.element_size() for p in model.parameters_of(range(block, block + 1)).values())
 
 
@@ -118,7 +193,7 @@ class _Stopwatch:
     """Seconds between marks, of finished work."""
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[str, int], list[float]] = {}  # of each piece, in every view
+        self.seconds: Seconds = {}
         self.last = self._now()
 
     def mark(self, name: str, index: int) -> None:
@@ -133,17 +208,19 @@ class _Stopwatch:
         return time.perf_counter()
 
 
-def _update_seconds(
+def _update(
     model: BlockModel, block: int, optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
-) -> float:
-    """Seconds of an optimizer step on copies of a block's parameters, its state already there."""
+) -> tuple[float, int]:
+    """Seconds of an optimizer step on copies of a block's parameters, its state already there; bytes of their gradients and of
+    that state.
+    """
     copies = {
         name: nn.Parameter(p.detach().clone())
         for name, p in model.parameters_of(range(block, block + 1)).items()
         if p.requires_grad
     }
     if not copies:
-        return 0.0
+        return 0.0, 0
     for copy in copies.values():
         copy.grad = torch.zeros_like(copy)
     stepper = optimizer(copies)
@@ -152,4 +229,5 @@ def _update_seconds(
     for _ in range(3):
         stepper.step()
         watch.mark("update", 0)
-    return median(watch.seconds["update", 0])
+    state = [value for values in stepper.state.values() for value in values.values() if isinstance(value, Tensor)]
+    return median(watch.seconds["update", 0]), sum(t.numel() * t.element_size() for t in (*copies.values(), *state))

@@ -9,13 +9,16 @@ that alone is longer than that is shared by rows instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from pipestill.block_profile import BlockProfile
+from pipestill.errors import PlanError
 from pipestill.plan.block_memory import memory_bytes_of
 from pipestill.plan.hybrid import hybrid
+from pipestill.plan.stages import mebibytes
 from pipestill.schedule import Role, Schedule
 from pipestill.schedule.block_costs import BlockwiseCosts
 from pipestill.schedule.blockwise import Portion, sliced, staged
@@ -42,18 +45,30 @@ def balanced(
     that it uses, which it counts from 0.
 
     A layout that holds more than `memory_bytes` on a rank is none, what a window buffers included. Raises `PlanError` when
-    not even `hybrid` fits.
+    nothing fits.
     """
-    best, used = _of_hybrid(costs, num_ranks, memory_bytes), tuple(range(num_ranks))
-    fastest = simulate(best, costs).seconds_per_step
+    best: Schedule | None = None
+    used, fastest, least, refused = tuple(range(num_ranks)), math.inf, math.inf, ""
+    try:
+        best = _of_hybrid(costs, num_ranks, memory_bytes)
+        fastest = simulate(best, costs).seconds_per_step
+    except PlanError as error:
+        if memory_bytes is None:
+            raise
+        refused = str(error)
     for window in _WINDOWS:
         layout = _level(costs, num_ranks, window)
         for schedule, ranks in _schedules(layout, window) if layout.seconds < fastest else ():
-            if memory_bytes is not None and max(memory_bytes_of(schedule, costs)) > memory_bytes:
-                continue
+            if memory_bytes is not None:
+                held = max(memory_bytes_of(schedule, costs))
+                least = min(least, held)
+                if held > memory_bytes:
+                    continue
             seconds = simulate(schedule, costs.on(ranks)).seconds_per_step / window
             if seconds < fastest * (1 - _WORTH):
                 best, used, fastest = schedule, ranks, seconds
+    if best is None:
+        raise PlanError(f"{refused}; of layouts with level loads, {mebibytes(least)}")
     return best, used
 
 
@@ -96,7 +111,8 @@ class _Line:
     """Ranks that are filled one after the other, each up to `limit` seconds a batch at its own speed."""
 
     def __init__(self, num_ranks: int, limit: float, speeds: Sequence[float]) -> None:
-        self.left = [limit * (speeds[rank] if speeds else 1.0) for rank in range(num_ranks)]
+        self.speeds = speeds or (1.0,) * num_ranks
+        self.left = [limit * speed for speed in self.speeds]  # of work, as the profile's device would do it
         self.rank = 0
 
     @property
@@ -154,10 +170,11 @@ def _by_rows(profile: BlockProfile, index: int, batch: int, line: _Line, window:
         extra = profile.allreduce_seconds(index, sharers)
         portions, done = [], 0
         for _ in range(sharers):
-            rows = _most_rows(profile, index, batch - done, line.room - extra)
+            waits = extra * line.speeds[line.rank]  # it takes as long on a fast rank, which could do more in it
+            rows = _most_rows(profile, index, batch - done, line.room - waits)
             if rows:
                 part = Fraction(done, batch), Fraction(done + rows, batch)
-                line.take(profile.blocks[index].student(rows) + extra)
+                line.take(profile.blocks[index].student(rows) + waits)
                 portions.append(Portion(line.rank, range(window), part))
                 done += rows
             if done < batch:

@@ -15,7 +15,7 @@ def memory_bytes_of(schedule: Schedule, costs: BlockwiseCosts) -> tuple[int, ...
 
     That is the state of every block that a rank ever runs; the teacher's outputs, from their forward or the post of their
     receive until the rank has used or sent them; `ahead` more steps of those that are relayed, which may wait for their
-    receiver; and the activations of one student's step at a time. Samples wait on the host.
+    receiver (where no barrier is between steps); and the activations of one student's step at a time. Samples wait on the host.
     """
     structure = schedule.structure
     assert isinstance(structure, BlockStructure)
@@ -49,8 +49,9 @@ def _peak(schedule: Schedule, rank: int, costs: BlockwiseCosts) -> int:
 
     row = schedule.rows[rank]
     uses = Counter(source.at(0) for action in row for source in used(action))
+    ahead = 0 if structure.barrier else structure.ahead
     waiting = sum(
-        structure.ahead * output(action, structure.share_of(action).part)
+        ahead * output(action, structure.share_of(action).part)
         for action in row
         if action.computes and action.at(0) in relayed
     )

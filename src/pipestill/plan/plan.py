@@ -12,6 +12,7 @@ from typing import Any
 from pipestill.costs import Costs, StageCosts
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.plan.balance import balance
+from pipestill.plan.memory import memory_bytes_of
 from pipestill.schedule import STRATEGIES, Proof, Schedule, Trace, check, generate
 from pipestill.schedule.program import Demands
 from pipestill.schedule.simulate import simulate
@@ -94,6 +95,11 @@ class Plan:
     def prediction(self) -> Trace:
         """What the simulator expects."""
         return simulate(self.schedule, self.stage_costs)
+
+    @cached_property
+    def memory_bytes(self) -> tuple[int, ...]:
+        """What each rank is expected to hold at most; () where the costs do not tell."""
+        return memory_bytes_of(self.schedule, self.costs, self.student_partition, self.teacher_partition)
 
     @property
     def limit_seconds_per_step(self) -> float:
@@ -211,6 +217,21 @@ def _partition_problems(
     return problems
 
 
+def level(
+    costs: Costs, devices: int, demands: Demands, *, student_weight: float
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Partitions of a student and a frozen teacher that are levelled together (see `balance`)."""
+    return balance(*_loads(costs, demands), devices, student_weight=student_weight)
+
+
+def _loads(costs: Costs, demands: Demands) -> tuple[list[float], list[float]]:
+    """Seconds of each block of student and teacher for one microbatch in all its views."""
+    views, taught = sum(costs.views), sum(costs.views[: demands.teacher_views])
+    student = [b.seconds * views for b in costs.student]
+    student[-1] += costs.loss_seconds
+    return student, [b.forward_seconds * taught for b in costs.teacher]
+
+
 def _cuts(
     costs: Costs,
     devices: int,
@@ -223,10 +244,7 @@ def _cuts(
 
     A momentum teacher goes with the student, whose last stage holds at least one block that the teacher has too.
     """
-    views, taught = sum(costs.views), sum(costs.views[: demands.teacher_views])
-    student = [b.seconds * views for b in costs.student]
-    student[-1] += costs.loss_seconds
-    teacher = [b.forward_seconds * taught for b in costs.teacher]
+    student, teacher = _loads(costs, demands)
     if demands.momentum:
         if given is not None:
             return [(tuple(given), _following(costs, given))]
@@ -242,7 +260,7 @@ def _cuts(
         cut = (*cut[:-1], cut[-1] + len(both) - len(merged))
         return [(cut, _following(costs, cut))]
     path = (microbatches + devices - 1) / microbatches
-    cuts = [balance(student, teacher, devices, student_weight=path)]
+    cuts = [level(costs, devices, demands, student_weight=path)]
     if strategy in ("gpipe", "1f1b") and teacher:
         cuts.append((balance(student, [], devices)[0], balance(teacher, [], devices)[0]))
     return cuts

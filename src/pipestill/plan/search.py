@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,12 +12,13 @@ from pipestill.block_profile import BlockProfile
 from pipestill.costs import Costs
 from pipestill.errors import PlanError, nearest
 from pipestill.plan.blockwise import BLOCK_STRATEGIES, BlockPlan, plan_blocks
-from pipestill.plan.plan import Plan, make_plan
-from pipestill.plan.stages import Problem
+from pipestill.plan.plan import Plan, level, make_plan
+from pipestill.plan.stages import Problem, mebibytes
 from pipestill.schedule.program import Demands
 
 P = TypeVar("P", Plan, BlockPlan)
 _ALIKE = 1.001  # steps that differ by less take equally long, as far as costs can tell
+_NEAR = 1.1  # plans that take no more than that many times as long as the fastest may be faster when cut in another way
 _SPLIT, _STALE = {"split_backward": True}, {"staleness": 1}
 _VARIANTS: dict[str, dict[str, Any]] = {
     "sequential": {},
@@ -39,11 +41,15 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Considered(Generic[P]):
-    """One strategy with its knobs: its plan, or why there is none."""
+    """One strategy with its knobs: its plan, or why there is none.
+
+    `recut`: the plan's partition is not the one that `make_plan` finds, but one that proved faster.
+    """
 
     name: str
     plan: P | None = None
     refused: str = ""
+    recut: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,24 +74,58 @@ def search_pipelines(
     microbatches: int,
     staleness: int | None = None,
     strategy: str | None = None,
+    memory_bytes: float | None = None,
     progress: Callable[[str], object] = lambda name: None,
 ) -> Search[Plan]:
-    """Every strategy for models trained end to end, or every variant of `strategy`; the fastest is chosen, and of equally
-    fast ones one that is never stale, then that with the smallest stash.
+    """Every strategy for models trained end to end, or every variant of `strategy`; of those whose ranks hold at most
+    `memory_bytes` the fastest is chosen, and of equally fast ones one that is never stale, then that with the smallest stash.
 
     Only those whose momentum teacher is never stale, unless `staleness` is 1 or `strategy` has no other. `async`, whose
     student is stale too, has to be named. Raises `PlanError` when none can be planned.
     """
-    considered = []
+    considered: list[Considered[Plan]] = []
     for name, knobs in _candidates(demands, staleness, strategy).items():
         progress(name)
         make = partial(make_plan, costs, devices=devices, microbatches=microbatches, demands=demands)
-        considered.append(_tried(name, partial(make, strategy=_named(name)[-1], **knobs)))
-    return _best(
+        considered.append(
+            _tried(name, partial(fitting, partial(make, strategy=_named(name)[-1], **knobs), memory_bytes))
+        )
+    found = _best(
         considered,
         lambda plan: plan.prediction.seconds_per_step,
         lambda plan: (plan.proof.staleness, max(plan.proof.stash_peak)),
     )
+    progress(f"{found.chosen.name}, cut in other ways")
+    return _recut(found, memory_bytes)
+
+
+def _recut(found: Search[Plan], memory_bytes: float | None) -> Search[Plan]:
+    """The same with the plans that are nearly as fast as the chosen one cut in other ways, where one of them is faster.
+
+    How much of the student's own path a schedule hides differs, so weights between none of it and all of it are tried, on
+    one variant of each kind.
+    """
+    best, first = found.plan, found.chosen
+    if best.demands.momentum or not best.teacher_partition:
+        return found
+    path = (best.microbatches + best.num_devices - 1) / best.microbatches
+    cuts = [level(best.costs, best.num_devices, best.demands, student_weight=1 + (path - 1) * k / 3) for k in range(3)]
+    near = {_named(one.name)[1]: one for one in reversed((*found.considered, first)) if _is_near(one, best)}
+    for one in (first, *(other for other in near.values() if other is not first)):
+        assert one.plan is not None
+        for student, teacher in dict.fromkeys(cuts):
+            other = dataclasses.replace(one.plan, student_partition=student, teacher_partition=teacher)
+            fits = memory_bytes is None or max(other.memory_bytes) <= memory_bytes
+            if fits and other.prediction.seconds_per_step * _ALIKE < best.prediction.seconds_per_step:
+                best, first = other, one
+    if best is found.plan:
+        return found
+    chosen = dataclasses.replace(first, plan=best, recut=True)
+    return Search(tuple(chosen if one is first else one for one in found.considered), chosen)
+
+
+def _is_near(one: Considered[Plan], best: Plan) -> bool:
+    return one.plan is not None and one.plan.prediction.seconds_per_step <= _NEAR * best.prediction.seconds_per_step
 
 
 def search_blocks(
@@ -138,6 +178,25 @@ def _candidates(demands: Demands, staleness: int | None, strategy: str | None) -
 
 def _unknown(strategy: str, known: Iterable[str]) -> str:
     return f"no strategy '{strategy}'{nearest(strategy, known)}; there are {', '.join(known)}"
+
+
+def fitting(make: Callable[[], Plan], memory_bytes: float | None) -> Plan:
+    """The plan, or `PlanError` where a rank would hold more than `memory_bytes`, or costs do not tell."""
+    plan = make()
+    if memory_bytes is None:
+        return plan
+    if not plan.costs.know_memory:
+        raise PlanError(
+            "these costs do not tell what blocks hold in memory, so no limit of it can be kept; measure them anew "
+            "('pipestill profile'), or leave out --memory"
+        )
+    most = max(plan.memory_bytes)
+    if most > memory_bytes:
+        raise PlanError(
+            f"rank {plan.memory_bytes.index(most)} would hold {mebibytes(most)}, more than the {mebibytes(memory_bytes)} "
+            "of --memory"
+        )
+    return plan
 
 
 def _tried(name: str, make: Callable[[], P]) -> Considered[P]:

@@ -1,168 +1,175 @@
-"""BYOL on scikit-learn's digits: two views of each image, a momentum teacher, no labels.
-
-A workload for schedules so far: on these small images the untrained network's features already tell 97 % of the digits
-apart, and training has not been seen to improve on that.
-"""
+"""BYOL: two views of each image, a momentum teacher, no labels."""
 
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from pipestill.errors import ConfigError
 from pipestill.losses import byol
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
-from pipestill.recipes.datasets import digits
-from pipestill.recipes.recipe import OPTIMIZERS, MomentumWorkload, Training, cosine
+from pipestill.recipes.augment import Photographs, Scans, View, view_loader
+from pipestill.recipes.datasets import Images
+from pipestill.recipes.evaluate_features import FeatureQuality
+from pipestill.recipes.networks import RESNETS, network
+from pipestill.recipes.recipe import MomentumWorkload, warmed_up
+from pipestill.recipes.self_supervised import (
+    Chain,
+    Perceptron,
+    encoder_of,
+    filled,
+    images_of,
+    problems_of,
+    rising,
+    seeded,
+    training_of,
+)
 from pipestill.recipes.soft_target import Convolution
+
+_PUBLISHED: dict[str, Any] = {
+    "network": "resnet18", "projection": 128, "hidden": 512, "momentum": 0.996, "batch_size": 256, "warm_up_epochs": 10,
+    "optimizer": "lars", "lr": 0.2, "weight_decay": 1.5e-6,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "channels": 1, "image_size": 8, "classes": 10, "network": "cnn", "projection": 64, "hidden": 256, "momentum": 0.95,
+        "batch_size": 64, "epochs": 25, "warm_up_epochs": 2, "optimizer": "adamw", "lr": 3e-3, "weight_decay": 1e-4,
+    },
+    "imagenet100": {"channels": 3, "image_size": 224, "classes": 100, "epochs": 200, **_PUBLISHED},
+    "cifar10": {"channels": 3, "image_size": 32, "classes": 10, "epochs": 200, **_PUBLISHED},
+    "stl10": {"channels": 3, "image_size": 96, "classes": 10, "epochs": 200, **_PUBLISHED},
+}  # fmt: skip
+"""Digits, and the configuration of TSPipe's benchmark (Lim et al. 2022) on its three data sets; its epochs are not published."""
 
 
 @dataclass(frozen=True)
 class Byol:
-    """Learn features of scikit-learn's digits from two views of each, without labels (Grill et al. 2020).
+    """Learn features of images from two views of each, without labels (Grill et al. 2020).
+
+    What is not given is the preset's, shown by --print_config.
 
     Args:
-        width: channels of the encoder's convolutions
-        depth: convolutions of the encoder after its first
+        preset: form of the data, sizes and rates: digits, or TSPipe's configuration for imagenet100, cifar10 and stl10
+        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with a folder of images a class; or
+            noise, to measure speed (default for digits: those that ship inside scikit-learn)
+        image_size: pixels that views of photographs are brought to, in height and width
+        network: the encoder: a plain CNN of the width and depth given, or a ResNet
+        width: channels of the cnn's first half; the second has twice as many
+        depth: convolutions of the cnn after its first
         projection: outputs of the projector and of the predictor
         hidden: units of their hidden layers
-        dropout: share of channels that the student drops
+        dropout: share of channels that the student's cnn drops
         momentum: m of the teacher at the start; it rises to 1 along a cosine
         batch_size: samples of one update
         epochs: passes over the data
+        warm_up_epochs: of these, those in which the learning rate rises
         optimizer: of the student
-        lr: learning rate at the start; it falls along a cosine
+        lr: highest learning rate; after the warm-up it falls along a cosine
         sgd_momentum: SGD's and LARS's own momentum
         weight_decay: L2 penalty (SGD, LARS) or decoupled decay (AdamW)
+        workers: processes that read images and make views of them beside the training
     """
 
     name: ClassVar[str] = "byol"
+    run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"microbatches": 2})
 
+    # None stands for the preset's value, which replaces it at once.
+    preset: Literal["digits", "imagenet100", "cifar10", "stl10"] = "digits"
+    data: str | None = None
+    image_size: int = None  # type: ignore[assignment]
+    network: Literal["cnn", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = None  # type: ignore[assignment]
     width: int = 16
     depth: int = 3
-    projection: int = 32
-    hidden: int = 64
+    projection: int = None  # type: ignore[assignment]
+    hidden: int = None  # type: ignore[assignment]
     dropout: float = 0.0
-    momentum: float = 0.96
-    batch_size: int = 128
-    epochs: int = 20
-    optimizer: Literal["sgd", "adamw", "lars"] = "sgd"
-    lr: float = 0.1
+    momentum: float = None  # type: ignore[assignment]
+    batch_size: int = None  # type: ignore[assignment]
+    epochs: int = None  # type: ignore[assignment]
+    warm_up_epochs: int = None  # type: ignore[assignment]
+    optimizer: Literal["sgd", "adamw", "lars"] = None  # type: ignore[assignment]
+    lr: float = None  # type: ignore[assignment]
     sgd_momentum: float = 0.9
-    weight_decay: float = 1e-4
+    weight_decay: float = None  # type: ignore[assignment]
+    workers: int = 0
 
     def __post_init__(self) -> None:
-        problems = [
-            f"{name} is {getattr(self, name)}; expected at least {least}"
-            for name, least in (
-                ("width", 1), ("depth", 2), ("projection", 1), ("hidden", 1), ("batch_size", 2), ("epochs", 1)
-            )
-            if getattr(self, name) < least
-        ]  # fmt: skip
-        problems += [
-            f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1"
-            for name in ("dropout", "momentum")
-            if not 0.0 <= getattr(self, name) < 1.0
-        ]
+        """Raises `ConfigError` with everything that cannot be."""
+        filled(self, PRESETS[self.preset])
+        least = {
+            "image_size": 8, "width": 1, "depth": 2, "projection": 1, "hidden": 1, "batch_size": 2, "epochs": 1,
+            "warm_up_epochs": 0, "workers": 0,
+        }  # fmt: skip
+        problems = problems_of(self, least, ("dropout", "momentum", "sgd_momentum"), ("lr",))
+        if self.dropout and self.network != "cnn":
+            problems.append(f"dropout is {self.dropout}; a {self.network} has none")
         if problems:
             raise ConfigError("; ".join(problems))
 
     def workload(self, seed: int, num_samples: int | None = None) -> MomentumWorkload:
-        """The task, the data (80 % to learn from, 20 % to test on) and how it is trained."""
-        train, test = digits(seed)
-        seen = train if num_samples is None else TensorDataset(*train[:num_samples])
-        loader = DataLoader(seen, batch_size=self.batch_size, shuffle=True, collate_fn=two_views)
-        options = {"weight_decay": self.weight_decay}
-        if self.optimizer != "adamw":
-            options["momentum"] = self.sgd_momentum
+        """The task, the data and how it is trained. Raises `DataError` for data that is missing or broken."""
+        preset = PRESETS[self.preset]
+        form = (preset["channels"], self.image_size, preset["classes"])
+        images = images_of(self.data, self.preset, form, self.batch_size, seed)
+        loader = view_loader(images, two_views(images), self.batch_size, num_samples=num_samples, workers=self.workers)
         return MomentumWorkload(
-            build=lambda: self._task(seed, self.epochs * len(loader)),
-            evaluate=lambda encoder: {"knn_accuracy": knn_accuracy(cast(nn.Sequential, encoder), train, test)},
+            build=lambda: self._task(images, seed, self.epochs * len(loader)),
+            evaluate=FeatureQuality(images, encoder_of, workers=self.workers),
             train_loader=loader,
-            student_training=Training(self.epochs, OPTIMIZERS[self.optimizer], self.lr, options, cosine),
+            student_training=training_of(
+                self.epochs, self.optimizer, self.lr, self.weight_decay, self.sgd_momentum,
+                lr_schedule=warmed_up(self.warm_up_epochs / self.epochs),
+            ),
+        )  # fmt: skip
+
+    def _task(self, images: Images, seed: int, total_steps: int) -> Momentum:
+        encoder, features = self._encoder(images, derive(seed, "student"))
+        projector = seeded(derive(seed, "projector"), lambda: Perceptron((features, self.hidden, self.projection)))
+        predictor = seeded(
+            derive(seed, "predictor"), lambda: Perceptron((self.projection, self.hidden, self.projection))
         )
+        teacher = Chain(encoder=copy.deepcopy(encoder), projector=copy.deepcopy(projector))
+        student = Chain(encoder=encoder, projector=projector, predictor=predictor)
+        return Momentum(teacher, student, byol, momentum=rising(self.momentum, total_steps), views=2)
 
-    def _task(self, seed: int, total_steps: int) -> Momentum:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "student"))
-            channels = [self.width] + [self.width * (2 if i > self.depth // 2 else 1) for i in range(1, self.depth + 1)]
-            blocks: list[nn.Module] = [Convolution(1, self.width, 1, self.dropout)]
-            for i in range(self.depth):
-                blocks.append(Convolution(channels[i], channels[i + 1], 2 if i == self.depth // 2 else 1, self.dropout))
-            blocks.append(Perceptron(channels[-1], self.hidden, self.projection, pool=True))
-            predictor = Perceptron(self.projection, self.hidden, self.projection, pool=False)
-        teacher = nn.Sequential(*copy.deepcopy(blocks))
-        return Momentum(
-            teacher, nn.Sequential(*blocks, predictor), byol, momentum=Rising(self.momentum, total_steps), views=2
-        )
+    def _encoder(self, images: Images, seed: int) -> tuple[nn.Module, int]:
+        """Images -> features (rows, dim), and dim."""
+        if self.network == "cnn":
+            return seeded(seed, lambda: cnn(images.channels, self.width, self.depth, self.dropout)), self.width * 2
+        resnet: Any = network(RESNETS[self.network], images.channels, images.size, 0, seed=seed, cuts="residual")
+        return resnet, resnet.num_features
 
 
-@dataclass(frozen=True)
-class Rising:
-    """From `start` at the first step to 1 at the last, along half a cosine (BYOL, section 3.3)."""
+class Pooled(nn.Module):
+    """The mean over the image of what another module gives: (rows, in, h, w) -> (rows, out)."""
 
-    start: float
-    total_steps: int
-
-    def __call__(self, step: int) -> float:
-        return 1.0 - (1.0 - self.start) * 0.5 * (
-            1.0 + math.cos(math.pi * min(step, self.total_steps) / self.total_steps)
-        )
-
-
-class Perceptron(nn.Module):
-    """One hidden layer with batch norm, without which BYOL collapses: (rows, in) -> (rows, out).
-
-    `pool`: averages (rows, in, h, w) over h and w first.
-    """
-
-    def __init__(self, size: int, hidden: int, out: int, pool: bool) -> None:
+    def __init__(self, last: nn.Module) -> None:
         super().__init__()
-        self.pool = pool
-        self.layers = nn.Sequential(nn.Linear(size, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, out))
+        self.last = last
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x.mean((2, 3)) if self.pool else x)  # type: ignore[no-any-return]
+        return self.last(x).mean((2, 3))  # type: ignore[no-any-return]
 
 
-def two_views(samples: list[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], None]:
-    """Two views of each sample, drawn anew each time; labels are not passed on."""
-    images = torch.stack([image for image, _ in samples])
-    return (augmented(images), augmented(images)), None
+def cnn(channels: int, width: int, depth: int, dropout: float) -> nn.Sequential:
+    """A first convolution and `depth` more, the middle one of which halves the image, and behind it twice the width."""
+    blocks: list[nn.Module] = [Convolution(channels, width, 1, dropout)]
+    before = width
+    for i in range(depth):
+        after = width * (2 if i >= depth // 2 else 1)
+        blocks.append(Convolution(before, after, 2 if i == depth // 2 else 1, dropout))
+        before = after
+    return nn.Sequential(*blocks[:-1], Pooled(blocks[-1]))
 
 
-def augmented(images: Tensor) -> Tensor:
-    """Images (rows, 1, 8, 8) moved by up to one pixel, brighter or darker, with noise."""
-    rows = len(images)
-    padded = nn.functional.pad(images, (1, 1, 1, 1))
-    down, right = torch.randint(0, 3, (rows,)), torch.randint(0, 3, (rows,))
-    at_row, at_column = down[:, None] + torch.arange(8), right[:, None] + torch.arange(8)
-    moved = padded[torch.arange(rows)[:, None, None], 0, at_row[:, :, None], at_column[:, None, :]].unsqueeze(1)
-    contrast = 0.7 + 0.6 * torch.rand(rows, 1, 1, 1)
-    return moved * contrast + 0.1 * torch.randn_like(moved)
-
-
-def knn_accuracy(encoder: nn.Sequential, train: TensorDataset, test: TensorDataset, neighbours: int = 10) -> float:
-    """Share of test samples whose nearest training samples agree on their label, by cosine of what the convolutions give
-    (the projector is only there to be trained through).
-    """
-
-    def features(data: TensorDataset) -> tuple[Tensor, Tensor]:
-        images, labels = data.tensors
-        return nn.functional.normalize(encoder[:-1](images).flatten(1), dim=-1), labels
-
-    was_training = encoder.training
-    encoder.eval()
-    with torch.no_grad():
-        (known, labels), (asked, truth) = features(train), features(test)
-        nearest: Any = (asked @ known.t()).topk(neighbours, dim=1).indices
-        votes = nn.functional.one_hot(labels[nearest]).sum(1)
-    encoder.train(was_training)
-    return float((votes.argmax(1) == truth).double().mean())
+def two_views(images: Images) -> tuple[View, View]:
+    """BYOL's, which differ in blur and solarising where images are photographs."""
+    if images.channels == 1:
+        return Scans(images.size), Scans(images.size)
+    return Photographs(images.size, blurred=1.0), Photographs(images.size, blurred=0.1, solarised=0.2)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from pipestill.errors import ConfigError, DataError
+from pipestill.errors import ConfigError, DataError, nearest
 from pipestill.model.seeding import derive
 
 Sample = tuple[Tensor, int]
 NOISE, _NOISE_BATCHES = "noise", 16
 
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, by channel; usual for any photographs
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, by channel; usual for any photographs
 _CIFAR_FOLDER, _CIFAR_PAGE = "cifar-10-batches-py", "https://www.cs.toronto.edu/~kriz/cifar.html"
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _OPENED = 1_000  # images of a tree that are read before training: all of a smaller one, else the first of each class
@@ -70,7 +70,7 @@ class Collate:
         if images.dtype == torch.uint8:
             images = images.float() / 255.0
             if self.channels == 3:
-                mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
+                mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
                 images = (images - mean) / deviation
         return (moved(images, self.shift) if self.shift else images), labels
 
@@ -103,11 +103,11 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-def open_images(path: str | Path, size: int, *, augment: bool) -> Images:
+def open_images(path: str | Path, size: int, *, augment: bool, classes: Sequence[str] | None = None) -> Images:
     """What lies at `path`: a folder of CIFAR-10's files, or of `train` and `val`, each with a folder of images a class.
 
-    Images of folders are brought to `size` x `size`; CIFAR-10's are 32 x 32. Raises `DataError` with what is missing, empty
-    or broken as far as that can be seen without decoding everything.
+    Images of folders are brought to `size` x `size`; CIFAR-10's are 32 x 32. `classes`: only these folders. Raises
+    `DataError` with what is missing, empty or broken as far as that can be seen without decoding everything.
     """
     path = Path(path)
     if not path.is_dir():
@@ -116,9 +116,13 @@ def open_images(path: str | Path, size: int, *, augment: bool) -> Images:
         )
     for folder in (path, path / _CIFAR_FOLDER):
         if (folder.name == _CIFAR_FOLDER and folder.is_dir()) or (folder / "data_batch_1").exists():
+            if classes is not None:
+                raise ConfigError(
+                    f"a list of classes is for folders of images, and '{path}' holds CIFAR-10's files; leave it out"
+                )
             return cifar10(folder)
     if (path / "train").is_dir():
-        return image_folders(path, size, augment=augment)
+        return image_folders(path, size, augment=augment, classes=classes)
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:_SHOWN]) or "nothing"
     raise DataError(
         f"'{path}' is no data set: expected the files of {_CIFAR_FOLDER} (data_batch_1 to 5, test_batch, from {_CIFAR_PAGE}), "
@@ -185,20 +189,31 @@ def _cifar_file(path: Path) -> tuple[Tensor, Tensor]:
 # -- folders of images ------------------------------------------------------------------------------------------------
 
 
-def image_folders(path: Path, size: int, *, augment: bool) -> Images:
+def image_folders(path: Path, size: int, *, augment: bool, classes: Sequence[str] | None = None) -> Images:
     """`path`/train/CLASS/IMAGE and `path`/val/CLASS/IMAGE, read with Pillow as they are needed (ImageNet's layout).
 
-    To train with `augment`, a random part of an image is taken (Szegedy et al. 2015, section 6), else the middle of it.
-    Every image of a small tree is opened here; of a large one, one a class.
+    With `classes`, only these folders are read, numbered in that order. To train with `augment`, a random part of an image
+    is taken (Szegedy et al. 2015, section 6), else the middle of it. Every image of a small tree is opened here; of a
+    large one, one a class.
     """
     pillow()
     for half in ("train", "val"):
         if not (path / half).is_dir():
             raise DataError(f"'{path}' has no folder '{half}'; expected 'train' and 'val' with a folder for each class")
-    classes = sorted(entry.name for entry in (path / "train").iterdir() if entry.is_dir())
-    unknown = [e.name for e in sorted((path / "val").iterdir()) if e.is_dir() and e.name not in classes]
-    problems = [f"'{path / 'val'}' has a class '{name}' that 'train' lacks" for name in unknown]
-    if not classes:
+    there = sorted(entry.name for entry in (path / "train").iterdir() if entry.is_dir())
+    problems = []
+    if classes is not None:
+        problems += [
+            f"'{path / 'train'}' lacks the class '{name}' of the list{nearest(name, there)}"
+            for name in classes
+            if name not in there
+        ]
+        classes = [name for name in classes if name in there]
+    else:
+        classes = there
+        unknown = [e.name for e in sorted((path / "val").iterdir()) if e.is_dir() and e.name not in classes]
+        problems += [f"'{path / 'val'}' has a class '{name}' that 'train' lacks" for name in unknown]
+    if not there:
         problems.append(f"'{path / 'train'}' has no folder; expected one for each class")
     halves = {
         half: [(file, label) for label, name in enumerate(classes) for file in _files(path / half / name, problems)]
@@ -214,6 +229,27 @@ def image_folders(path: Path, size: int, *, augment: bool) -> Images:
         raise DataError("; ".join(problems[:_SHOWN]) + more)
     train, test = (Folder(tuple(samples), size, augment and half == "train") for half, samples in halves.items())
     return Images(train, test, 3, size, len(classes))
+
+
+def read_classes(file: str | Path) -> tuple[str, ...]:
+    """Folders' names, the first word of each line; empty lines and what follows a # do not count. `DataError` for a list
+    that cannot be read, is empty or names a class twice.
+    """
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read the list of classes '{file}': {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(
+            f"the list of classes '{file}' is not text; expected the name of a folder in each line"
+        ) from None
+    names = [words[0] for line in lines if (words := line.partition("#")[0].split())]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"the list of classes '{file}' names {', '.join(twice[:_SHOWN])} more than once")
+    if not names:
+        raise DataError(f"the list of classes '{file}' is empty; expected the name of a folder in each line")
+    return tuple(names)
 
 
 def pillow() -> Any:
@@ -258,17 +294,28 @@ class Folder(Dataset[Sample]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Sample:
-        file, label = self.samples[index]
+        image = self._opened(index)
+        width, height = image.size
+        part = _random_part(width, height) if self.random_part else _middle(width, height, self.size)
+        resized = image.resize((self.size, self.size), pillow().Resampling.BILINEAR, box=part)
+        return _bytes(resized), self.samples[index][1]
+
+    def whole(self, index: int) -> Sample:
+        """An image as it lies in its file, (3, height, width) bytes."""
+        return _bytes(self._opened(index)), self.samples[index][1]
+
+    def _opened(self, index: int) -> Any:
+        file, _ = self.samples[index]
         image_module = pillow()
         try:
             with image_module.open(file) as opened:
-                image = opened.convert("RGB")
+                return opened.convert("RGB")
         except Exception as error:  # as above
             raise DataError(f"cannot read image '{file}': {' '.join(str(error).split())}") from None
-        width, height = image.size
-        part = _random_part(width, height) if self.random_part else _middle(width, height, self.size)
-        resized = image.resize((self.size, self.size), image_module.Resampling.BILINEAR, box=part)
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous(), label
+
+
+def _bytes(image: Any) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def _middle(width: int, height: int, size: int) -> tuple[float, float, float, float]:
@@ -292,17 +339,29 @@ def _random_part(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def choose_images(
-    data: str | None, preset: str, form: tuple[int, int, int], *, batch_size: int, augment: bool, seed: int, page: str
+    data: str | None,
+    preset: str,
+    form: tuple[int, int, int],
+    *,
+    batch_size: int,
+    augment: bool,
+    seed: int,
+    page: str,
+    classes: str | None = None,
 ) -> Images:
     """What a recipe of images learns from: `data`, a path or "noise", or what is embedded for its preset.
 
-    `form` is (channels, size, classes), `page` where the docs tell of the data. `ConfigError` for a preset without any.
+    `form` is (channels, size, classes), `page` where the docs tell of the data, `classes` a file that names the only
+    folders of images to read. `ConfigError` for a preset without any data.
     """
     channels, size, num_classes = form
+    if classes is not None and (data == NOISE or (data is None and preset == "digits")):
+        raise ConfigError("a list of classes is for folders of images; give --data PATH too, or leave it out")
     if data == NOISE:
         return noise(channels, size, num_classes, _NOISE_BATCHES * batch_size, seed)
     if data is not None:
-        return open_images(data, size, augment=augment)
+        names = None if classes is None else read_classes(classes)
+        return open_images(data, size, augment=augment, classes=names)
     if preset == "digits":
         return Images(*digits(seed), 1, 8, 10)
     raise ConfigError(

@@ -12,7 +12,6 @@ from pipestill.costs import Costs
 from pipestill.data import inputs_and_targets
 from pipestill.model.blockwise import block_dry_run
 from pipestill.model.boundary import num_rows
-from pipestill.model.dry_run import dry_run
 from pipestill.recipes.phases import make_trainer
 from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
 from pipestill.recipes.run_blocks import make_block_trainer
@@ -51,5 +50,5 @@ def _measure(recipe: Recipe, options: RunOptions) -> Costs | BlockProfile:
         by_blocks = make_block_trainer(task, workload, dataclasses.replace(options, strategy="balanced"))
         return by_blocks.measure(world, block_dry_run(task, inputs), inputs, rows)
     trainer = make_trainer(workload.task(), workload, workload.student_training, options)
-    contracts = dry_run(trainer.task, inputs, targets, split=options.split_backward)
+    contracts = trainer.dry_run(inputs, targets)
     return trainer.measure(world, contracts, (inputs, targets), math.ceil(rows / options.microbatches))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +19,57 @@ _LARGE = 64  # pixels: ResNets of larger images begin with a 7x7 convolution and
 @dataclass(frozen=True)
 class Shape:
     """A convolutional network: `widths` are the channels of each stage, `depths` its convolutions (VGG) or residual blocks
-    of two (ResNet), `hidden` the units of the hidden layers of a VGG's classifier.
+    (ResNet), `hidden` the units of the hidden layers of a VGG's classifier.
 
-    VGG-16 is Shape("vgg", (64, 128, 256, 512, 512), (2, 2, 3, 3, 3), (4096, 4096)), ResNet-18 is Shape("resnet", (64, 128,
-    256, 512), (2, 2, 2, 2)).
+    A ResNet's residual block is of two 3x3 convolutions or, with `bottleneck`, a 3x3 one between two of 1x1, the last of
+    which widens to 4 times the stage's channels. VGG-16 is Shape("vgg", (64, 128, 256, 512, 512), (2, 2, 3, 3, 3), (4096,
+    4096)); `RESNETS` has those of the usual names.
     """
 
     family: str
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     hidden: tuple[int, ...] = ()
+    bottleneck: bool = False
+
+
+_RESNET = (64, 128, 256, 512)
+RESNETS = {
+    "resnet18": Shape("resnet", _RESNET, (2, 2, 2, 2)),
+    "resnet34": Shape("resnet", _RESNET, (3, 4, 6, 3)),
+    "resnet50": Shape("resnet", _RESNET, (3, 4, 6, 3), bottleneck=True),
+    "resnet101": Shape("resnet", _RESNET, (3, 4, 23, 3), bottleneck=True),
+    "resnet152": Shape("resnet", _RESNET, (3, 8, 36, 3), bottleneck=True),
+}
+"""He et al. 2016, table 1."""
+
+Cuts = Literal["stages", "residual"]
 
 
 def network(
-    shape: Shape, channels: int, size: int, classes: int, *, norm: bool = True, separable: bool = False, seed: int = 0
+    shape: Shape,
+    channels: int,
+    size: int,
+    classes: int,
+    *,
+    norm: bool = True,
+    separable: bool = False,
+    seed: int = 0,
+    cuts: Cuts = "stages",
 ) -> nn.Module:
     """A network for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`.
 
     `norm`: batch norm after each convolution (ResNets always have it). `separable`: 3x3 convolutions are depthwise-separable.
+    `classes` of 0: a ResNet without its linear layer, for features (rows, `num_features`).
+
     One block a stage, and one for the classifier. Other networks of as many stages and the same widths give outputs of
-    the same form at each of these cuts, whatever their depths.
+    the same form at each of these cuts, whatever their depths. With `cuts` of "residual" a ResNet has a block for each of its
+    residual ones instead, and one for what is before them: more to choose from for a level pipeline.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if shape.family == "resnet":
-            return ResNet(shape, channels, size, classes, separable)
+            return ResNet(shape, channels, size, classes, separable, cuts)
         return VGG(shape, channels, size, classes, norm, separable)
 
 
@@ -91,14 +118,18 @@ class VGG(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of residual blocks of two 3x3 convolutions, each stage but the first halving the image (He et al. 2016).
+    """Stages of residual blocks, each stage but the first halving the image (He et al. 2016).
 
-    Where an image is too small for that, further stages at the front do not. The first convolution is in the first block.
-    The state has torchvision's names, so its `resnet18` and `resnet34` weights fit these for images of 224 x 224.
+    Where an image is too small for that, further stages at the front do not. Bottlenecks halve it in their 3x3 convolution.
+    The state has torchvision's names, so its weights of `resnet18` to `resnet152` fit these for images of 224 x 224. `cuts`:
+    see `network`; cut at its stages, the first block holds the first convolution too.
     """
 
-    def __init__(self, shape: Shape, channels: int, size: int, classes: int, separable: bool) -> None:
+    def __init__(
+        self, shape: Shape, channels: int, size: int, classes: int, separable: bool, cuts: Cuts = "stages"
+    ) -> None:
         super().__init__()
+        self.cuts = cuts
         large, width = size > _LARGE, shape.widths[0]
         self.conv1 = nn.Conv2d(channels, width, 7 if large else 3, 2 if large else 1, 3 if large else 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -106,19 +137,30 @@ class ResNet(nn.Module):
         halved = [False, *halvings(len(shape.widths) - 1, size // 4 if large else size)]
         self.num_stages = len(shape.widths)
         for number, (after, depth, halves) in enumerate(zip(shape.widths, shape.depths, halved, strict=True)):
-            blocks = []
+            blocks: list[nn.Module] = []
             for i in range(depth):
-                blocks.append(Residual(width, after, 2 if halves and i == 0 else 1, separable))
-                width = after
+                stride = 2 if halves and i == 0 else 1
+                blocks.append((Bottleneck if shape.bottleneck else Residual)(width, after, stride, separable))
+                width = after * (Bottleneck.expansion if shape.bottleneck else 1)
             self.add_module(f"layer{number + 1}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(width, classes)
+        self.num_features = width
+        self.fc = nn.Linear(width, classes) if classes else nn.Identity()
         self.apply(_initialise)
 
     def pipeline_blocks(self) -> list[str | Block]:
+        if self.cuts == "residual":
+            return self.residual_blocks()
         stages: list[str | Block] = [f"layer{number}" for number in range(2, self.num_stages + 1)]
         return [
             Block("layer1", self._begin, ("conv1", "bn1", "layer1")), *stages, Block("classifier", self._classify, ("fc",)),
         ]  # fmt: skip
+
+    def residual_blocks(self) -> list[str | Block]:
+        """A cut after every residual block."""
+        stages = [f"layer{number}" for number in range(1, self.num_stages + 1)]
+        inner = [f"{stage}.{name}" for stage in stages for name, _ in self.get_submodule(stage).named_children()]
+        stem = Block("stem", self._stem, ("conv1", "bn1"))
+        return [stem, *inner, Block("classifier", self._classify, ("fc",))]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._begin(x)
@@ -126,9 +168,11 @@ class ResNet(nn.Module):
             x = self.get_submodule(f"layer{number}")(x)
         return self._classify(x)
 
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(torch.relu(self.bn1(self.conv1(x))))  # type: ignore[no-any-return]
+
     def _begin(self, x: Tensor) -> Tensor:
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
-        return self.get_submodule("layer1")(x)  # type: ignore[no-any-return]
+        return self.get_submodule("layer1")(self._stem(x))  # type: ignore[no-any-return]
 
     def _classify(self, x: Tensor) -> Tensor:
         return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
@@ -143,13 +187,39 @@ class Residual(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = convolution(width, width, separable=separable)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample: nn.Module = nn.Identity()
-        if stride > 1 or channels != width:
-            self.downsample = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+        self.downsample = _shortcut(channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         inside = torch.relu(self.bn1(self.conv1(x)))
         return torch.relu(self.bn2(self.conv2(inside)) + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut: (rows, in, h, w) -> (rows, 4 * width, h / stride, w / stride)."""
+
+    expansion = 4
+
+    def __init__(self, channels: int, width: int, stride: int, separable: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = convolution(width, width, stride, separable=separable)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width * self.expansion)
+        self.downsample = _shortcut(channels, width * self.expansion, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = torch.relu(self.bn1(self.conv1(x)))
+        inside = torch.relu(self.bn2(self.conv2(inside)))
+        return torch.relu(self.bn3(self.conv3(inside)) + self.downsample(x))
+
+
+def _shortcut(channels: int, width: int, stride: int) -> nn.Module:
+    """What brings a residual block's input to the form of its output."""
+    if stride == 1 and channels == width:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
 
 
 class Separable(nn.Module):

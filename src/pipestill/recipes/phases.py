@@ -16,14 +16,17 @@ from torch import nn
 from pipestill.callbacks import Callback, JsonLines, Terminal
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
-from pipestill.model.boundary import to_device
+from pipestill.model.blocks import BlockModel
+from pipestill.model.boundary import num_rows, to_device
 from pipestill.model.tasks import Supervised, Task
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, MomentumWorkload, Training, Workload
 from pipestill.recipes.run_options import RunOptions
+from pipestill.recipes.spare import SignsOfLife, hand_on, say_over, stand_by
+from pipestill.result import Result
 from pipestill.run_directory import RunDirectory
 from pipestill.runtime.rank import Tally
 from pipestill.runtime.world import choose_device_type, device_of
-from pipestill.train import Result, Trainer
+from pipestill.train import Trainer
 
 
 def make_trainer(
@@ -36,7 +39,9 @@ def make_trainer(
         strategy = "1f1b"  # without a teacher, that is what is left of them
     return Trainer(
         task, optimizer=training.optimizer, lr=training.lr, optimizer_options=training.optimizer_options,
-        lr_schedule=training.factor(workload.train_loader), devices=options.devices, strategy=strategy,
+        param_groups=training.param_groups, lr_schedule=training.factor(workload.train_loader),
+        weight_decay_schedule=training.decay_factor(workload.train_loader),
+        length_axis=workload.length_axis if isinstance(workload, Workload) else None, devices=options.devices, strategy=strategy,
         microbatches=options.microbatches, run_ahead=options.run_ahead if distils else None,
         staleness=options.staleness if distils else None, split_backward=options.split_backward, stash=options.stash,
         clip_grad_norm=options.clip_grad_norm, batch_norm=options.batch_norm,
@@ -55,10 +60,19 @@ class Runner:
         self.workload, self.options, self.directory, self.quiet = workload, options, directory, quiet
         self.console = Console()
 
-    def phase(self, name: str, task: Task, training: Training, inner: str | None) -> Result:
-        """Train one model end to end; its metrics go to the directory itself, or to one inside it."""
+    def phase(
+        self,
+        name: str,
+        task: Task,
+        training: Training,
+        inner: str | None,
+        also: Sequence[Callback] = (),
+        spare_ranks: bool = False,
+    ) -> Result:
+        """Train one model end to end; its metrics go to the directory itself, or to one inside it. `also` hear of it too."""
         with self.listening(inner) as callbacks:
-            trainer = make_trainer(task, self.workload, training, self.options, callbacks)
+            trainer = make_trainer(task, self.workload, training, self.options, [*callbacks, *also])
+            trainer.spare_ranks = spare_ranks
             result = trainer.fit(
                 self.workload.train_loader,
                 epochs=training.epochs,
@@ -71,6 +85,24 @@ class Runner:
                 place.write_json("summary.json", result.summary())
             export(task.student, place / "export" / "model.safetensors")
         return result
+
+    def phase_of_some(self, name: str, task: Task, training: Training, inner: str) -> dict[str, float]:
+        """The same where there may be more processes than `options.devices`: the others wait, and get the student.
+
+        Returns the metrics, on rank 0.
+        """
+        spare = dist.is_initialized() and dist.get_world_size() > self.options.devices
+        if not spare:
+            return self.phase(name, task, training, inner).metrics
+        metrics = dict[str, float]()
+        if dist.get_rank() < self.options.devices:
+            metrics = self.phase(name, task, training, inner, [SignsOfLife(name)], spare_ranks=True).metrics
+            if dist.get_rank() == 0:
+                say_over(name)
+        else:
+            stand_by(name, self.options.timeout_seconds)
+        hand_on(task.student_blocks)
+        return metrics
 
     @contextmanager
     def listening(self, inner: str | None) -> Iterator[list[Callback]]:
@@ -117,13 +149,17 @@ def _is_tied(model: nn.Module, name: str) -> bool:
 
 
 def evaluate(model: nn.Module, workload: Workload | BlockwiseWorkload, device: torch.device) -> dict[str, float]:
-    """The workload's metrics of a model on its validation data, computed on `device`; the model is left on the CPU."""
+    """The workload's metrics of a model on its validation data, computed on `device`; the model is left on the CPU.
+
+    A model that a pipeline trains is run as its blocks, which are what is trained: they may take other inputs than `forward`.
+    """
     tally = Tally(workload.metrics)
     model.to(device).eval()
+    run = BlockModel(model) if isinstance(workload, Workload) else model
     with torch.no_grad():
         for batch in workload.validation_loader:
             inputs, targets = to_device(tuple(batch), device)
-            tally.add(model(inputs), targets, len(targets))
+            tally.add(run(inputs), targets, num_rows(inputs, "a batch to test with"))
     model.to("cpu")
     return tally.means()
 

@@ -32,7 +32,11 @@ class SizedIterable(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """How one model is trained. `lr_schedule(total_steps)` gives a factor per step, `param_groups` the optimizer's groups."""
+    """How one model is trained.
+
+    `lr_schedule(total_steps)` and `weight_decay_schedule(total_steps)` give factors per step, `param_groups` the optimizer's
+    groups of a model's named parameters.
+    """
 
     epochs: int
     optimizer: type[torch.optim.Optimizer]
@@ -40,6 +44,7 @@ class Training:
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
     lr_schedule: Callable[[int], Callable[[int], float]] | None = None
     param_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None = None
+    weight_decay_schedule: Callable[[int], Callable[[int], float]] | None = None
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of some of the model's parameters."""
@@ -50,10 +55,20 @@ class Training:
         """The rate's factor per step for training on `loader`."""
         return self.lr_schedule(self.epochs * len(loader)) if self.lr_schedule else None
 
+    def decay_factor(self, loader: Sized) -> Callable[[int], float] | None:
+        """The weight decay's factor per step."""
+        return self.weight_decay_schedule(self.epochs * len(loader)) if self.weight_decay_schedule else None
+
 
 @dataclass(frozen=True)
 class Workload:
-    """Everything that distilling one student takes. Builders give freshly initialised models, the same every time."""
+    """Everything that distilling one student takes. Builders give freshly initialised models, the same every time.
+
+    `length_axis`: batches may differ in the size of that axis (see `Trainer`). `prepare(teacher, student)` is called once the
+    teacher is what it will be, to initialise the student from it; the student without a teacher stays as it was built.
+    `teacher_origin`: where the teacher comes from if it is not trained here, for the summary. `conclude(metrics)`: more
+    entries of the summary that follow from the means of the metrics.
+    """
 
     build_teacher: Callable[[], nn.Module]
     build_student: Callable[[], nn.Module]
@@ -64,22 +79,32 @@ class Workload:
     validation_loader: DataLoader[Any]
     teacher_training: Training
     student_training: Training
+    length_axis: int | None = None
+    prepare: Callable[[nn.Module, nn.Module], None] | None = None
+    teacher_origin: str | None = None
+    conclude: Callable[[Mapping[str, float]], dict[str, float]] | None = None
 
     def task(self) -> Distillation:
         """What a schedule runs: the distillation, of fresh models."""
-        return Distillation(self.build_teacher(), self.build_student(), self.loss)
+        return self.distil(self.build_teacher(), self.build_student())
+
+    def distil(self, teacher: nn.Module, student: nn.Module) -> Distillation:
+        """The distillation of a teacher that is ready into a student that was built; `prepare` is called here."""
+        if self.prepare is not None:
+            self.prepare(teacher, student)
+        return Distillation(teacher, student, self.loss)
 
 
 @dataclass(frozen=True)
 class MomentumWorkload:
     """Everything that training with a momentum teacher takes.
 
-    `build()` gives a fresh task, the same every time. `evaluate(encoder)` gives metrics of what has been learnt, by data with
-    labels that training never sees; the encoder is the teacher, or the same network untrained.
+    `build()` gives a fresh task, the same every time. `evaluate(teacher, device)` gives metrics of what has been learnt, by
+    labels that training never sees, computed on a device; it gets the teacher, and the same network untrained.
     """
 
     build: Callable[[], Momentum]
-    evaluate: Callable[[nn.Module], dict[str, float]]
+    evaluate: Callable[[nn.Module, torch.device], dict[str, float]]
     train_loader: DataLoader[Any]
     student_training: Training
     metrics: Mapping[str, Metric] = field(default_factory=dict)
@@ -154,8 +179,51 @@ def end_to_end(recipe: Recipe, seed: int, num_samples: int | None = None, *, wha
 
 def cosine(total_steps: int) -> Callable[[int], float]:
     """From 1 at the first step down to 0 after the last, along half a cosine."""
+    return Cosine(1.0, 0.0, total_steps)
 
-    def factor(step: int) -> float:
-        return 0.5 * (1.0 + math.cos(math.pi * min(step, total_steps) / total_steps))
 
-    return factor
+def towards(end: float) -> Callable[[int], Callable[[int], float]]:
+    """A schedule from 1 at the first step to `end` after the last, along half a cosine."""
+    return lambda total_steps: Cosine(1.0, end, total_steps)
+
+
+def warmed_up(share: float) -> Callable[[int], Callable[[int], float]]:
+    """A schedule that rises to 1 evenly over that share of all steps, then falls to 0 after the last along half a cosine."""
+
+    def schedule(total_steps: int) -> Callable[[int], float]:
+        warm_up_steps = min(round(share * total_steps), total_steps)
+        falling = cosine(max(1, total_steps - warm_up_steps))
+        return lambda step: (step + 1) / warm_up_steps if step < warm_up_steps else falling(step - warm_up_steps)
+
+    return schedule
+
+
+def linear(warm_up: float) -> Callable[[int], Callable[[int], float]]:
+    """A schedule that rises to 1 evenly over that share of all steps, then falls evenly to 0 after the last."""
+
+    def schedule(total_steps: int) -> Callable[[int], float]:
+        rising = min(round(warm_up * total_steps), total_steps)
+        return lambda step: (
+            (step + 1) / rising if step < rising else max(0.0, (total_steps - step) / max(1, total_steps - rising))
+        )
+
+    return schedule
+
+
+def without_decay(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """Groups for an optimizer: weights, and what has at most one dimension (biases, norms), which does not decay."""
+    decayed, plain = ([p for p in parameters.values() if (p.dim() > 1) is weights] for weights in (True, False))
+    return [group for group in ({"params": decayed}, {"params": plain, "weight_decay": 0.0}) if group["params"]]
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """From `start` at the first step to `end` after `total_steps`, along half a cosine."""
+
+    start: float
+    end: float
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        left = 0.5 * (1.0 + math.cos(math.pi * min(step, self.total_steps) / self.total_steps))
+        return self.end + (self.start - self.end) * left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from pipestill.recipes.phases import Runner, evaluate, export, load_into, make_t
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, MomentumWorkload, Recipe, Workload
 from pipestill.recipes.run_blocks import preflight_blocks, run_blocks
 from pipestill.recipes.run_options import RunOptions
+from pipestill.result import REFERENCE, Result
 from pipestill.run_directory import RunDirectory
 from pipestill.runtime.world import in_main_process
 from pipestill.schedule import STRATEGIES
-from pipestill.train import REFERENCE, Result
 
 
 def preflight(recipe: Recipe, options: RunOptions) -> None:
@@ -72,12 +73,14 @@ def run_recipe(
         return run_blocks(workload, options, directory, quiet, description)
     runner = Runner(workload, options, directory, quiet)
     if isinstance(workload, MomentumWorkload):
-        main, student, metrics = _run_momentum(workload, runner)
+        main, student, metrics = _run_momentum(workload, options, runner)
     else:
         main, student, metrics = _run_distillation(workload, options, runner)
     if directory is None:
         return {}
     summary = {"recipe": recipe.name, **main.summary(), "metrics": metrics}
+    if isinstance(workload, Workload) and workload.teacher_origin is not None:
+        summary["teacher"] = options.teacher or workload.teacher_origin
     save(main, directory, student, description)
     directory.write_json("summary.json", summary)
     return summary
@@ -88,34 +91,50 @@ def _run_distillation(
 ) -> tuple[Result, nn.Module, dict[str, Any]]:
     """Teacher once (its weights stay in teacher/export, and can be given to the next run), student, student alone."""
     teacher, student, alone = workload.build_teacher(), workload.build_student(), workload.build_student()
-    taught: dict[str, Any] = {"read_from": options.teacher}
-    if options.teacher is not None:
-        load_into(teacher, Path(options.teacher))
-        taught.update(evaluate(teacher, workload, own_device(options)))
+    taught: dict[str, Any]
+    if options.teacher is not None or workload.teacher_origin is not None:
+        if options.teacher is not None:
+            load_into(teacher, Path(options.teacher))
+        elif in_main_process():
+            print(f"the teacher is not trained here: {workload.teacher_origin}", file=sys.stderr)
+        measured = evaluate(teacher, workload, own_device(options))
+        taught = {"read_from": options.teacher or workload.teacher_origin, **measured}
     else:
         task = Supervised(teacher, workload.supervised_loss)
-        taught = runner.phase("teacher", task, workload.teacher_training, "teacher").metrics
-    main = runner.phase("student", Distillation(teacher, student, workload.loss), workload.student_training, None)
+        measured = runner.phase("teacher", task, workload.teacher_training, "teacher").metrics
+        taught = dict(measured)
+    main = runner.phase("student", workload.distil(teacher, student), workload.student_training, None)
     lone = runner.phase(
         "student alone", Supervised(alone, workload.supervised_loss), workload.student_training, "student_alone"
     )
     parameters = {"student": num_parameters(student), "teacher": num_parameters(teacher)}
     return main, student, {
-        "student": main.metrics, "teacher": taught, "student_alone": lone.metrics, "parameters": parameters,
+        "student": concluded(workload, main.metrics), "teacher": {**taught, **concluded(workload, measured)},
+        "student_alone": concluded(workload, lone.metrics), "parameters": parameters,
     }  # fmt: skip
 
 
-def _run_momentum(workload: MomentumWorkload, runner: Runner) -> tuple[Result, nn.Module, dict[str, Any]]:
+def concluded(workload: Workload, metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics of a model with what follows from them; those of a phase are known on rank 0 only."""
+    return {**metrics, **workload.conclude(metrics)} if workload.conclude and metrics else metrics
+
+
+def _run_momentum(
+    workload: MomentumWorkload, options: RunOptions, runner: Runner
+) -> tuple[Result, nn.Module, dict[str, Any]]:
     """Student and teacher together; what the teacher has learnt, beside the same network untrained."""
     task = workload.task()
-    before = workload.evaluate(task.teacher)
     main = runner.phase("student", task, workload.student_training, None)
+    metrics = {
+        "student": main.metrics,
+        "parameters": {"student": num_parameters(task.student), "teacher": num_parameters(task.teacher)},
+    }
     if runner.directory is not None:
         export(task.teacher, runner.directory / "export" / "teacher.safetensors")
-    return main, task.student, {
-        "student": main.metrics, "teacher": workload.evaluate(task.teacher), "untrained": before,
-        "parameters": {"student": num_parameters(task.student), "teacher": num_parameters(task.teacher)},
-    }  # fmt: skip
+        device = own_device(options)
+        metrics["teacher"] = workload.evaluate(task.teacher, device)
+        metrics["untrained"] = workload.evaluate(workload.task().teacher, device)
+    return main, task.student, metrics
 
 
 def save(result: Result, directory: RunDirectory, student: nn.Module, config: dict[str, Any]) -> None:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from pipestill import draw
 from pipestill.block_profile import BlockProfile
 from pipestill.block_train import BlockResult, BlockwiseTrainer
 from pipestill.callbacks import Callback
 from pipestill.data import inputs_and_targets
+from pipestill.model.blocks import BlockModel
 from pipestill.model.blockwise import Blockwise, block_dry_run
 from pipestill.model.boundary import num_rows
 from pipestill.model.measure_blocks import measure_blocks
@@ -30,9 +33,9 @@ from pipestill.recipes.phases import (
 )
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import RunOptions
+from pipestill.result import REFERENCE
 from pipestill.run_directory import RunDirectory
 from pipestill.schedule import Trace
-from pipestill.train import REFERENCE
 
 
 def make_block_trainer(
@@ -55,9 +58,10 @@ def make_block_trainer(
     )  # fmt: skip
 
 
-def end_to_end(options: RunOptions) -> RunOptions:
-    """How whole models are trained where blocks are trained by `options.strategy`."""
-    return dataclasses.replace(options, strategy=REFERENCE if options.strategy == REFERENCE else "fill")
+def end_to_end(options: RunOptions, *models: nn.Module) -> RunOptions:
+    """How whole models are trained where blocks are trained by `options.strategy`: at most a stage for each of their blocks."""
+    stages = min(options.devices, *(len(BlockModel(model)) for model in models))
+    return dataclasses.replace(options, strategy=REFERENCE if options.strategy == REFERENCE else "fill", devices=stages)
 
 
 def preflight_blocks(workload: BlockwiseWorkload, options: RunOptions) -> None:
@@ -69,7 +73,7 @@ def preflight_blocks(workload: BlockwiseWorkload, options: RunOptions) -> None:
         make_block_trainer(task, workload, options)
         block_dry_run(task, first_inputs(workload))
     network = workload.derive(task) if workload.derive else task.student
-    whole = end_to_end(options)
+    whole = end_to_end(options, task.teacher, network)
     if workload.fine_tuning is not None and workload.fine_tuning_loss is not None:
         tuned = Distillation(task.teacher, network, workload.fine_tuning_loss)
         make_trainer(tuned, workload, workload.fine_tuning, whole).preflight(workload.train_loader)
@@ -110,18 +114,19 @@ def run_blocks(
 ) -> dict[str, Any]:
     """All phases, on every rank; returns the summary on rank 0, and {} elsewhere."""
     task, device = workload.task(), own_device(options)
-    runner = Runner(workload, end_to_end(options), directory, quiet)
+    runner = Runner(workload, end_to_end(options, task.teacher), directory, quiet)
     taught: dict[str, Any] = {"read_from": options.teacher}
     if options.teacher is not None:
         load_into(task.teacher, Path(options.teacher))
         taught |= evaluate(task.teacher, workload, device)
     else:
         teacher = Supervised(task.teacher, workload.supervised_loss)
-        taught = runner.phase("teacher", teacher, workload.teacher_training, "teacher").metrics
+        taught = runner.phase_of_some("teacher", teacher, workload.teacher_training, "teacher")
     with runner.listening(None) as callbacks:
         trainer = make_block_trainer(task, workload, options, callbacks)
         blocks = trainer.fit(workload.of_blocks(), epochs=workload.student_training.epochs)
     student = workload.derive(task) if workload.derive else task.student
+    runner.options = end_to_end(options, task.teacher, student)
     metrics: dict[str, Any] = {"teacher": taught, "blocks": evaluate(student, workload, device)}
     metrics["student"] = metrics["blocks"]
     for name, models in (workload.rivals(task) if workload.rivals else {}).items():
@@ -135,10 +140,10 @@ def run_blocks(
         if directory is not None:
             export(student, directory / "export" / "before_fine_tuning.safetensors")
         tuned = Distillation(task.teacher, student, workload.fine_tuning_loss)
-        metrics["student"] = runner.phase("fine-tuning", tuned, workload.fine_tuning, "fine_tuning").metrics
+        metrics["student"] = runner.phase_of_some("fine-tuning", tuned, workload.fine_tuning, "fine_tuning")
     alone = workload.fresh(student) if workload.fresh else workload.task().student
     lone = Supervised(alone, workload.supervised_loss)
-    metrics["student_alone"] = runner.phase("student alone", lone, workload.alone_training, "student_alone").metrics
+    metrics["student_alone"] = runner.phase_of_some("student alone", lone, workload.alone_training, "student_alone")
     metrics["parameters"] = {"student": num_parameters(student), "teacher": num_parameters(task.teacher)}
     if directory is None:
         return {}

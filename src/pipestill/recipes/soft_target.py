@@ -1,102 +1,257 @@
-"""Soft-target distillation of a CNN on scikit-learn's digits."""
+"""Soft-target distillation of image classifiers: a CNN on scikit-learn's digits, or ViT-L -> ResNet-152 on ImageNet."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pipestill.errors import ConfigError
+from pipestill.errors import ConfigError, nearest
 from pipestill.losses import SoftTarget as SoftTargetLoss
 from pipestill.losses import accuracy, cross_entropy
+from pipestill.model.adapters_vision import LIBRARIES, load_model
 from pipestill.model.seeding import derive
-from pipestill.recipes.datasets import digits
+from pipestill.recipes.datasets import Images, choose_images, digits
+from pipestill.recipes.networks import RESNETS, network
 from pipestill.recipes.recipe import OPTIMIZERS, Training, Workload, cosine
+from pipestill.recipes.vit import VIT_B, VIT_L, VIT_S, vit
 
 CLASSES = 10
+VITS = {"vit-s": VIT_S, "vit-b": VIT_B, "vit-l": VIT_L}
+CNN = "cnn"
+MODELS = (CNN, *VITS, *RESNETS)
+"""Names of models that are here; others are named timm:NAME or torchvision:NAME."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Form of a preset's images, its models, and how they are trained."""
+
+    image_size: int
+    num_classes: int
+    teacher_model: str
+    student_model: str
+    weight: float
+    batch_size: int
+    epochs: int
+    teacher_epochs: int
+    teacher_lr: float
+    schedule: str
+    nesterov: bool
+    augment: bool
+
+
+_PUBLISHED = Data(
+    224, 1000, "vit-l", "resnet152", weight=0.1, batch_size=16, epochs=200, teacher_epochs=300, teacher_lr=0.01,
+    schedule="steps", nesterov=True, augment=True,
+)  # fmt: skip
+PRESETS = {
+    "digits": Data(
+        8, CLASSES, CNN, CNN, weight=1.0, batch_size=64, epochs=10, teacher_epochs=12, teacher_lr=0.05, schedule="cosine",
+        nesterov=False, augment=False,
+    ),
+    "imagenet100": dataclasses.replace(_PUBLISHED, num_classes=100),
+    "imagenet": _PUBLISHED,
+}  # fmt: skip
+"""Those of ImageNet are TSPipe's (Lim et al., ICML 2022); how its teacher was trained is not published."""
+
+_CNN_SIZES = {"teacher_width": 32, "teacher_depth": 4, "student_width": 3, "student_depth": 3}
 
 
 @dataclass(frozen=True)
 class SoftTarget:
-    """Distil a CNN into a much smaller one on scikit-learn's digits.
+    """Distil an image classifier into another by its softened logits.
+
+    What is not given is the preset's, shown by --print_config.
 
     Args:
-        teacher_width: channels of the teacher's convolutions
-        teacher_depth: convolutions of the teacher after its first
-        student_width: channels of the student's convolutions
-        student_depth: convolutions of the student after its first
-        dropout: share of channels that the student drops while it trains
+        preset: form of the data, models and how they are trained: digits, or TSPipe's benchmark on ImageNet or a list of 100
+            of its classes
+        data: a directory of 'train' and 'val', each with a folder of images a class, or of CIFAR-10's python files; or noise,
+            to measure speed (default for digits: those that ship inside scikit-learn)
+        classes: a file that names a folder of images in each line: only these classes are learnt, in this order
+        image_size: pixels that images of folders are brought to, in height and width
+        teacher_model: cnn, vit-s, vit-b, vit-l, resnet18, 34, 50, 101 or 152, or a name from timm or torchvision, such as
+            timm:vit_large_patch16_224 (with random weights: nothing is downloaded)
+        student_model: the same
+        teacher_width: channels of a cnn's first convolution or of a resnet's first stage, width of a vit (default: 32 for a
+            cnn, else the model's own)
+        teacher_depth: convolutions of a cnn after its first, residual blocks at most in each stage of a resnet, layers of a vit
+            (default: 4 for a cnn, else the model's own)
+        student_width: the same for the student (default: 3 for a cnn)
+        student_depth: the same for the student (default: 3 for a cnn)
+        dropout: share of channels or units that a cnn or a vit drops as the student while it trains
         temperature: T that softens both models' logits
         weight: of the soft-target term beside the cross entropy
         batch_size: samples of one update
         epochs: passes over the data for the student, with and without a teacher
-        teacher_epochs: passes over the data for the teacher
+        teacher_epochs: passes over the data for the teacher; with 0, and without --teacher, its weights stay random
         optimizer: of both models
-        lr: learning rate of the student at its start; it falls along a cosine
+        lr: learning rate of the student at its start
         teacher_lr: learning rate of the teacher at its start
+        schedule: rates fall along a cosine, or in steps: to a tenth at half and again at three quarters of the epochs
         sgd_momentum: SGD's own momentum
+        nesterov: SGD's momentum is Nesterov's
         weight_decay: L2 penalty (SGD) or decoupled decay (AdamW)
+        augment: train on images that are moved and mirrored, and on random parts of those of folders
+        workers: processes that read images beside the training
     """
 
     name: ClassVar[str] = "soft-target"
 
-    teacher_width: int = 32
-    teacher_depth: int = 4
-    student_width: int = 3
-    student_depth: int = 3
+    # None stands for the preset's value, which replaces it at once.
+    preset: Literal["digits", "imagenet100", "imagenet"] = "digits"
+    data: str | None = None
+    classes: str | None = None
+    image_size: int = None  # type: ignore[assignment]
+    teacher_model: str = None  # type: ignore[assignment]
+    student_model: str = None  # type: ignore[assignment]
+    teacher_width: int | None = None
+    teacher_depth: int | None = None
+    student_width: int | None = None
+    student_depth: int | None = None
     dropout: float = 0.0
     temperature: float = 4.0
-    weight: float = 1.0
-    batch_size: int = 64
-    epochs: int = 10
-    teacher_epochs: int = 12
+    weight: float = None  # type: ignore[assignment]
+    batch_size: int = None  # type: ignore[assignment]
+    epochs: int = None  # type: ignore[assignment]
+    teacher_epochs: int = None  # type: ignore[assignment]
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
-    teacher_lr: float = 0.05
+    teacher_lr: float = None  # type: ignore[assignment]
+    schedule: Literal["cosine", "steps"] = None  # type: ignore[assignment]
     sgd_momentum: float = 0.9
+    nesterov: bool = None  # type: ignore[assignment]
     weight_decay: float = 1e-4
+    augment: bool = None  # type: ignore[assignment]
+    workers: int = 0
 
     def __post_init__(self) -> None:
+        """Raises `ConfigError` with everything that cannot be."""
+        preset = vars(PRESETS[self.preset])
+        for name, value in vars(self).items():
+            if value is None and name in preset:
+                object.__setattr__(self, name, preset[name])
+        for name, size in _CNN_SIZES.items():
+            if getattr(self, name) is None and getattr(self, f"{name.partition('_')[0]}_model") == CNN:
+                object.__setattr__(self, name, size)
+        if problems := self._problems():
+            raise ConfigError("; ".join(problems))
+
+    def _problems(self) -> list[str]:
+        least = {
+            "image_size": 8, "teacher_width": 1, "student_width": 1, "batch_size": 1, "epochs": 1, "teacher_epochs": 0,
+            "workers": 0, "teacher_depth": 2 if self.teacher_model == CNN else 1,
+            "student_depth": 2 if self.student_model == CNN else 1,
+        }  # fmt: skip
         problems = [
-            f"{name} is {getattr(self, name)}; expected at least 1"
-            for name in ("teacher_width", "student_width", "batch_size", "epochs", "teacher_epochs")
-            if getattr(self, name) < 1
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}; expected at least 2"
-            for name in ("teacher_depth", "student_depth")
-            if getattr(self, name) < 2
+            f"{name} is {getattr(self, name)}; expected at least {count}"
+            for name, count in least.items()
+            if getattr(self, name) is not None and getattr(self, name) < count
         ]
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout is {self.dropout}; expected 0 or more, and less than 1")
-        if problems:
-            raise ConfigError("; ".join(problems))
+        for role in ("teacher", "student"):
+            model = getattr(self, f"{role}_model")
+            foreign = model.partition(":")[0] in LIBRARIES and ":" in model
+            if model not in MODELS and not foreign:
+                libraries = " or ".join(f"{library}:NAME" for library in LIBRARIES)
+                problems.append(
+                    f"no {role}_model '{model}'{nearest(model, MODELS)}; there are {', '.join(MODELS)}, {libraries}"
+                )
+            if foreign:
+                given = [f"{role}_{size}" for size in ("width", "depth") if getattr(self, f"{role}_{size}") is not None]
+                problems += [
+                    f"{name} is for models that are here, and '{model}' is not; leave it out" for name in given
+                ]
+        if self.dropout and self.student_model != CNN and self.student_model not in VITS:
+            problems.append(
+                f"dropout is for a cnn or a vit, and the student_model is '{self.student_model}'; leave it out"
+            )
+        if self.preset == "digits" and self.data is None and self.image_size != 8:
+            problems.append(f"image_size is {self.image_size}; the digits are 8 x 8, so give --data, or leave it out")
+        return problems
 
     def workload(self, seed: int, num_samples: int | None = None) -> Workload:
-        """The models, the data (80 % to train on, 20 % to test on) and how they are trained."""
-        train, test = digits(seed)
-        if num_samples is not None:
-            train = TensorDataset(*train[:num_samples])
+        """The models, the data and how they are trained. Raises `DataError` for data that is missing or broken."""
+        if self.preset == "digits" and self.data is None and self.classes is None:
+            train, test = digits(seed)
+            if num_samples is not None:
+                train = TensorDataset(*train[:num_samples])
+            loaders = DataLoader(train, batch_size=self.batch_size, shuffle=True), DataLoader(test, batch_size=256)
+            channels, size, num_classes = 1, 8, CLASSES
+        else:
+            images = self.images(seed)
+            channels, size, num_classes = images.channels, images.size, images.num_classes
+            loaders = images.loaders(
+                self.batch_size, augment=self.augment, num_samples=num_samples, workers=self.workers
+            )
+        untrained = "random weights, as teacher_epochs is 0: the student is taught noise"
         return Workload(
-            build_teacher=lambda: cnn(self.teacher_width, self.teacher_depth, 0.0, derive(seed, "teacher")),
-            build_student=lambda: cnn(self.student_width, self.student_depth, self.dropout, derive(seed, "student")),
+            build_teacher=lambda: self.model("teacher", channels, size, num_classes, seed),
+            build_student=lambda: self.model("student", channels, size, num_classes, seed),
             loss=SoftTargetLoss(self.temperature, self.weight),
             supervised_loss=cross_entropy,
             metrics={"accuracy": accuracy},
-            train_loader=DataLoader(train, batch_size=self.batch_size, shuffle=True),
-            validation_loader=DataLoader(test, batch_size=256),
+            train_loader=loaders[0],
+            validation_loader=loaders[1],
             teacher_training=self._training(self.teacher_epochs, self.teacher_lr),
             student_training=self._training(self.epochs, self.lr),
+            teacher_origin=None if self.teacher_epochs else untrained,
         )
 
+    def images(self, seed: int) -> Images:
+        """What is learnt from."""
+        preset = PRESETS[self.preset]
+        channels = 1 if self.preset == "digits" else 3
+        return choose_images(
+            self.data, self.preset, (channels, self.image_size, preset.num_classes), batch_size=self.batch_size,
+            augment=self.augment, seed=seed, page="docs/published.md",
+            classes=self.classes,
+        )  # fmt: skip
+
+    def model(self, role: str, channels: int, size: int, num_classes: int, seed: int) -> nn.Module:
+        """Teacher or student for images (rows, channels, size, size) -> logits (rows, num_classes)."""
+        name, width, depth = (getattr(self, f"{role}_{what}") for what in ("model", "width", "depth"))
+        seed, dropout = derive(seed, role), self.dropout if role == "student" else 0.0
+        if name == CNN:
+            return cnn(width, depth, dropout, seed, channels, num_classes)
+        if name in VITS:
+            shape = VITS[name]
+            shape = dataclasses.replace(
+                shape, width=width or shape.width, depth=depth or shape.depth,
+                heads=shape.heads if width is None else max(1, width * shape.heads // shape.width),
+                patch=shape.patch if size % shape.patch == 0 else size // 4,
+            )  # fmt: skip
+            return vit(shape, channels, size, num_classes, dropout=dropout, seed=seed)
+        if name in RESNETS:
+            net = RESNETS[name]
+            widths = net.widths if width is None else tuple(width * 2**i for i in range(len(net.widths)))
+            depths = net.depths if depth is None else tuple(min(depth, most) for most in net.depths)
+            net = dataclasses.replace(net, widths=widths, depths=depths)
+            return network(net, channels, size, num_classes, seed=seed, cuts="residual")
+        return load_model(name, num_classes, seed)
+
     def _training(self, epochs: int, lr: float) -> Training:
-        options = {"weight_decay": self.weight_decay}
+        options: dict[str, Any] = {"weight_decay": self.weight_decay}
         if self.optimizer == "sgd":
             options["momentum"] = self.sgd_momentum
-        return Training(epochs, OPTIMIZERS[self.optimizer], lr, options, cosine)
+            if self.nesterov:
+                options["nesterov"] = True
+        return Training(epochs, OPTIMIZERS[self.optimizer], lr, options, SCHEDULES[self.schedule])
+
+
+def steps(total_steps: int) -> Callable[[int], float]:
+    """1 up to half of all steps, then a tenth, and a hundredth from three quarters on (He et al. 2016)."""
+    return lambda step: 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
+
+
+SCHEDULES = {"cosine": cosine, "steps": steps}
 
 
 class Convolution(nn.Module):
@@ -115,22 +270,24 @@ class Convolution(nn.Module):
 class Head(nn.Module):
     """Average over the image, then a linear layer: (rows, channels, h, w) -> (rows, classes)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, classes: int = CLASSES) -> None:
         super().__init__()
-        self.linear = nn.Linear(channels, CLASSES)
+        self.linear = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def cnn(width: int, depth: int, dropout: float, seed: int) -> nn.Sequential:
+def cnn(
+    width: int, depth: int, dropout: float, seed: int, channels_in: int = 1, classes: int = CLASSES
+) -> nn.Sequential:
     """A first convolution, `depth` more (the middle one halves the image and doubles the channels) and a head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blocks: list[nn.Module] = [Convolution(1, width, 1, dropout)]
+        blocks: list[nn.Module] = [Convolution(channels_in, width, 1, dropout)]
         channels = width
         for i in range(depth):
             halves = i == depth // 2
             blocks.append(Convolution(channels, channels * 2 if halves else channels, 2 if halves else 1, dropout))
             channels *= 2 if halves else 1
-        return nn.Sequential(*blocks, Head(channels))
+        return nn.Sequential(*blocks, Head(channels, classes))

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HEADER_LENGTH = 3
+HEADER_LENGTH = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch. `rows` 0 marks the end of the data. `last`: its epoch, or the run, ends with it.
+    """One batch. `rows` 0 marks the end of the data. `last`: its epoch, or the run, ends with it. `length`: of its samples,
+    where batches differ in it, else 0.
 
     Only the reading rank has `inputs`; it and the rank of the loss have `targets`.
     """
@@ -25,10 +26,11 @@ class Batch:
     last: bool
     inputs: Any = None
     targets: Any = None
+    length: int = 0
 
     def header(self) -> Tensor:
-        """What every rank has to know, as three whole numbers."""
-        return torch.tensor([self.rows, self.epoch, self.last], dtype=torch.int64)
+        """What every rank has to know, as whole numbers."""
+        return torch.tensor([self.rows, self.epoch, self.last, self.length], dtype=torch.int64)
 
     def view(self, index: int) -> Any:
         """One view of the samples, of inputs that are a tuple of these."""
@@ -36,8 +38,8 @@ class Batch:
 
     @classmethod
     def from_header(cls, header: Tensor) -> Batch:
-        rows, epoch, last = header.tolist()
-        return cls(rows, epoch, bool(last))
+        rows, epoch, last, length = header.tolist()
+        return cls(rows, epoch, bool(last), length=length)
 
 
 @lru_cache(maxsize=64)

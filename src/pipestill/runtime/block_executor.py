@@ -68,6 +68,7 @@ class BlockExecutor:
         self.results: dict[
             Action, tuple[Any, int]
         ] = {}  # a teacher forward -> its output here, and how often it is used yet
+        self.sources: dict[tuple[Action, int], list[tuple[Action, Part]]] = {}  # of each work of a step, see `_sources`
         self.uses = self._count_uses()
         self.packed: tuple[int, list[Tensor]] = (-1, [])  # the samples of a step as they go to one rank after the other
         self.heard = set[Message]()  # transfers whose arrival only the order was about
@@ -111,9 +112,13 @@ class BlockExecutor:
 
     def _sources(self, action: Action, block: int) -> list[tuple[Action, Part]]:
         """The teacher forwards whose rows `action` takes of a block, with the rows that each has."""
-        units = self.structure.sources(block, self.structure.share_of(action)) if block >= 0 else []
-        parts = [self.structure.teacher[block][u].part for u in units]
-        return [(Action(Role.TEACHER, block, Op.FORWARD, u, action.step), p) for u, p in zip(units, parts, strict=True)]
+        key = action.at(0), block
+        if key not in self.sources:
+            units = self.structure.sources(block, self.structure.share_of(action)) if block >= 0 else []
+            parts = [self.structure.teacher[block][u].part for u in units]
+            forwards = [Action(Role.TEACHER, block, Op.FORWARD, u, 0) for u in units]
+            self.sources[key] = list(zip(forwards, parts, strict=True))
+        return [(forward.at(action.step), part) for forward, part in self.sources[key]]
 
     # -- one action ---------------------------------------------------------------------------------------------
 
@@ -174,6 +179,7 @@ class BlockExecutor:
         if self.groups is not None:
             with self.recorder.working(action):
                 self.worker.reduce(action.stage)
+            self._settle_samples(action)
             return
         parts: list[list[Tensor]] = []
         for other in self.structure.sharers(
@@ -188,6 +194,13 @@ class BlockExecutor:
         with self.recorder.working(action):
             summed = [torch.stack(tensors).sum(0) for tensors in zip(*parts, strict=True)]
             self.worker.set_gradients(action.stage, summed)
+
+    def _settle_samples(self, reduced: Action) -> None:
+        """Who has added up gradients of a window has the samples of the one before."""
+        if self.source is not None:
+            read = Action(Role.STUDENT, 0, Op.DATA, None, reduced.step - 1)
+            for other in {self.structure.rank_of(a) for a in self.structure.sharers(reduced)} - {self.rank}:
+                self.transport.settle(self._message(read.send_to(other), Lane.INPUT))
 
     def _take_over(self, action: Action) -> Waiting:
         """The block that `action` trains, from the rank that trained it before."""
@@ -211,6 +224,9 @@ class BlockExecutor:
                 yield from self._arrive(message)
                 recent = action.step - self.structure.ahead - 2
                 self.heard = {m for m in self.heard if m.payload.step >= recent} | {message}
+            if message is not None and need.at(0) in self.structure.receipts.get(action.at(0), ()):
+                sent = action.at(step).send_to(self.structure.rank_of(need))
+                self.transport.settle(self._message(sent, Lane.TEACHER))
 
     # -- rows of teacher blocks -----------------------------------------------------------------------------------
 

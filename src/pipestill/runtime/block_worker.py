@@ -147,13 +147,12 @@ class BlockWorker:
     def gradients(self, block: int) -> list[Tensor]:
         """A block's gradients, each with whether it is there: what ranks of one process add up."""
         with self._with(block):
-            return [t for p in self.learners[block].parameters.values() for t in flat_gradients([p])]
+            return [flat_gradients([p]) for p in self.learners[block].parameters.values()]
 
     def set_gradients(self, block: int, summed: Sequence[Tensor]) -> None:
         """Take what came of adding up `gradients`."""
-        pairs = zip(summed[::2], summed[1::2], strict=True)
         with self._with(block):
-            for parameter, flat in zip(self.learners[block].parameters.values(), pairs, strict=True):
+            for parameter, flat in zip(self.learners[block].parameters.values(), summed, strict=True):
                 set_flat_gradients([parameter], flat)
 
     def update(self, block: int, batch: int) -> None:
@@ -214,7 +213,7 @@ class _Reduction:
                 room = _BUCKET_BYTES
             self.buckets[-1].append(parameter)
             room -= size
-        self.under_way: list[tuple[list[Tensor], list[Any]]] = []
+        self.under_way: list[tuple[Tensor, Any]] = []
         self.ready = set[nn.Parameter]()
         self.hooks = [p.register_post_accumulate_grad_hook(self._hear) for p in parameters] if overlap else []
 
@@ -225,7 +224,7 @@ class _Reduction:
 
     def _send(self) -> None:
         flat = flat_gradients(self.buckets[len(self.under_way)])
-        self.under_way.append((flat, [dist.all_reduce(t, group=self.group, async_op=True) for t in flat]))
+        self.under_way.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     def finish(self) -> None:
         """Send what is left, and put the sums in the place of the gradients once all have come."""
@@ -233,29 +232,28 @@ class _Reduction:
             hook.remove()
         while len(self.under_way) < len(self.buckets):
             self._send()
-        for bucket, (flat, works) in zip(self.buckets, self.under_way, strict=True):
-            for work in works:
-                work.wait()
+        for bucket, (flat, work) in zip(self.buckets, self.under_way, strict=True):
+            work.wait()
             set_flat_gradients(bucket, flat)
 
 
-def flat_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Gradients of one type one after the other, zeros for those that are missing, and which there are."""
-    if not parameters:
-        return []
+def flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Gradients of one type one after the other, zeros for those that are missing; then, for each, 1 if it is there.
+
+    In one tensor, because one more all-reduce takes longer than all the gradients of a small block.
+    """
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     there = [p.grad is not None for p in parameters]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    return [flat, torch.tensor(there, dtype=torch.float32, device=flat.device)]
+    first = parameters[0]
+    return torch.cat(
+        [*(gradient.reshape(-1) for gradient in gradients), torch.tensor(there, dtype=first.dtype, device=first.device)]
+    )
 
 
-def set_flat_gradients(parameters: Sequence[nn.Parameter], flat: Sequence[Tensor]) -> None:
+def set_flat_gradients(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
     """Take sums of `flat_gradients`; a gradient that no rank had is none."""
-    if not parameters:
-        return
-    values, there = flat
-    sizes = [parameter.numel() for parameter in parameters]
-    for parameter, part, number in zip(parameters, values.split(sizes), there.tolist(), strict=True):
+    *values, there = flat.split([*(parameter.numel() for parameter in parameters), len(parameters)])
+    for parameter, part, number in zip(parameters, values, there.tolist(), strict=True):
         parameter.grad = part.view_as(parameter).clone() if number else None
 
 

@@ -66,6 +66,7 @@ class Executor:
         recorder: Recorder,
         source: Iterator[Batch] | None,
         lr_factor: Callable[[int], float] = lambda step: 1.0,
+        decay_factor: Callable[[int], float] = lambda step: 1.0,
         after_update: Callable[[int, Batch], Waiting] | None = None,
         before_update: Callable[[int, Batch], None] | None = None,
         clip: float | None = None,
@@ -78,7 +79,8 @@ class Executor:
         self.contracts, self.transport, self.recorder = contracts, transport, recorder
         self.student_stages, self.teacher_stages = student_stages, teacher_stages
         self.student, self.teacher = student, teacher
-        self.source, self.lr_factor, self.metric, self.phase = source, lr_factor, metric, phase
+        self.source, self.metric, self.phase = source, metric, phase
+        self.lr_factor, self.decay_factor = lr_factor, decay_factor
         self.before_update, self.after_update, self.clip = before_update, after_update, clip
         self.views, self.num_trained = views, num_trained
         self.device = recorder.device
@@ -172,10 +174,8 @@ class Executor:
         else:
             assert self.source is not None, "the rank of the data action has a source"
             batch = next(self.source, _END)
-            self.batches[action.step] = Batch(
-                batch.rows, batch.epoch, batch.last,
-                to_device(batch.inputs, self.device), to_device(batch.targets, self.device),
-            )  # fmt: skip
+            inputs, targets = to_device(batch.inputs, self.device), to_device(batch.targets, self.device)
+            self.batches[action.step] = replace(batch, inputs=inputs, targets=targets)
 
     def _forward(self, action: Action, batch: Batch, rows: int) -> Waiting:
         unit = action.microbatch
@@ -193,7 +193,7 @@ class Executor:
             tensors = yield from self._arrive(before, Lane.ACTIVATION if student else Lane.TEACHER)
             if student and self.structure.train:
                 assert self.student is not None
-                value, gradients = self.student.enter(tensors, rows, unit)
+                value, gradients = self.student.enter(tensors, rows, unit, batch.length)
             else:
                 value = self._contract(before).join(tensors, rows)
         with self.recorder.working(action):
@@ -202,7 +202,7 @@ class Executor:
                 output = self.teacher.forward(value, action.step, unit)
             elif self.structure.train:
                 assert self.student is not None
-                output = self.student.forward(value, gradients, action.step, unit, rows)
+                output = self.student.forward(value, gradients, action.step, unit, rows, batch.length)
             else:
                 assert self.student is not None
                 output = self.student.infer(value, action.step, unit)
@@ -261,7 +261,7 @@ class Executor:
             assert self.clip is not None
             self.student.clip(torch.cat([s.cpu() for s in squares]), self.clip)
         with self.recorder.working(action):
-            self.student.update(self.lr_factor(action.step))
+            self.student.update(self.lr_factor(action.step), self.decay_factor(action.step))
         if self.teacher is not None:
             self.teacher.note()
         if self.after_update is not None:
@@ -363,8 +363,12 @@ class Executor:
         assert transfer.microbatch is not None
         student = transfer.role is Role.STUDENT
         stage = transfer.stage if transfer.op is Op.FORWARD else transfer.stage - 1
-        contracts = self.contracts.student if student else self.contracts.teacher
+        at_length = self._contracts(transfer.step)
+        contracts = at_length.student if student else at_length.teacher
         return contracts[transfer.microbatch % self._views(transfer)][self._last_block(transfer.role, stage)]
+
+    def _contracts(self, step: int) -> Contracts:
+        return self.contracts.at(self.batches[step].length)
 
     def _forms(self, transfer: Action) -> list[Form]:
         """The forms of the tensors that travel as the result of a forward or a backward."""
@@ -387,14 +391,15 @@ class Executor:
             (header,) = self.transport.take(message)
             batch = self.batches[step] = Batch.from_header(header)
             if self.holds_loss and batch.rows and self.contracts.targets.tensor_leaves:
-                buffers = [form.empty(batch.rows, self.device) for form in self.contracts.targets.values]
+                forms = self._contracts(step).targets.values
+                buffers = [form.empty(batch.rows, self.device) for form in forms]
                 self.transport.post(self._message(data.receive_from(reader), Lane.TARGET), buffers)
         return self.batches[step]
 
     def _send_data(self, transfer: Action) -> None:
         batch = self.batches[transfer.step]
         self.transport.send(self._message(transfer), [batch.header()])
-        contract = self.contracts.targets
+        contract = self._contracts(transfer.step).targets
         loss_rank = self.structure.student_ranks[self.structure.last]
         if transfer.peer == loss_rank and batch.rows and contract.tensor_leaves:
             tensors = contract.split(batch.targets, batch.rows)
@@ -405,7 +410,7 @@ class Executor:
         """The targets of a step's whole batch, on the rank of the loss."""
         batch = self.batches[step]
         reader = self.structure.student_ranks[0]
-        contract = self.contracts.targets
+        contract = self._contracts(step).targets
         if reader == self.rank or not contract.tensor_leaves:
             return batch.targets if reader == self.rank else contract.join([], batch.rows)
         if batch.targets is None:

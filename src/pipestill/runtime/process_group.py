@@ -16,7 +16,8 @@ from pipestill.schedule import Lane, Op, Role
 _LANES = list(Lane)
 _OPS = list(Op)
 _UNDER_WAY = 32  # sends whose tensors are kept: gloo never says that one has arrived, only a wait does
-_BESIDE = (Lane.TARGET, Lane.INPUT, Lane.REPORT)  # lanes whose receives are announced step by step, apart from the schedule
+_BESIDE = (Lane.TARGET, Lane.INPUT, Lane.REPORT)
+"""Lanes whose receives are announced step by step, apart from the schedule."""
 
 
 _Sent = tuple[Message, list[Tensor], list[dist.Work]]
@@ -27,10 +28,13 @@ class ProcessGroup:
 
     Sends and receives never block; waits do, each up to `timeout_seconds`. On gloo the tag of a message names its lane,
     action and phase, so a message can never be taken for another. NCCL has no tags: there each directed edge and
-    lane of `edges` has a communicator of its own, in whose order messages are matched; create this on all ranks together.
+    lane of `edges` has a communicator of its own, in whose order messages are matched; create this on all ranks together, or
+    on all that have edges where they are `among_some`.
     """
 
-    def __init__(self, timeout_seconds: float, edges: Iterable[tuple[int, int, Lane]] = ()) -> None:
+    def __init__(
+        self, timeout_seconds: float, edges: Iterable[tuple[int, int, Lane]] = (), *, among_some: bool = False
+    ) -> None:
         self.rank = dist.get_rank()
         self.timeout = timedelta(seconds=timeout_seconds)
         self.posted: dict[Message, tuple[list[Tensor], list[dist.Work]]] = {}
@@ -40,7 +44,10 @@ class ProcessGroup:
         self.groups: dict[tuple[int, int, Lane], dist.ProcessGroup] = {}
         if "nccl" in str(dist.get_backend_config()):
             for source, destination, lane in sorted(edges):
-                self.groups[source, destination, lane] = dist.new_group([source, destination], backend="nccl")
+                if not among_some or self.rank in (source, destination):
+                    self.groups[source, destination, lane] = dist.new_group(
+                        [source, destination], backend="nccl", use_local_synchronization=among_some
+                    )
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         kept = list(tensors)
@@ -74,16 +81,29 @@ class ProcessGroup:
     def take(self, message: Message) -> list[Tensor]:
         return self.posted.pop(message)[0]
 
+    def settle(self, message: Message) -> None:
+        queue = self.under_way[message.phase, message.lane in _BESIDE]
+        alike = [sent for sent in queue if (sent[0].destination, sent[0].lane) == (message.destination, message.lane)]
+        last = max((index for index, sent in enumerate(alike) if sent[0] == message), default=-1)
+        done = {id(sent) for sent in alike[: last + 1]}
+        for sent in alike[: last + 1]:
+            self._finish(sent)
+        if done:
+            self.under_way[message.phase, message.lane in _BESIDE] = deque(s for s in queue if id(s) not in done)
+
     def flush(self, phase: int) -> None:
         for message in [m for m in self.posted if m.phase == phase]:
-            self.arrived(message)  # what only the order was about; gloo hangs once a buffer goes that is still announced
+            self.arrived(message)  # only the order was about it; gloo hangs once a buffer goes that is still announced
         for beside in (False, True):
             while self.under_way[phase, beside]:
                 self._finish_one(self.under_way[phase, beside])
 
     def _finish_one(self, queue: deque[_Sent]) -> None:
         """Wait for the oldest send. Of its own phase only: training's wait until a validation is over."""
-        message, _, works = queue.popleft()
+        self._finish(queue.popleft())
+
+    def _finish(self, sent: _Sent) -> None:
+        message, _, works = sent
         with _Named(f"waits until rank {message.destination} takes", message, self.rank, self.timeout):
             for work in works:
                 work.wait(self.timeout)

@@ -45,6 +45,7 @@ class Settings:
     log_every: int
     lr: float
     lr_factor: Callable[[int], float]
+    decay_factor: Callable[[int], float]
     metrics: Mapping[str, Metric]
     validate: bool
     timeout_seconds: float
@@ -140,6 +141,7 @@ class RankRun:
         self.clock.forget()
         executor = self._executor(
             self.plan.schedule, self.source, self.recorder, lr_factor=self.settings.lr_factor,
+            decay_factor=self.settings.decay_factor,
             before_update=self._before_update, after_update=self._after_update, clip=self.settings.clip,
             views=isinstance(self.task, Momentum), num_trained=self.num_trained,
         )  # fmt: skip

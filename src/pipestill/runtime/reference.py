@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import BlockModel
@@ -23,7 +23,7 @@ from pipestill.runtime.stage import (
     run_blocks,
     weighted_loss,
 )
-from pipestill.runtime.weights import MovingAverage
+from pipestill.runtime.weights import MovingAverage, OwnRates
 from pipestill.schedule import Role
 
 
@@ -35,6 +35,7 @@ def reference(
     *,
     microbatches: int,
     lr_factor: Callable[[int], float],
+    decay_factor: Callable[[int], float],
     seed: int,
     device: torch.device,
     before_update: Callable[[int, Batch, dict[str, float]], None],
@@ -50,10 +51,12 @@ def reference(
     """
     student, teacher, demands = task.student_blocks, task.teacher_blocks, task.demands
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    base_lrs = [group["lr"] for group in optimizer.param_groups]
+    rates = OwnRates(optimizer)
     average = MovingAverage(task, range(len(task.teacher_blocks))) if isinstance(task, Momentum) else None
     old_student = Previous(trained, student_staleness)
     old_teacher = Previous([mine for mine, _ in average.pairs] if average else [], staleness)
+    if isinstance(task.loss, nn.Module):
+        task.loss.to(device)
     student.in_mode(train=False)
     student.in_mode(train=True)  # anew: some layers may stay in eval mode
     student.model.zero_grad(set_to_none=True)
@@ -98,8 +101,7 @@ def reference(
         for model in (student, teacher) if teacher is not None else (student,):
             norms.end_batch(model.model.modules())
         before_update(step, batch, losses)
-        for group_, base in zip(optimizer.param_groups, base_lrs, strict=True):
-            group_["lr"] = base * lr_factor(step)
+        rates.multiply(lr_factor(step), decay_factor(step))
         if largest_norm is not None:
             clip(trained, gradient_squares(p for p in student.model.parameters() if p.requires_grad), largest_norm)
         with old_student.update():

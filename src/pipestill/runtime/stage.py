@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pipestill.errors import ModelError
+from pipestill.errors import DeviceError, ModelError
 from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Contract, cut, distinct_tensors, enter
@@ -19,7 +20,7 @@ from pipestill.model.dry_run import Contracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.split import SplitBlock, start_of
 from pipestill.model.tasks import Momentum, Task, teacher_trains
-from pipestill.runtime.weights import MovingAverage, Versions
+from pipestill.runtime.weights import MovingAverage, OwnRates, Versions
 from pipestill.schedule import Role
 
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
@@ -139,25 +140,29 @@ class StudentStage:
         for parameter in self.parameters.values():
             parameter.grad = None  # what was left from before is no part of the first batch
         self.optimizer = optimizer(self.parameters) if self.parameters else None
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+        self.rates = OwnRates(self.optimizer)
         self.versions = Versions(list(self.parameters.values()), staleness)
         self.stash: dict[tuple[int, int], _Held] = {}
         self.from_loss: dict[tuple[int, int], tuple[list[Tensor], list[Tensor | None]]] = {}  # outputs, their gradients
         self.loss_sums = torch.zeros(len(contracts.loss_parts), dtype=torch.float64, device=device)
+        if blocks.stop == len(self.model) and isinstance(task.loss, nn.Module):
+            task.loss.to(device)
 
-    def _contract(self, unit: int, block: int) -> Contract:
-        return self.contracts.student[unit % self.views][block]
+    def _contract(self, unit: int, block: int, length: int | None = None) -> Contract:
+        """Of a boundary: as to its form at any length, or with the sizes of one."""
+        contracts = self.contracts if length is None else self.contracts.at(length)
+        return contracts.student[unit % self.views][block]
 
-    def enter(self, tensors: Sequence[Tensor], rows: int, unit: int) -> tuple[Any, list[Tensor | None]]:
+    def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]:
         """Received tensors -> the first block's input, and the list that the backward fills with its gradients."""
-        contract = self._contract(unit, self.blocks[0] - 1)
+        contract = self._contract(unit, self.blocks[0] - 1, length)
         entered, gradients = enter([tensors[i] for i in contract.tracked_positions])
         given = list(tensors)
         for i, tensor in zip(contract.tracked_positions, entered, strict=True):
             given[i] = tensor
         return contract.join(given, rows), gradients
 
-    def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int) -> Any:
+    def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int, length: int) -> Any:
         """The stage's output, its graph kept for `backward`. `gradients`: what `enter` gave with the value."""
         self.model.in_mode(train=True)
         with self.versions.of(step):
@@ -175,7 +180,8 @@ class StudentStage:
                     unit=unit,
                     device=self.device,
                 )
-        self.stash[step, unit] = _Held(gradients, self._contract(unit, self.blocks[-1]).split(output, rows), blocks)
+        contract = self._contract(unit, self.blocks[-1], length)
+        self.stash[step, unit] = _Held(gradients, contract.split(output, rows), blocks)
         return output
 
     def _forward_split(
@@ -299,12 +305,11 @@ class StudentStage:
         """Scale the gradients so that the norm of those of all stages, whose `squares` these are, is at most `largest`."""
         clip(list(self.parameters.values()), squares, largest)
 
-    def update(self, lr_factor: float) -> None:
-        """One optimizer step at `lr_factor` times each group's own learning rate."""
+    def update(self, lr_factor: float, decay_factor: float) -> None:
+        """One optimizer step at these factors of each group's own learning rate and weight decay."""
         with self.versions.next():
             if self.optimizer is not None:
-                for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-                    group["lr"] = base * lr_factor
+                self.rates.multiply(lr_factor, decay_factor)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 
@@ -338,6 +343,29 @@ def move(model: BlockModel, blocks: range, device: torch.device) -> None:
     """Put the parameters and buffers of `blocks` on `device`, in place."""
     for tensor in model.tensors_of(blocks).values():
         tensor.data = tensor.data.to(device)
+
+
+@contextmanager
+def placed(task: Task, device: torch.device) -> Iterator[None]:
+    """Within it, both models and the loss are whole on `device`; afterwards on the CPU. `DeviceError` where they do not fit."""
+    models = [model for model in (task.student_blocks, task.teacher_blocks) if model is not None]
+
+    def to(there: torch.device) -> None:
+        for model in models:
+            move(model, range(len(model)), there)
+        if isinstance(task.loss, nn.Module):
+            task.loss.to(there)
+
+    try:
+        to(device)
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise DeviceError(
+            f"both models and a microbatch do not fit on one device, where blocks are measured ({str(error).split('.')[0]}); "
+            "give a file of costs (--costs, made by 'pipestill profile' with '--device cpu' or with '--estimate')"
+        ) from error
+    finally:
+        to(torch.device("cpu"))
 
 
 def gradient_squares(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -41,6 +41,9 @@ class Transport(Protocol):
     def take(self, message: Message) -> list[Tensor]:
         """The tensors of a message that has arrived."""
 
+    def settle(self, message: Message) -> None:
+        """Let go of `message`, which its receiver is known to have, and of those that it was sent before on the same lane."""
+
     def flush(self, phase: int) -> None:
         """Wait until everything sent in `phase` has left, and everything announced is here."""
 
@@ -62,6 +65,9 @@ class InProcess:
 
     def take(self, message: Message) -> list[Tensor]:
         return self.boxes.pop(message)
+
+    def settle(self, message: Message) -> None:
+        """Nothing is kept."""
 
     def flush(self, phase: int) -> None:
         """Nothing is ever under way."""

@@ -91,7 +91,7 @@ class VirtualStage:
     def clip(self, squares: Tensor, largest: float) -> None:
         """Takes no time."""
 
-    def update(self, lr_factor: float) -> None:
+    def update(self, lr_factor: float, decay_factor: float) -> None:
         self._work(Role.STUDENT, Op.UPDATE, None)
 
 
@@ -156,6 +156,9 @@ class VirtualTransport:
 
     def take(self, message: Message) -> list[Tensor]:
         return self.stamps
+
+    def settle(self, message: Message) -> None:
+        self.inner.settle(message)
 
     def flush(self, phase: int) -> None:
         self.inner.flush(phase)

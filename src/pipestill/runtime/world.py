@@ -22,6 +22,7 @@ from pipestill.schedule import Lane
 
 T = TypeVar("T")
 _LOAD_BYTES = 4_000_000
+_MESSAGE_BYTES = 500_000
 _ROUNDS = 30
 
 
@@ -57,9 +58,10 @@ class World(Protocol):
     def claim(self, name: str) -> bool:
         """Whether this is the first rank to ask for `name`."""
 
-    def measure_link(self, work_seconds: float) -> Link:
-        """Latency and bandwidth between two ranks, and what it takes a rank to wake up for work of about `work_seconds`
-        on the CPU (0: for work elsewhere). Free where ranks share a process. On all ranks together.
+    def measure_link(self, work_seconds: float, device: torch.device) -> Link:
+        """Latency and bandwidth between two ranks, of tensors on `device`; for work of about `work_seconds` on the CPU (0: for
+        work elsewhere) what it takes a rank to wake up for it, and what messages keep it from it. Free where ranks share a
+        process. On all ranks together.
         """
 
 
@@ -116,21 +118,24 @@ class OneProcess:
         self._claimed.add(name)
         return first
 
-    def measure_link(self, work_seconds: float) -> Link:
+    def measure_link(self, work_seconds: float, device: torch.device) -> Link:
         return Link()
 
 
 class Processes:
-    """One rank in each process of torch.distributed's default group."""
+    """One rank in each process of torch.distributed's default group, or in each of its first `num_ranks`."""
 
-    def __init__(self) -> None:
-        self.num_ranks = dist.get_world_size()
+    def __init__(self, num_ranks: int | None = None) -> None:
+        self.num_ranks = num_ranks or dist.get_world_size()
+        self.group: dist.ProcessGroup | None = None
+        if self.num_ranks < dist.get_world_size():
+            self.group = dist.new_group(list(range(self.num_ranks)), use_local_synchronization=True)
         self.rank = dist.get_rank()
         self.ranks: Sequence[int] = (self.rank,)
         self.is_main = self.rank == 0
 
     def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
-        return ProcessGroup(timeout_seconds, edges)
+        return ProcessGroup(timeout_seconds, edges, among_some=self.group is not None)
 
     def drive(self, runs: Sequence[Waiting]) -> None:
         for run in runs:
@@ -139,47 +144,81 @@ class Processes:
 
     def share(self, value: T | None, rank: int = 0) -> T:
         box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=rank)
+        dist.broadcast_object_list(box, src=rank, group=self.group)
         shared: T = box[0]
         return shared
 
     def gather(self, values: Sequence[T]) -> list[T]:
         (value,) = values
         box: list[Any] | None = [None] * self.num_ranks if self.is_main else None
-        dist.gather_object(value, box, dst=0)
+        dist.gather_object(value, box, dst=0, group=self.group)
         return box or []
 
     def copy_from(self, tensors: Sequence[Tensor], rank: int) -> None:
         for tensor in tensors:
             if tensor.numel():
                 dense = tensor.contiguous()  # broadcast takes nothing else, such as weights in channels_last
-                dist.broadcast(dense, src=rank)
+                dist.broadcast(dense, src=rank, group=self.group)
                 if dense is not tensor:
                     tensor.copy_(dense)
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(self.group)
 
     def claim(self, name: str) -> bool:
         first: bool = dist.distributed_c10d._get_default_store().add(f"pipestill-{name}", 1) == 1
         return first
 
-    def measure_link(self, work_seconds: float) -> Link:
-        """From round trips of 1 byte and of `_LOAD_BYTES` between ranks 0 and 1, and from taking turns at some work."""
+    def measure_link(self, work_seconds: float, device: torch.device) -> Link:
+        """From round trips of 1 byte and of `_LOAD_BYTES` between ranks 0 and 1, from taking turns at some work, and from work
+        of both at once with and without messages.
+        """
         if self.num_ranks < 2:
             return Link()
         sizes = (1, 1, _LOAD_BYTES)  # the first transfer connects
-        _, latency, loaded = (self._turn_seconds(torch.zeros(size, dtype=torch.uint8)) for size in sizes)
-        wake = 0.0
+        _, latency, loaded = (self._turn_seconds(torch.zeros(size, dtype=torch.uint8, device=device)) for size in sizes)
+        wake, handling, copying = 0.0, 0.0, float("inf")
         if work_seconds > 0:
             repeats = max(1, round(work_seconds / _seconds_of_work(1)))
             wake = max(0.0, self._turn_seconds(torch.zeros(1), repeats) - latency - _seconds_of_work(repeats))
-        latency, loaded, wake = self.share((latency, loaded, wake) if self.is_main else None)
-        return Link(latency, _LOAD_BYTES / max(loaded - latency, 1e-9), wake)
+            alone, small, large = self._busy_seconds((0, 1, _MESSAGE_BYTES), repeats)
+            handling = max(0.0, small - alone) / 2  # each sends one message and receives one
+            copying = _MESSAGE_BYTES / max(large - small, 1e-9)
+        measured = Link(latency, _LOAD_BYTES / max(loaded - latency, 1e-9), wake, handling, copying)
+        return self.share(measured if self.is_main else None)
+
+    def _busy_seconds(self, sizes: Sequence[int], repeats: int) -> list[float]:
+        """Median seconds of a piece of work where ranks 0 and 1 work all the time, and after every piece give each other a
+        message, which the other looks at two pieces later. One figure for each size in bytes (0: no message), in turn.
+        """
+        self.barrier()
+        seconds: list[list[float]] = [[] for _ in sizes]
+        if self.rank < 2:
+            other, turns = 1 - self.rank, [n for n in range(_ROUNDS * len(sizes)) if sizes[n % len(sizes)]]
+            # gloo hangs once a buffer goes that is announced, so all are kept
+            messages = {n: torch.zeros(sizes[n % len(sizes)], dtype=torch.uint8) for n in turns}
+            buffers = {n: torch.empty_like(message) for n, message in messages.items()}
+            ahead = 2 * len(sizes)
+            coming = {n: dist.irecv(buffers[n], other) for n in turns if n < ahead}
+            sent = []
+            for n in range(_ROUNDS * len(sizes)):
+                start = time.perf_counter()
+                _work(repeats)
+                if n in messages:
+                    sent.append(dist.isend(messages[n], other))
+                if n + ahead in messages:
+                    coming[n + ahead] = dist.irecv(buffers[n + ahead], other)
+                if n - len(sizes) in messages:
+                    _wait(coming.pop(n - len(sizes)))
+                seconds[n % len(sizes)].append(time.perf_counter() - start)
+            for work in (*coming.values(), *sent):
+                _wait(work)
+        self.barrier()
+        return [median(each) if each else 0.0 for each in seconds]
 
     def _turn_seconds(self, tensor: Tensor, repeats: int = 0) -> float:
         """Mean seconds of a turn, where ranks 0 and 1 in turn work and give `tensor` to the other."""
-        dist.barrier()
+        self.barrier()
         start = time.perf_counter()
         for _ in range(_ROUNDS if self.rank < 2 else 0):
             for sender in (0, 1):
@@ -188,9 +227,16 @@ class Processes:
                     dist.send(tensor, 1 - sender)
                 else:
                     dist.recv(tensor, sender)
+                if tensor.is_cuda:
+                    torch.cuda.synchronize(tensor.device)
         seconds = time.perf_counter() - start
-        dist.barrier()
+        self.barrier()
         return seconds / (2 * _ROUNDS)
+
+
+def _wait(work: dist.Work | None) -> None:
+    if work is not None:
+        work.wait()
 
 
 def _work(repeats: int) -> None:
@@ -209,16 +255,19 @@ def _seconds_of_work(repeats: int) -> float:
     return median(seconds)
 
 
-def join_world(devices: int, device_type: str, timeout_seconds: float) -> World:
+def join_world(devices: int, device_type: str, timeout_seconds: float, *, spare_ranks: bool = False) -> World:
     """The world that this process is part of: a started process group, torchrun's, or this process alone.
 
-    Raises `ConfigError` when torchrun started another number of processes than `devices`.
+    Raises `ConfigError` when torchrun started another number of processes than `devices`. With `spare_ranks` there may be
+    more, of which the first `devices` call this.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_initialized() and launched > 1:
         start_process_group(device_type, timeout_seconds)
     if not dist.is_initialized():
         return OneProcess(devices)
+    if spare_ranks and dist.get_rank() < devices < dist.get_world_size():
+        return Processes(devices)
     if dist.get_world_size() != devices:
         raise ConfigError(
             f"{dist.get_world_size()} processes were started, but devices is {devices}; "

@@ -18,7 +18,8 @@ WHOLE: Part = (Fraction(0), Fraction(1))
 
 def rows_of_part(part: Part, rows: int) -> slice:
     """The rows of a part of a batch: parts that touch leave no row out and take none twice, whatever the batch's size."""
-    return slice(int(part[0] * rows), int(part[1] * rows))
+    first, end = part
+    return slice(first.numerator * rows // first.denominator, end.numerator * rows // end.denominator)
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ class Greedy:
         self.taught = structure.num_units(Role.TEACHER)
         self.seconds = {a: action_seconds(a, structure, costs) * costs.interference for a in structure.actions()}
         self.done: dict[Action, float] = {}
+        self.awaited: dict[Action, list[tuple[Action, float]]] = {}
         self.orders: list[list[Action]] = [[] for _ in range(self.num_ranks)]
         self.next = [dict.fromkeys(self._kinds(rank), 0) for rank in range(self.num_ranks)]
         self.free = [0.0] * self.num_ranks
@@ -134,16 +135,24 @@ class Greedy:
         return True
 
     def _ready(self, rank: int, action: Action) -> float | None:
+        """When all that an action needs is there; None while some of it is not done."""
         latest = 0.0
-        for need in needs(action, self.structure):
-            if need.step < 0 or need.op is Op.DATA:
-                continue
+        for need, transfer in self._awaited(rank, action):
             end = self.done.get(need)
             if end is None:
                 return None
-            source = self.structure.rank_of(need)
-            latest = max(latest, end + (transfer_seconds(need, self.structure, self.costs) if source != rank else 0.0))
+            latest = max(latest, end + transfer)
         return latest
+
+    def _awaited(self, rank: int, action: Action) -> list[tuple[Action, float]]:
+        """What it needs, each with the seconds in which it comes; looked up once, because it is asked again and again."""
+        if action not in self.awaited:
+            self.awaited[action] = [
+                (need, transfer_seconds(need, self.structure, self.costs) if self.structure.rank_of(need) != rank else 0.0)
+                for need in needs(action, self.structure)
+                if need.step >= 0 and need.op is not Op.DATA
+            ]
+        return self.awaited[action]
 
     def _period(self) -> list[list[Action]] | None:
         rows = []

@@ -22,7 +22,8 @@ def simulate(schedule: Schedule, costs: AnyCosts, num_steps: int | None = None) 
     """Run `schedule` against the clock of `costs` for `num_steps` steps (default: enough for a steady state).
 
     Each rank does its row in order, as an executor does; a transfer overlaps with work and waits for earlier
-    ones on the same edge; a rank that had to wait takes `costs.link.wake_seconds` to go on. Where ranks disturb each
+    ones on the same edge; a rank that had to wait takes `costs.link.wake_seconds` to go on, and announcing and sending
+    messages keeps it for `costs.link.handling_seconds` and what goes with it. Where ranks disturb each
     other (`costs.interference`), an action's pace follows from how many ranks compute at that moment. Raises
     `RuntimeError` on a deadlock; `check` first.
     """
@@ -97,7 +98,8 @@ class _Todo:
 
     action: Action
     payload: int  # results are known by a number and a step
-    seconds: float  # of the work, or of the transfer without its latency
+    seconds: float  # of the work, or what a transfer keeps the rank from it
+    transfer: float  # of a send, without its latency
     needed: tuple[tuple[int, int], ...]  # results, and the step that each is of, counted from the period's own
 
 
@@ -113,7 +115,8 @@ class _Simulation:
         periods = range(-schedule.lookahead, num_steps)
         self.rows: list[list[tuple[_Todo, int]]] = []
         for row in schedule.rows:
-            todo = [self._look_up(action, numbers) for action in row if action.kind is not Kind.RECEIVE]
+            handled = [a for a in row if a.kind is not Kind.RECEIVE or costs.link.handling_seconds]
+            todo = [self._look_up(action, numbers) for action in handled]
             self.rows.append([(t, p) for p in periods for t in todo if 0 <= p + t.action.step < num_steps])
         self.position = [0] * self.num_ranks
         self.here: list[set[tuple[int, int]]] = [set() for _ in self.rows]
@@ -130,12 +133,19 @@ class _Simulation:
         self.events: list[Event] = []
 
     def _look_up(self, action: Action, numbers: dict[Action, int]) -> _Todo:
+        link, transfer = self.costs.link, 0.0
         if action.peer is None:
             seconds = work_seconds(action, self.structure, self.costs)
+        elif action.kind is Kind.RECEIVE:
+            return _Todo(action, numbers[action.payload.at(0)], link.handling_seconds, 0.0, ())
         else:
-            seconds = message_seconds(action, action.peer, self.structure, self.costs) - self.costs.link.latency_seconds
+            transfer = message_seconds(action, action.peer, self.structure, self.costs) - link.latency_seconds
+            copied = 0.0
+            if transfer > 0 and link.handling_bytes_per_second != float("inf"):
+                copied = transfer * link.bytes_per_second / link.handling_bytes_per_second
+            seconds = link.handling_seconds + copied
         needed = tuple((numbers[need.at(0)], need.step) for need in needs(action, self.structure))
-        return _Todo(action, numbers[action.payload.at(0)], seconds, needed)
+        return _Todo(action, numbers[action.payload.at(0)], seconds, transfer, needed)
 
     def run(self) -> Trace:
         waiting = set(range(self.num_ranks))
@@ -163,23 +173,26 @@ class _Simulation:
                 if period + step >= 0 and (result, period + step) not in here:
                     self.slept.add(rank)
                     return
-            if todo.action.peer is not None:
-                self._send(rank, todo.action.peer, todo, period)
-            elif todo.seconds > 0:
-                wake = self.costs.link.wake_seconds if rank in self.slept else 0.0
-                self.slept.discard(rank)
+            if todo.seconds > 0:
+                wake = self.costs.link.wake_seconds if rank in self.slept and todo.action.peer is None else 0.0
+                if todo.action.peer is None:
+                    self.slept.discard(rank)
                 self.running[rank] = (todo, period, self.now + wake, todo.seconds + wake)
             else:
                 self._finish(rank, todo, period, self.now)
             self.position[rank] += 1
 
     def _send(self, rank: int, peer: int, todo: _Todo, period: int) -> None:
-        sent = max(self.now, self.edge_free.get((rank, peer), 0.0)) + todo.seconds
+        sent = max(self.now, self.edge_free.get((rank, peer), 0.0)) + todo.transfer
         self.edge_free[rank, peer] = sent
         result = (todo.payload, period + todo.action.step)
         heapq.heappush(self.arrivals, (sent + self.costs.link.latency_seconds, next(self.ticket), peer, result))
 
     def _finish(self, rank: int, todo: _Todo, period: int, start: float) -> None:
+        if todo.action.peer is not None:
+            if todo.action.kind is Kind.SEND:
+                self._send(rank, todo.action.peer, todo, period)
+            return
         step = period + todo.action.step
         self.events.append(Event(rank, todo.action.at(step), start, self.now))
         self.here[rank].add((todo.payload, step))

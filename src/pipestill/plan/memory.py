@@ -1,0 +1,99 @@
+"""What a pipeline's schedule holds in each rank's memory at its peak."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from math import ceil
+
+from pipestill.costs import BlockCosts, Costs, StageCosts
+from pipestill.schedule.action import Action, Kind, Lane, Op, Role
+from pipestill.schedule.needs import lane
+from pipestill.schedule.program import Schedule, Structure
+from pipestill.schedule.simulate import unit_scale
+
+_SENDS_KEPT = 32  # messages of a rank, as in runtime/process_group.py: a send is not known to have arrived before
+_VALUES = frozenset((Lane.TEACHER, Lane.ACTIVATION, Lane.GRADIENT))  # other transfers are a few numbers, or labels
+
+
+def memory_bytes_of(
+    schedule: Schedule, costs: Costs, student_partition: Sequence[int], teacher_partition: Sequence[int]
+) -> tuple[int, ...]:
+    """Bytes on each rank at most; () for costs that do not tell what blocks stash.
+
+    That is the weights of both models' stages, the student's gradients and optimizer state, and at the worst moment of the
+    rank's row: what each unit keeps from its forward to its backward, values that have arrived and are not yet used, the
+    teacher's outputs that wait for their loss, and the last values that the rank sent. What a kernel needs while it runs, and
+    the framework itself, are not counted.
+    """
+    if not costs.know_memory:
+        return ()
+    student, teacher = _stages(costs.student, student_partition), _stages(costs.teacher, teacher_partition)
+    weights = [sum(b.parameter_bytes + b.training_bytes for b in blocks) for blocks in student]
+    for rank, blocks in enumerate(teacher):
+        weights[rank] += sum(b.parameter_bytes for b in blocks)
+    stash = [sum(b.stash_bytes for b in blocks) for blocks in student]
+    stages = costs.stages(student_partition, teacher_partition)
+    sends = [sum(action.kind is Kind.SEND for action in row) for row in schedule.rows]
+    rows = schedule.unroll(2 + schedule.lookahead + ceil(_SENDS_KEPT / max(1, *sends)))
+    return tuple(w + _peak(rank, rows[rank], schedule.pipeline, stages, stash) for rank, w in enumerate(weights))
+
+
+def _stages(blocks: tuple[BlockCosts, ...], partition: Sequence[int]) -> list[tuple[BlockCosts, ...]]:
+    ends = [sum(partition[: i + 1]) for i in range(len(partition))]
+    return [blocks[end - size : end] for end, size in zip(ends, partition, strict=True)]
+
+
+def _peak(rank: int, row: Sequence[Action], structure: Structure, costs: StageCosts, stash: Sequence[int]) -> int:
+    """The most that values take on a rank, over enough steps for every order that its row can produce."""
+    held, sent, most = dict[Action, int](), deque[tuple[Action, int]](maxlen=_SENDS_KEPT), 0
+    for action in row:
+        if action.kind is Kind.RECEIVE and lane(action.payload, rank, structure) in _VALUES:
+            held[action.payload] = _value_bytes(action.payload, structure, costs)
+        elif action.computes and action.op is Op.FORWARD:
+            held[action] = _value_bytes(action, structure, costs)
+            if action.role is Role.STUDENT:
+                held[action] += int(stash[action.stage] * unit_scale(action, structure, costs))
+        elif (
+            action.kind is Kind.SEND
+            and action.peer is not None
+            and lane(action.payload, action.peer, structure) in _VALUES
+        ):
+            sent.append((action.payload, _value_bytes(action.payload, structure, costs)))
+        most = max(most, sum(held.values()) + sum(size for value, size in sent if value not in held))
+        for done in _done(action, structure):
+            held.pop(done, None)
+    return most
+
+
+def _value_bytes(action: Action, structure: Structure, costs: StageCosts) -> int:
+    """Of what a forward gives to the stage behind it, or a backward to the one before."""
+    if action.op is Op.FORWARD:
+        sizes, boundary = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes, action.stage
+    else:
+        sizes, boundary = costs.activation_bytes, action.stage - 1
+    return int(sizes[boundary] * unit_scale(action, structure, costs)) if sizes and boundary >= 0 else 0
+
+
+def _done(action: Action, structure: Structure) -> Iterator[Action]:
+    """The values, by what made them, that are gone once an action has ended."""
+    role, stage, unit, step = action.role, action.stage, action.microbatch, action.step
+    last = len(structure.teacher_ranks) - 1
+    if action.kind is Kind.SEND:
+        assert action.peer is not None
+        if lane(action.payload, action.peer, structure) is Lane.TEACHER:
+            yield action.payload
+    elif not action.computes or unit is None:
+        return
+    elif action.op is Op.FORWARD and role is Role.TEACHER:
+        if stage:
+            yield Action(role, stage - 1, Op.FORWARD, unit, step)
+    elif action.op is Op.LOSS:
+        for taught in structure.units_of_loss(unit, Role.TEACHER) if last >= 0 else ():
+            yield Action(Role.TEACHER, last, Op.FORWARD, taught, step)
+    elif action.op is structure.backward_ops[-1]:
+        yield Action(role, stage, Op.FORWARD, unit, step)
+        if stage:
+            yield Action(role, stage - 1, Op.FORWARD, unit, step)
+        if stage < structure.last:
+            yield Action(role, stage + 1, structure.backward_ops[0], unit, step)

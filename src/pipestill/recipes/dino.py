@@ -1,0 +1,226 @@
+"""DINO: many small views of each image that agree with what a momentum teacher makes of two large ones, no labels."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipestill import losses
+from pipestill.errors import ConfigError
+from pipestill.model.seeding import derive
+from pipestill.model.tasks import Momentum
+from pipestill.recipes.augment import Photographs, Scans, View, view_loader
+from pipestill.recipes.byol import cnn
+from pipestill.recipes.datasets import Images
+from pipestill.recipes.evaluate_features import FeatureQuality
+from pipestill.recipes.recipe import MomentumWorkload, towards, warmed_up, without_decay
+from pipestill.recipes.self_supervised import (
+    Chain,
+    encoder_of,
+    filled,
+    images_of,
+    problems_of,
+    rising,
+    seeded,
+    training_of,
+)
+from pipestill.recipes.vit import VIT_B, VIT_S, ViTShape, vit
+
+MODELS = {"vit-t": ViTShape(48, 3, 3, 2, 2.0), "vit-s": VIT_S, "vit-b": VIT_B}
+"""Beside a plain CNN: a tiny one with patches of 2 x 2 pixels for small images, and those of the paper with 16 x 16."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "channels": 1, "image_size": 8, "classes": 10, "model": "cnn", "depth": 3, "local_views": 4, "local_size": 6,
+        "hidden": 128, "bottleneck": 32, "prototypes": 128, "head_norm": True, "temperature": 0.05, "temperature_epochs": 10,
+        "momentum": 0.95, "batch_size": 64, "epochs": 25, "warm_up_epochs": 2, "lr": 3e-3,
+    },
+    "imagenet": {
+        "channels": 3, "image_size": 224, "classes": 1000, "model": "vit-s", "local_views": 8, "local_size": 96,
+        "hidden": 2048, "bottleneck": 256, "prototypes": 65_536, "head_norm": False, "temperature": 0.07,
+        "temperature_epochs": 30, "momentum": 0.996, "batch_size": 1024, "epochs": 100, "warm_up_epochs": 10,
+    },
+}  # fmt: skip
+"""Digits, and the configuration of the paper's ViT-S for ImageNet."""
+
+_LR_OF_256 = 5e-4  # of published configurations, for 256 samples of an update
+
+
+@dataclass(frozen=True)
+class Dino:
+    """Learn features of images by making small views of them agree with large ones, without labels (Caron et al. 2021).
+
+    The teacher sees the two large views of each image only. What is not given is the preset's, shown by --print_config.
+
+    Args:
+        preset: form of the data, sizes and rates: digits, or the paper's for imagenet
+        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with a folder of images a class; or
+            noise, to measure speed (default for digits: those that ship inside scikit-learn)
+        image_size: pixels of the two large views, in height and width
+        local_size: pixels of the small ones
+        local_views: how many of these
+        model: the encoder: a plain CNN of the width and depth given, or a Vision Transformer: vit-t with patches of 2 x 2
+            pixels, the others of 16 x 16
+        width: channels of the cnn's first half; the second has twice as many
+        depth: convolutions of the cnn after its first, or layers of a transformer
+        hidden: units of the head's hidden layers
+        bottleneck: of the head before its last layer
+        prototypes: outputs of the head
+        head_norm: batch norm in the head's hidden layers
+        student_temperature: of the student's outputs
+        warm_up_temperature: of the teacher's at the start
+        temperature: of the teacher's from temperature_epochs on, to which it rises evenly
+        temperature_epochs: passes over the data until then
+        dropout: share of channels (cnn) or values that the student drops
+        momentum: m of the teacher at the start; it rises to 1 along a cosine
+        center_momentum: share of the teacher's center that stays with each batch
+        batch_size: samples of one update
+        epochs: passes over the data
+        warm_up_epochs: of these, those in which the learning rate rises
+        lr: AdamW's highest learning rate; after the warm-up it falls along a cosine (default for imagenet: 5e-4 for each 256
+            samples of a batch)
+        weight_decay: decoupled decay of weights at the start; biases and norms have none
+        final_weight_decay: the same at the end, to which it rises along a cosine
+        workers: processes that read images and make views of them beside the training
+    """
+
+    name: ClassVar[str] = "dino"
+    run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"microbatches": 2})
+
+    # None stands for the preset's value, which replaces it at once.
+    preset: Literal["digits", "imagenet"] = "digits"
+    data: str | None = None
+    image_size: int = None  # type: ignore[assignment]
+    local_size: int = None  # type: ignore[assignment]
+    local_views: int = None  # type: ignore[assignment]
+    model: Literal["cnn", "vit-t", "vit-s", "vit-b"] = None  # type: ignore[assignment]
+    width: int = 24
+    depth: int = None  # type: ignore[assignment]
+    hidden: int = None  # type: ignore[assignment]
+    bottleneck: int = None  # type: ignore[assignment]
+    prototypes: int = None  # type: ignore[assignment]
+    head_norm: bool = None  # type: ignore[assignment]
+    student_temperature: float = 0.1
+    warm_up_temperature: float = 0.04
+    temperature: float = None  # type: ignore[assignment]
+    temperature_epochs: int = None  # type: ignore[assignment]
+    dropout: float = 0.0
+    momentum: float = None  # type: ignore[assignment]
+    center_momentum: float = 0.9
+    batch_size: int = None  # type: ignore[assignment]
+    epochs: int = None  # type: ignore[assignment]
+    warm_up_epochs: int = None  # type: ignore[assignment]
+    lr: float = None  # type: ignore[assignment]
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` with everything that cannot be."""
+        shape = MODELS.get(self.model or PRESETS[self.preset]["model"])
+        filled(self, {"depth": shape.depth} if shape else {})
+        filled(self, PRESETS[self.preset])
+        filled(self, {"depth": 3, "lr": _LR_OF_256 * self.batch_size / 256})
+        least = {
+            "image_size": 8, "local_size": 1, "local_views": 0, "width": 1, "depth": 1, "hidden": 1, "bottleneck": 1,
+            "prototypes": 2, "temperature_epochs": 0, "batch_size": 2, "epochs": 1, "warm_up_epochs": 0, "workers": 0,
+        }  # fmt: skip
+        shares = ("dropout", "momentum", "center_momentum")
+        positive = ("lr", "student_temperature", "warm_up_temperature", "temperature")
+        problems = problems_of(self, least, shares, positive)
+        patch = shape.patch if shape else 1
+        problems += [
+            f"{name} is {getattr(self, name)}, no multiple of the patches of {patch} pixels of {self.model}"
+            for name in ("image_size", "local_size")
+            if getattr(self, name) % patch
+        ]
+        if self.final_weight_decay < 0 or (self.final_weight_decay and not self.weight_decay):
+            problems.append(
+                f"final_weight_decay is {self.final_weight_decay}; expected 0 or more, and 0 where weight_decay is"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def workload(self, seed: int, num_samples: int | None = None) -> MomentumWorkload:
+        """The task, the data and how it is trained. Raises `DataError` for data that is missing or broken."""
+        preset = PRESETS[self.preset]
+        form = (preset["channels"], self.image_size, preset["classes"])
+        images = images_of(self.data, self.preset, form, self.batch_size, seed)
+        loader = view_loader(
+            images, self._views(images), self.batch_size, num_samples=num_samples, workers=self.workers
+        )
+        grown = self.final_weight_decay / self.weight_decay if self.weight_decay else 1.0
+        return MomentumWorkload(
+            build=lambda: self._task(images, seed, len(loader)),
+            evaluate=FeatureQuality(images, encoder_of, workers=self.workers),
+            train_loader=loader,
+            student_training=training_of(
+                self.epochs, "adamw", self.lr, self.weight_decay, 0.0, lr_schedule=warmed_up(self.warm_up_epochs / self.epochs),
+                weight_decay_schedule=towards(grown), param_groups=without_decay,
+            ),
+        )  # fmt: skip
+
+    def _views(self, images: Images) -> list[View]:
+        if images.channels == 1:
+            large, small = Scans(images.size), Scans(self.local_size, window=(0.6, 0.8), moved=0.3)
+            return [large, large, *(small for _ in range(self.local_views))]
+        large_share, small_share = (0.4, 1.0), (0.05, 0.4)
+        return [
+            Photographs(images.size, large_share, blurred=1.0),
+            Photographs(images.size, large_share, blurred=0.1, solarised=0.2),
+            *(Photographs(self.local_size, small_share, blurred=0.5) for _ in range(self.local_views)),
+        ]
+
+    def _task(self, images: Images, seed: int, steps_per_epoch: int) -> Momentum:
+        encoder, features = self._encoder(images, derive(seed, "student"))
+        sizes = (features, self.hidden, self.bottleneck, self.prototypes)
+        head = seeded(derive(seed, "head"), lambda: Head(*sizes, norm=self.head_norm))
+        loss = losses.Dino(
+            self.prototypes, student_temperature=self.student_temperature, center_momentum=self.center_momentum,
+            teacher_temperatures=(self.warm_up_temperature, self.temperature),
+            warm_up_batches=self.temperature_epochs * steps_per_epoch,
+        )  # fmt: skip
+        return Momentum(
+            Chain(encoder=copy.deepcopy(encoder), head=copy.deepcopy(head)), Chain(encoder=encoder, head=head), loss,
+            momentum=rising(self.momentum, self.epochs * steps_per_epoch), views=2 + self.local_views, teacher_views=2,
+            batch_loss=True,
+        )  # fmt: skip
+
+    def _encoder(self, images: Images, seed: int) -> tuple[nn.Module, int]:
+        """Images of any size -> features (rows, dim), and dim."""
+        if self.model == "cnn":
+            return seeded(seed, lambda: cnn(images.channels, self.width, self.depth, self.dropout)), 2 * self.width
+        shape = dataclasses.replace(MODELS[self.model], depth=self.depth)
+        return vit(shape, images.channels, images.size, None, dropout=self.dropout, seed=seed), shape.width
+
+
+class Head(nn.Module):
+    """Two hidden layers, a bottleneck brought to norm 1, and cosines with prototypes: (rows, in) -> (rows, prototypes).
+
+    The prototypes are a linear layer whose weights are brought to norm 1 as well, a row at a time. `norm`: batch norm in the
+    hidden layers.
+    """
+
+    def __init__(self, size: int, hidden: int, bottleneck: int, prototypes: int, norm: bool) -> None:
+        super().__init__()
+        layers = list[nn.Module]()
+        for before in (size, hidden):
+            layers += [nn.Linear(before, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.GELU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck))
+        nn.init.trunc_normal_(self.prototypes, std=0.02)
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(self.layers(x), dim=-1), F.normalize(self.prototypes, dim=-1))

@@ -1,0 +1,52 @@
+"""Computes what a recipe's blocks would cost on a device that is not here."""
+
+from __future__ import annotations
+
+import math
+from itertools import islice
+from typing import Any
+
+import torch
+
+from pipestill.costs import Costs
+from pipestill.data import inputs_and_targets
+from pipestill.errors import ConfigError
+from pipestill.model.boundary import distinct_tensors, num_rows
+from pipestill.model.devices import Machine
+from pipestill.model.estimate import estimate, task_without_memory
+from pipestill.model.tasks import Task
+from pipestill.recipes.phases import make_trainer
+from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, EndToEndWorkload, Workload
+from pipestill.recipes.run_options import RunOptions
+
+_BATCHES = 16  # to find a long one among
+
+
+def compute(workload: AnyWorkload, machine: Machine, options: RunOptions) -> tuple[Costs, Task]:
+    """Costs of a pipeline's blocks for one microbatch on `machine`, from a batch's form; and the task, without weights.
+
+    `ConfigError` for blocks that learn alone: what they take at shares of a batch is measured.
+    """
+    if isinstance(workload, BlockwiseWorkload):
+        raise ConfigError(
+            "--estimate computes costs of pipelines, and this recipe trains block by block; 'pipestill profile' measures it"
+        )
+    inputs, targets = _sample(workload, options.seed)
+    task = form_of(workload, machine.dtype)
+    trainer = make_trainer(task, workload, workload.student_training, options)
+    rows = math.ceil(num_rows(inputs, "the batch's inputs") / options.microbatches)
+    return estimate(task, machine, inputs, targets, rows=rows, optimizer=trainer.make_optimizer), task
+
+
+def _sample(workload: EndToEndWorkload, seed: int) -> tuple[Any, Any]:
+    """The first batch, always the same one; of several, the longest, where batches differ in length: it has to fit too."""
+    varied = isinstance(workload, Workload) and workload.length_axis is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        batches = [inputs_and_targets(batch) for batch in islice(workload.train_loader, _BATCHES if varied else 1)]
+    return max(batches, key=lambda batch: sum(tensor.numel() for tensor in distinct_tensors(batch[0])))
+
+
+def form_of(workload: EndToEndWorkload, dtype: torch.dtype = torch.float32) -> Task:
+    """The workload's task over models without weights: its blocks and demands, at any size."""
+    return task_without_memory(workload.task, dtype)

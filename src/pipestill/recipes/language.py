@@ -1,0 +1,148 @@
+"""BERT teachers and DistilBERT students, of transformers' ordinary classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipestill.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a BERT: layers, their width, heads and units between, the vocabulary and the most tokens of a sequence."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    intermediate_size: int
+    vocab_size: int
+    positions: int
+
+
+def transformers() -> Any:
+    """The library; `ConfigError` where it is missing."""
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            "BERT and DistilBERT are models of transformers, which is not installed; run pip install 'pipestill[text]'"
+        ) from None
+    return transformers
+
+
+def from_pretrained(kind: str, path: str, what: str, **options: Any) -> Any:
+    """What transformers' class `kind` reads from a directory or by a hub name; `ConfigError` where there is nothing."""
+    library = transformers()
+    local = Path(path).exists() or path.startswith((".", "/", "~"))
+    if local and not Path(path).is_dir():
+        raise ConfigError(f"no directory '{path}' with a {what}; pass one that save_pretrained wrote, or a hub name")
+    try:
+        return getattr(library, kind).from_pretrained(path, **options)
+    except Exception as error:  # transformers, the hub's client and safetensors each raise kinds of their own
+        raise ConfigError(f"cannot read the {what} '{path}': {' '.join(str(error).split())[:300]}") from None
+
+
+def read_sizes(path: str) -> Sizes:
+    """The sizes of a saved BERT; `ConfigError` for a model of another family."""
+    config = from_pretrained("AutoConfig", path, "teacher")
+    if config.model_type != "bert":
+        raise ConfigError(f"the teacher '{path}' is a model of type '{config.model_type}'; expected 'bert'")
+    return Sizes(
+        config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size,
+        config.vocab_size, config.max_position_embeddings,
+    )  # fmt: skip
+
+
+def read_student_sizes(path: str) -> Sizes:
+    """The sizes of a saved DistilBERT; `ConfigError` for a model of another family."""
+    config = from_pretrained("AutoConfig", path, "student")
+    if config.model_type != "distilbert":
+        raise ConfigError(f"the student '{path}' is a model of type '{config.model_type}'; expected 'distilbert'")
+    return Sizes(
+        config.n_layers,
+        config.dim,
+        config.n_heads,
+        config.hidden_dim,
+        config.vocab_size,
+        config.max_position_embeddings,
+    )
+
+
+def load_student(path: str, student: nn.Module) -> None:
+    """Give a DistilBERT the weights of a saved one of its sizes, in place."""
+    student.load_state_dict(from_pretrained("DistilBertForMaskedLM", path, "student").state_dict())
+
+
+def bert(sizes: Sizes, *, dropout: float, pad: int, tied: bool, seed: int) -> nn.Module:
+    """A BERT for masked tokens, initialised from `seed`. `tied`: its output layer shares the embeddings' weights."""
+    library = transformers()
+    config = library.BertConfig(
+        vocab_size=sizes.vocab_size, hidden_size=sizes.hidden_size, num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads, intermediate_size=sizes.intermediate_size,
+        max_position_embeddings=sizes.positions, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        pad_token_id=pad, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return _made(library.BertForMaskedLM, config, seed)
+
+
+def distilbert(sizes: Sizes, *, dropout: float, pad: int, tied: bool, seed: int) -> nn.Module:
+    """A DistilBERT for masked tokens, initialised from `seed`. `tied`: its output layer shares the embeddings' weights."""
+    library = transformers()
+    config = library.DistilBertConfig(
+        vocab_size=sizes.vocab_size, dim=sizes.hidden_size, n_layers=sizes.layers, n_heads=sizes.heads,
+        hidden_dim=sizes.intermediate_size, max_position_embeddings=sizes.positions, dropout=dropout,
+        attention_dropout=dropout, pad_token_id=pad, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return _made(library.DistilBertForMaskedLM, config, seed)
+
+
+def _made(kind: Any, config: Any, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made: nn.Module = kind(config)
+    return made
+
+
+def spread(layers: int, fewer: int) -> list[int]:
+    """Which layers a smaller model is made of: the first, the last and others evenly between (0, 2, 4, 7, 9, 11 of 12)."""
+    return [round(i * (layers - 1) / max(1, fewer - 1)) for i in range(fewer)]
+
+
+@torch.no_grad()
+def start_from_teacher(teacher: Any, student: Any) -> None:
+    """Initialise a DistilBERT from a BERT of its width, in place: embeddings, some of the layers (see `spread`) and the head.
+
+    DistilBERT has no table of token types, so that of type 0, which all tokens here are of, is added to the positions'. With
+    as many layers, the student then does what the teacher does (Sanh et al. 2019, section 3).
+    """
+    ours, theirs = student.distilbert, teacher.bert
+    words, there = ours.embeddings, theirs.embeddings
+    words.word_embeddings.weight.copy_(there.word_embeddings.weight)
+    positions = there.position_embeddings.weight[: len(words.position_embeddings.weight)]
+    words.position_embeddings.weight.copy_(positions + there.token_type_embeddings.weight[0])
+    words.LayerNorm.load_state_dict(there.LayerNorm.state_dict())
+    taken = spread(len(theirs.encoder.layer), len(ours.transformer.layer))
+    for mine, number in zip(ours.transformer.layer, taken, strict=True):
+        layer = theirs.encoder.layer[number]
+        for module, source in (
+            (mine.attention.q_lin, layer.attention.self.query), (mine.attention.k_lin, layer.attention.self.key),
+            (mine.attention.v_lin, layer.attention.self.value), (mine.attention.out_lin, layer.attention.output.dense),
+            (mine.sa_layer_norm, layer.attention.output.LayerNorm), (mine.ffn.lin1, layer.intermediate.dense),
+            (mine.ffn.lin2, layer.output.dense), (mine.output_layer_norm, layer.output.LayerNorm),
+        ):  # fmt: skip
+            module.load_state_dict(source.state_dict())
+    head = teacher.cls.predictions
+    student.vocab_transform.load_state_dict(head.transform.dense.state_dict())
+    student.vocab_layer_norm.load_state_dict(head.transform.LayerNorm.state_dict())
+    student.vocab_projector.weight.copy_(head.decoder.weight)
+    student.vocab_projector.bias.copy_(head.decoder.bias)
+
+
+def freeze_positions(student: Any) -> None:
+    """Keep the position embeddings as they are."""
+    student.distilbert.embeddings.position_embeddings.weight.requires_grad_(False)
