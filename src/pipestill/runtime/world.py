@@ -181,40 +181,43 @@ class Processes:
         if work_seconds > 0:
             repeats = max(1, round(work_seconds / _seconds_of_work(1)))
             wake = max(0.0, self._turn_seconds(torch.zeros(1), repeats) - latency - _seconds_of_work(repeats))
-            alone, small, large = self._busy_seconds((0, 1, _MESSAGE_BYTES), repeats)
-            handling = max(0.0, small - alone) / 2  # each sends one message and receives one
+            announcing, small, large = self._handling_seconds(repeats)
+            handling = (announcing + small) / 2
             copying = _MESSAGE_BYTES / max(large - small, 1e-9)
         measured = Link(latency, _LOAD_BYTES / max(loaded - latency, 1e-9), wake, handling, copying)
         return self.share(measured if self.is_main else None)
 
-    def _busy_seconds(self, sizes: Sequence[int], repeats: int) -> list[float]:
-        """Median seconds of a piece of work where ranks 0 and 1 work all the time, and after every piece give each other a
-        message, which the other looks at two pieces later. One figure for each size in bytes (0: no message), in turn.
+    def _handling_seconds(self, repeats: int) -> tuple[float, float, float]:
+        """Median seconds that it takes rank 0 to announce a message, and to send one of 1 byte and one of `_MESSAGE_BYTES`.
+
+        Ranks 0 and 1 work all the time, and give each other a message after every piece of work, which the other announced
+        two pieces before: what a message takes while both cores are busy is several times what it takes by itself.
         """
         self.barrier()
-        seconds: list[list[float]] = [[] for _ in sizes]
+        sizes, count, ahead = (1, _MESSAGE_BYTES), 2 * _ROUNDS, 2
+        announcing: list[float] = []
+        sending: list[list[float]] = [[] for _ in sizes]
         if self.rank < 2:
-            other, turns = 1 - self.rank, [n for n in range(_ROUNDS * len(sizes)) if sizes[n % len(sizes)]]
-            # gloo hangs once a buffer goes that is announced, so all are kept
-            messages = {n: torch.zeros(sizes[n % len(sizes)], dtype=torch.uint8) for n in turns}
-            buffers = {n: torch.empty_like(message) for n, message in messages.items()}
-            ahead = 2 * len(sizes)
-            coming = {n: dist.irecv(buffers[n], other) for n in turns if n < ahead}
+            other = 1 - self.rank
+            messages = [torch.zeros(sizes[n % 2], dtype=torch.uint8) for n in range(count)]
+            buffers = [torch.empty_like(message) for message in messages]  # gloo hangs once one goes that is announced
+            coming = [dist.irecv(buffer, other) for buffer in buffers[:ahead]]
             sent = []
-            for n in range(_ROUNDS * len(sizes)):
-                start = time.perf_counter()
+            for n, message in enumerate(messages):
                 _work(repeats)
-                if n in messages:
-                    sent.append(dist.isend(messages[n], other))
-                if n + ahead in messages:
-                    coming[n + ahead] = dist.irecv(buffers[n + ahead], other)
-                if n - len(sizes) in messages:
-                    _wait(coming.pop(n - len(sizes)))
-                seconds[n % len(sizes)].append(time.perf_counter() - start)
-            for work in (*coming.values(), *sent):
+                start = time.perf_counter()
+                sent.append(dist.isend(message, other))
+                sending[n % 2].append(time.perf_counter() - start)
+                start = time.perf_counter()
+                coming += [dist.irecv(buffer, other) for buffer in buffers[n + ahead : n + ahead + 1]]
+                announcing.append(time.perf_counter() - start)
+                if n:
+                    _wait(coming[n - 1])
+            for work in (coming[-1], *sent):
                 _wait(work)
         self.barrier()
-        return [median(each) if each else 0.0 for each in seconds]
+        small, large = (median(each) if each else 0.0 for each in sending)
+        return median(announcing[:-ahead] or [0.0]), small, large
 
     def _turn_seconds(self, tensor: Tensor, repeats: int = 0) -> float:
         """Mean seconds of a turn, where ranks 0 and 1 in turn work and give `tensor` to the other."""
