@@ -212,8 +212,9 @@ def _best(
     """The fastest; of equally fast ones the one with the least burden, then the first."""
     planned = [(one, one.plan) for one in considered if one.plan is not None]
     if not planned:
-        reasons = dict.fromkeys(one.refused for one in considered)  # often all the same
-        raise PlanError("; ".join(reasons))
+        reasons = {one.refused: one.name for one in reversed(considered)}  # often all the same
+        told = [reason if len(reasons) == 1 else f"{name}: {reason}" for reason, name in reversed(reasons.items())]
+        raise PlanError("; ".join(told))
     least = min(seconds(plan) for _, plan in planned) * _ALIKE
     chosen, _ = min((pair for pair in planned if seconds(pair[1]) <= least), key=lambda pair: burden(pair[1]))
     return Search(tuple(considered), chosen)
