@@ -402,7 +402,7 @@ class Trainer:
         )  # fmt: skip
         for model in self._models():
             move(model, range(len(model)), CPU)
-        self._loss_state()
+        self._loss_state()  # back on the CPU, like the models
         seconds = step_ends[-1] - step_ends[0]
         return Result(
             strategy=REFERENCE, devices=1, backend=self.device_type, steps=source.steps, samples=source.samples,

@@ -16,7 +16,7 @@ from pipestill.model.blockwise import Blockwise
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images
 from pipestill.recipes.networks import Shape, network
-from pipestill.recipes.recipe import OPTIMIZERS, BlockwiseWorkload, Training, cosine
+from pipestill.recipes.recipe import OPTIMIZERS, BlockwiseWorkload, Training, cosine, filled
 from pipestill.recipes.run_options import Numbers
 
 BLOCK_LOSSES: dict[str, losses.BlockLoss] = {
@@ -126,9 +126,7 @@ class Compress:
         """Raises `ConfigError` with everything that cannot be."""
         teacher, student_depths = SHAPES[self.preset, self.network]
         preset = {**vars(DATA[self.preset]), **vars(teacher), "student_depths": student_depths}
-        for name, value in vars(self).items():
-            chosen = preset.get(name) if value is None else value
-            object.__setattr__(self, name, Numbers(chosen) if isinstance(chosen, (tuple, list)) else chosen)
+        filled(self, preset)
         if problems := self._problems():
             raise ConfigError("; ".join(problems))
 

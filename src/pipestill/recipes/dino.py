@@ -21,11 +21,10 @@ from pipestill.recipes.augment import Photographs, Scans, View, view_loader
 from pipestill.recipes.byol import cnn
 from pipestill.recipes.datasets import Images
 from pipestill.recipes.evaluate_features import FeatureQuality
-from pipestill.recipes.recipe import MomentumWorkload, towards, warmed_up, without_decay
+from pipestill.recipes.recipe import MomentumWorkload, filled, towards, warmed_up, without_decay
 from pipestill.recipes.self_supervised import (
     Chain,
     encoder_of,
-    filled,
     images_of,
     problems_of,
     rising,

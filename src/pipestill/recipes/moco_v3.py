@@ -17,12 +17,11 @@ from pipestill.recipes.augment import view_loader
 from pipestill.recipes.byol import two_views
 from pipestill.recipes.datasets import Images
 from pipestill.recipes.evaluate_features import FeatureQuality
-from pipestill.recipes.recipe import MomentumWorkload, warmed_up
+from pipestill.recipes.recipe import MomentumWorkload, filled, warmed_up
 from pipestill.recipes.self_supervised import (
     Chain,
     Perceptron,
     encoder_of,
-    filled,
     images_of,
     problems_of,
     rising,

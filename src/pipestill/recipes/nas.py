@@ -19,7 +19,7 @@ from pipestill.model.seeding import derive
 from pipestill.recipes.compress import BLOCK_LOSSES
 from pipestill.recipes.datasets import Images, choose_images
 from pipestill.recipes.phases import num_parameters
-from pipestill.recipes.recipe import BlockwiseWorkload, Training, cosine
+from pipestill.recipes.recipe import BlockwiseWorkload, Training, cosine, filled
 from pipestill.recipes.run_options import Numbers
 from pipestill.recipes.search import (
     Alternating,
@@ -175,10 +175,7 @@ class Nas:
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` with everything that cannot be."""
-        preset = vars(PRESETS[self.preset])
-        for name, value in vars(self).items():
-            chosen = preset.get(name) if value is None else value
-            object.__setattr__(self, name, Numbers(chosen) if isinstance(chosen, (tuple, list)) else chosen)
+        filled(self, vars(PRESETS[self.preset]))
         if problems := self._problems():
             raise ConfigError("; ".join(problems))
 

@@ -16,6 +16,7 @@ from pipestill.losses import DistillationLoss, Metric, SupervisedLoss
 from pipestill.model.blockwise import Blockwise
 from pipestill.model.tasks import Distillation, Momentum
 from pipestill.optim import LARS
+from pipestill.recipes.run_options import Numbers
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS,
@@ -167,6 +168,16 @@ class Recipe(Protocol):
 
     def workload(self, seed: int, num_samples: int | None = None) -> AnyWorkload:
         """Build it; `num_samples` keeps only the first training samples."""
+
+
+def filled(recipe: Any, preset: Mapping[str, Any]) -> None:
+    """Put the preset's value in place of every option that is None; for a frozen dataclass as it is made.
+
+    Sequences of numbers become `Numbers`, as they are where the command line gives them.
+    """
+    for name, value in vars(recipe).items():
+        chosen = preset.get(name) if value is None else value
+        object.__setattr__(recipe, name, Numbers(chosen) if isinstance(chosen, (tuple, list)) else chosen)
 
 
 def end_to_end(recipe: Recipe, seed: int, num_samples: int | None = None, *, what: str) -> EndToEndWorkload:

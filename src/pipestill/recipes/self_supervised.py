@@ -92,13 +92,6 @@ def training_of(
     return Training(epochs, OPTIMIZERS[optimizer], lr, options, **schedules)
 
 
-def filled(recipe: Any, preset: dict[str, Any]) -> None:
-    """Put the preset's value in place of every option that is None; for a frozen dataclass as it is made."""
-    for name, value in vars(recipe).items():
-        if value is None and name in preset:
-            object.__setattr__(recipe, name, preset[name])
-
-
 def problems_of(recipe: Any, least: dict[str, int], shares: Sequence[str], positive: Sequence[str]) -> list[str]:
     """What is wrong with options: counts of at least so many, numbers from 0 to below 1, and those above 0."""
     problems = [

@@ -18,7 +18,7 @@ from pipestill.model.adapters_vision import LIBRARIES, load_model
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images, digits
 from pipestill.recipes.networks import RESNETS, network
-from pipestill.recipes.recipe import OPTIMIZERS, Training, Workload, cosine
+from pipestill.recipes.recipe import OPTIMIZERS, Training, Workload, cosine, filled
 from pipestill.recipes.vit import VIT_B, VIT_L, VIT_S, vit
 
 CLASSES = 10
@@ -133,10 +133,7 @@ class SoftTarget:
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` with everything that cannot be."""
-        preset = vars(PRESETS[self.preset])
-        for name, value in vars(self).items():
-            if value is None and name in preset:
-                object.__setattr__(self, name, preset[name])
+        filled(self, vars(PRESETS[self.preset]))
         for name, size in _CNN_SIZES.items():
             if getattr(self, name) is None and getattr(self, f"{name.partition('_')[0]}_model") == CNN:
                 object.__setattr__(self, name, size)

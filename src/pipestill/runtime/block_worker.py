@@ -14,6 +14,7 @@ from pipestill.errors import ModelError
 from pipestill.model.blockwise import BlockContracts, Blockwise, learn_block, teach
 from pipestill.model.boundary import copied
 from pipestill.runtime.stage import OptimizerFactory, move
+from pipestill.runtime.weights import OwnRates
 
 _BUCKET_BYTES = 25 * 2**20  # of gradients that are added up together, as in DDP
 
@@ -26,14 +27,13 @@ class Learner:
         for parameter in self.parameters.values():
             parameter.grad = None
         self.optimizer = optimizer(self.parameters) if self.parameters else None
-        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer else []
+        self.rates = OwnRates(self.optimizer)
 
     def update(self, lr_factor: float) -> None:
         """One optimizer step at `lr_factor` times each group's own learning rate."""
         if self.optimizer is None:
             return
-        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-            group["lr"] = base * lr_factor
+        self.rates.multiply(lr_factor, decay_factor=1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
