@@ -47,9 +47,9 @@ THRICE = ("dictionaries", "skips", "views", "turned", "in_place_starts", "frozen
 """What three processes run too."""
 
 
-@pytest.mark.parametrize("devices", [2, 3])
-def test_processes(devices: int) -> None:
-    """One process per rank over gloo; all runs one after the other in the same group."""
+@pytest.mark.parametrize(("devices", "over"), [(2, "memory"), (3, "memory"), (3, "gloo")])
+def test_processes(devices: int, over: str) -> None:
+    """One process per rank; all runs one after the other in the same group."""
     runs = [
         (name, "fill", {})
         for name, case in CASES.items()
@@ -60,6 +60,6 @@ def test_processes(devices: int) -> None:
         for strategy in STRATEGIES
         for microbatches in (1, 8)
     ]
-    outcomes = ps.launch(run, (runs, devices), devices, threads=1, timeout_seconds=60.0)
+    outcomes = ps.launch(run, (runs, devices, over), devices, threads=1, timeout_seconds=60.0)
     for (name, _, trainer), outcome in zip(runs, outcomes, strict=True):
         assert_same(outcome, reference(trainer["microbatches"], "sgd") if trainer else reference_of(name))

@@ -54,7 +54,7 @@ class Link:
 
     `wake_seconds` is how much later a rank that had to wait for a transfer gets on with its work than one that had not:
     its core slept, and works more slowly at first. `handling_seconds` is what each message keeps a rank from its work, at
-    either end, and the sender for bytes / `handling_bytes_per_second` more: the transfer itself is beside the work.
+    either end, for bytes / `handling_bytes_per_second` more: the rest of the transfer is beside the work.
     """
 
     latency_seconds: float = 0.0

@@ -61,7 +61,7 @@ def test_every_process_ends_with_the_whole_student() -> None:
     outcome = ps.launch(targets.train_with_loader, (2,), 2, threads=1, timeout_seconds=60.0)
     assert outcome["states"][0] == outcome["states"][1]
     result = outcome["result"]
-    assert (result.backend, result.steps, result.samples, result.devices) == ("gloo", 6, 54, 2)
+    assert (result.backend, result.steps, result.samples, result.devices) == ("shared memory", 6, 54, 2)
     assert len(result.peak_memory_bytes) == 2
     assert result.plan.costs.interference >= 1.0  # measured: no costs were given
     assert {event.rank for event in result.trace.events} == {0, 1}

@@ -1,4 +1,4 @@
-"""Messages between processes over gloo."""
+"""Messages between processes: over gloo, and through shared memory."""
 
 import pytest
 from support import targets
@@ -6,20 +6,26 @@ from support import targets
 import pipestill as ps
 from pipestill.errors import RankFailure
 
-
-def test_every_type_in_any_order() -> None:
-    assert ps.launch(targets.exchange, (), 2, threads=1, timeout_seconds=30.0) == "done"
+OVER = pytest.mark.parametrize("over", [targets.gloo, targets.memory])
 
 
-def test_two_ranks_that_both_send_first() -> None:
-    assert ps.launch(targets.both_send_first, (), 2, threads=1, timeout_seconds=30.0) == "done"
+@OVER
+def test_every_type_in_any_order(over: targets.Over) -> None:
+    assert ps.launch(targets.exchange, (over,), 2, threads=1, timeout_seconds=30.0) == "done"
 
 
-def test_many_microbatches_do_not_wait_for_targets_of_a_later_step() -> None:
+@OVER
+def test_two_ranks_that_both_send_first(over: targets.Over) -> None:
+    assert ps.launch(targets.both_send_first, (over,), 2, threads=1, timeout_seconds=30.0) == "done"
+
+
+@OVER
+def test_many_microbatches_do_not_wait_for_targets_of_a_later_step(over: targets.Over) -> None:
     """Training hung with a hundred microbatches: the sender waited for the oldest send, the receiver for newer ones."""
-    assert ps.launch(targets.announced_after_the_schedule, (), 2, threads=1, timeout_seconds=30.0) == "done"
+    assert ps.launch(targets.announced_after_the_schedule, (over,), 2, threads=1, timeout_seconds=30.0) == "done"
 
 
+@OVER
 @pytest.mark.parametrize(
     ("target", "message"),
     [
@@ -28,6 +34,24 @@ def test_many_microbatches_do_not_wait_for_targets_of_a_later_step() -> None:
         (targets.never_posted, "rank 0 waits for S0F2@7 from rank 1 .*, but never announced that it would"),
     ],
 )
-def test_every_wait_has_a_deadline_and_a_name(target: object, message: str) -> None:
+def test_every_wait_has_a_deadline_and_a_name(target: object, message: str, over: targets.Over) -> None:
     with pytest.raises(RankFailure, match=message):
-        ps.launch(target, (), 2, threads=1, timeout_seconds=30.0)  # type: ignore[arg-type]
+        ps.launch(target, (over,), 2, threads=1, timeout_seconds=30.0)  # type: ignore[arg-type]
+
+
+def test_message_of_another_size_is_refused() -> None:
+    with pytest.raises(
+        RankFailure, match="S0F2@7 from rank 0 on the activation lane has 3600 bytes, where 2400 were announced"
+    ):
+        ps.launch(targets.other_sizes, (), 2, threads=1, timeout_seconds=30.0)
+
+
+def test_rank_that_waits_for_one_that_has_ended_says_so() -> None:
+    with pytest.raises(RankFailure, match=r"rank 0 waits for S0F1@0 from rank 1 .*: rank 1 has ended"):
+        ps.launch(targets.waits_for_who_has_ended, (), 2, threads=1, timeout_seconds=30.0)
+
+
+def test_memory_is_used_again() -> None:
+    made = ps.launch(targets.reuses_memory, (), 2, threads=1, timeout_seconds=30.0)
+    assert len(made) == 2
+    assert max(made) <= 2

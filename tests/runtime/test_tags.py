@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pipestill.runtime.process_group import _tag
-from pipestill.runtime.transport import Message
+from pipestill.runtime.transport import Message, tag
 from pipestill.schedule import Action, Lane
 
 
@@ -13,16 +12,16 @@ def message(text: str, phase: int, lane: Lane = Lane.ACTIVATION) -> Message:
 
 def test_eighth_validation_is_not_taken_for_training() -> None:
     """Training prefetches into the next step while a validation runs; the tags of phases 0 and 8 were the same."""
-    training = {_tag(message(f"S0F{m}@{step}", 0), 0) for m in range(8) for step in range(64)}
+    training = {tag(message(f"S0F{m}@{step}", 0), 0) for m in range(8) for step in range(64)}
     for phase in range(1, 40):
-        assert training.isdisjoint(_tag(message(f"S0F{m}@{step}", phase), 0) for m in range(8) for step in range(64))
+        assert training.isdisjoint(tag(message(f"S0F{m}@{step}", phase), 0) for m in range(8) for step in range(64))
 
 
 def test_messages_under_way_together_have_tags_of_their_own() -> None:
     texts = [f"{role}0F{m}@{step}" for role in "ST" for m in range(16) for step in range(100, 110)]
     texts += [f"S1B{m}@{step}" for m in range(16) for step in range(100, 110)]
     tags = [
-        _tag(message(text, phase, lane), part)
+        tag(message(text, phase, lane), part)
         for text in texts
         for lane in Lane
         for phase in (0, 5, 6)

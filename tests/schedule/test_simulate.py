@@ -215,14 +215,16 @@ def test_a_rank_that_waited_takes_time_to_wake_up() -> None:
 
 
 def test_messages_keep_both_ends_from_their_work() -> None:
-    """Rank 0's row: S0F0, its send (0.25 and 2 bytes copied in 0.5), the announcement of what comes back (0.25), S0F1."""
-    link = Link(0.0, 4.0, handling_seconds=0.25, handling_bytes_per_second=4.0)
+    """S0F0 takes rank 0 0.25 and 0.125 for its 2 bytes to send, and rank 1 as long to take; the batch's own message 0.25."""
+    link = Link(0.0, 4.0, handling_seconds=0.25, handling_bytes_per_second=16.0)
     costs = StageCosts((1.0, 1.0), (1.0, 1.0), (0.0, 0.0), activation_bytes=(2, 0), link=link)
     schedule = generate("gpipe", 2, 2, teacher=False)
     trace = times(simulate(schedule, costs, num_steps=1))
     done = trace["S0F0@0"][1]
-    assert trace["S0F1@0"][0] == pytest.approx(done + 0.75 + 0.25)
-    assert trace["S1F0@0"][0] == pytest.approx(done + 0.75 + 0.5)  # once copied, the bytes travel beside the work
+    assert trace["S0F1@0"][0] == pytest.approx(done + 0.375)
+    between = 0.5 - 2 * 0.125  # what the copies leave of the way
+    assert trace["S1F0@0"][0] == pytest.approx(done + 0.375 + between + 0.375 + 0.25)
+    assert trace["S1F1@0"][0] == pytest.approx(trace["S1F0@0"][1] + 0.375)  # it was there, and the batch's was taken
     free = times(simulate(schedule, replace(costs, link=link.only()), num_steps=1))
     assert (free["S0F1@0"][0], free["S1F0@0"][0]) == (1.0, 1.5)
 

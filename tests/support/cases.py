@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -629,8 +630,12 @@ EVERYTHING = Case(
 """Dropout, batch norm, in-place ReLUs, an uneven and a tiny last batch, two epochs, validation, a schedule of lr."""
 
 
-def run(runs: Sequence[tuple[str, str, dict[str, Any]]], devices: int) -> list[Outcome]:
-    """Train cases one after the other: (case, strategy, options of the trainer) each. A target for `launch`."""
+def run(runs: Sequence[tuple[str, str, dict[str, Any]]], devices: int, over: str) -> list[Outcome]:
+    """Train cases one after the other, through "memory" or over "gloo": (case, strategy, options of the trainer) each.
+
+    A target for `launch`.
+    """
+    os.environ["PIPESTILL_SHARED_MEMORY"] = str(int(over == "memory"))
     outcomes = []
     for name, strategy, trainer in runs:
         case = EVERYTHING if name == "everything" else CASES[name]

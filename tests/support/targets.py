@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 import pipestill as ps
 from pipestill.errors import DataError, ModelError
 from pipestill.runtime.process_group import ProcessGroup
+from pipestill.runtime.shared_memory import SharedMemory
 from pipestill.runtime.transport import Message
+from pipestill.runtime.world import Processes
 from pipestill.schedule import Action, Lane
 from support.fits import unit_costs
 from support.models import CLASSES, vectors
@@ -178,13 +180,32 @@ def message(text: str, lane: Lane = Lane.ACTIVATION, phase: int = 0, source: int
     return Message(lane, Action.parse(text), source, destination, phase)
 
 
-def exchange() -> str:
+Over = Callable[[float], ProcessGroup | SharedMemory]
+
+
+def gloo(timeout_seconds: float) -> ProcessGroup:
+    return ProcessGroup(timeout_seconds)
+
+
+def memory(timeout_seconds: float) -> SharedMemory:
+    """On both ranks together."""
+    transport = Processes().transport(rank(), (), timeout_seconds)
+    assert isinstance(transport, SharedMemory)
+    assert list(transport.peers) == [1 - rank()]
+    _OPEN.append(transport)  # a rank that only looks on is there still
+    return transport
+
+
+_OPEN: list[SharedMemory] = []
+
+
+def exchange(over: Over) -> str:
     """Every type, shapes without numbers or axes, messages taken in another order than they were sent in."""
-    group = ProcessGroup(20.0)
+    group = over(20.0)
     sent = {
         message("S0F0@0"): [torch.arange(6).view(2, 3).to(dtype) for dtype in TYPES],
         message("S0F1@0"): [torch.tensor(1.5), torch.zeros(0, 3), torch.ones(1)],
-        message("T0F1@0", Lane.TEACHER): [torch.full((1000,), 2.0)],
+        message("T0F1@0", Lane.TEACHER): [torch.full((5000,), 2.0)],
         message("S0F1@0", Lane.TOKEN): [torch.full((1,), 3.0)],
         message("S0F1@0", phase=1): [torch.full((7,), 4.0)],
         message("S0F1@1"): [torch.full((9,), 5.0)],
@@ -209,9 +230,9 @@ def exchange() -> str:
     return "done"
 
 
-def both_send_first(count: int = 300) -> str:
+def both_send_first(over: Over, count: int = 300) -> str:
     """More messages each way than are kept under way, all sent before any is waited for."""
-    group, other = ProcessGroup(20.0), 1 - rank()
+    group, other = over(20.0), 1 - rank()
     for step in range(count):
         group.post(message(f"S0F0@{step}", source=other, destination=rank()), [torch.empty(10)])
     for step in range(count):
@@ -224,9 +245,9 @@ def both_send_first(count: int = 300) -> str:
     return "done"
 
 
-def announced_after_the_schedule(count: int = 300) -> str:
+def announced_after_the_schedule(over: Over, count: int = 300) -> str:
     """Targets of a later step, sent first and announced only once the rest of a step has come."""
-    group = ProcessGroup(20.0)
+    group = over(20.0)
     targets = message("S0D@1", Lane.TARGET)
     steps = [message(f"S0F{m}@0") for m in range(count)]
     if rank() == 0:
@@ -246,24 +267,70 @@ def announced_after_the_schedule(count: int = 300) -> str:
     return "done"
 
 
-def never_sent() -> None:
-    group = ProcessGroup(0.5)
+def never_sent(over: Over) -> None:
+    group = over(0.5)
     if rank() == 0:
         one = message("S1B2@7", Lane.GRADIENT, source=1, destination=0)
         group.post(one, [torch.empty(3)])
         group.arrived(one)
 
 
-def never_taken() -> None:
-    group = ProcessGroup(0.5)
+def never_taken(over: Over) -> None:
+    group = over(0.5)
     if rank() == 0:
         group.send(message("S0F2@7"), [torch.empty(3)])
         group.flush(0)
 
 
-def never_posted() -> None:
+def never_posted(over: Over) -> None:
+    group = over(0.5)
     if rank() == 0:
-        ProcessGroup(0.5).arrived(message("S0F2@7", source=1, destination=0))
+        group.arrived(message("S0F2@7", source=1, destination=0))
+
+
+def other_sizes() -> None:
+    """More bytes than were announced."""
+    group = memory(20.0)
+    one = message("S0F2@7")
+    if rank() == 0:
+        group.send(one, [torch.empty(3, 300)])
+    else:
+        group.post(one, [torch.empty(2, 300)])
+        group.arrived(one)
+
+
+def waits_for_who_has_ended() -> None:
+    """A message that had been sent is still taken, then nothing more comes."""
+    group = memory(20.0)
+    first, second = (message(f"S0F{m}@0", source=1, destination=0) for m in range(2))
+    if rank() == 0:
+        for one in (first, second):
+            group.post(one, [torch.empty(2000)])
+        group.arrived(first)
+        assert group.take(first)[0].eq(7.0).all()
+        group.arrived(second)
+    else:
+        group.send(first, [torch.full((2000,), 7.0)])
+        for peer in group.peers.values():
+            peer.connection.close()
+
+
+def reuses_memory(rounds: int = 100) -> tuple[int, int]:
+    """Messages of two sizes to and fro -> slots that rank 0 made of each size."""
+    group, other = memory(20.0), 1 - rank()
+    for step in range(rounds):
+        count = 2000 if step % 2 else 5000
+        there = message(f"S0F0@{step}", source=0, destination=1)
+        back = message(f"S0F0@{step}", source=1, destination=0)
+        mine, theirs = (there, back) if rank() == 0 else (back, there)
+        group.post(theirs, [torch.empty(count)])
+        group.send(mine, [torch.full((count,), float(step))])
+        assert group.arrived(theirs)
+        assert group.take(theirs)[0].eq(step).all()
+    group.flush(0)
+    free = group.peers[other].free
+    assert not group.peers[other].untaken
+    return tuple(len(free[size]) for size in sorted(free))
 
 
 # ---------------------------------------------------------------- the trainer among processes

@@ -6,19 +6,19 @@ The row is walked as a generator that yields whenever it has to wait, so the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipestill.model.boundary import Contract, Form, copied, rows_of, to_device
 from pipestill.model.dry_run import Contracts
 from pipestill.runtime.batch import HEADER_LENGTH, Batch, microbatch_rows
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.stage import StudentStage, TeacherStage, gradient_squares, guard_batch
+from pipestill.runtime.stage import gradient_squares, guard_batch
 from pipestill.runtime.transport import Message, Transport
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.needs import lane, needs
@@ -27,6 +27,37 @@ Waiting = Generator[Message, None, None]
 """Yields the message it waits for; the driver resumes it to try again."""
 
 _END = Batch(0, 0, True)
+
+
+class Student(Protocol):
+    """What the executor has a stage of the student do (see `StudentStage`)."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]: ...
+    def enter(
+        self, tensors: Sequence[Tensor], rows: int, unit: int, length: int
+    ) -> tuple[Any, list[Tensor | None]]: ...
+    def forward(
+        self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int, length: int
+    ) -> Any: ...
+    def infer(self, value: Any, step: int, unit: int) -> Any: ...
+    def end_batch(self) -> None: ...
+    def loss(
+        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, share: float
+    ) -> None: ...
+    def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]: ...
+    def weight_gradients(self, step: int, unit: int) -> None: ...
+    def clip(self, squares: Tensor, largest: float) -> None: ...
+    def update(self, lr_factor: float, decay_factor: float) -> None: ...
+
+
+class Teacher(Protocol):
+    """What the executor has a stage of the teacher do (see `TeacherStage`)."""
+
+    def forward(self, value: Any, step: int, unit: int) -> Any: ...
+    def end_batch(self) -> None: ...
+    def note(self) -> None: ...
+    def follow(self, step: int) -> None: ...
 
 
 def _up_to_cut(row: list[Action], step: int) -> list[Action]:
@@ -60,8 +91,8 @@ class Executor:
         contracts: Contracts,
         student_stages: Sequence[range],
         teacher_stages: Sequence[range],
-        student: StudentStage | None,
-        teacher: TeacherStage | None,
+        student: Student | None,
+        teacher: Teacher | None,
         transport: Transport,
         recorder: Recorder,
         source: Iterator[Batch] | None,

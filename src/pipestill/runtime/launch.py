@@ -109,7 +109,8 @@ def _supervise(processes: list[BaseProcess], reports: list[Connection]) -> Any:
         if failures and (not open_reports or any(not f.consequence for f in failures)):
             break
     if failures:
-        first = next((f for f in failures if not f.consequence), failures[0])
+        named = next((f for f in failures if not f.detail), failures[0])  # one that says what it was waiting for
+        first = next((f for f in failures if not f.consequence), named)
         raise RankFailure(first.message, status=first.status, detail=first.detail)
     return results[0]
 
@@ -179,8 +180,12 @@ def failure_of(rank: int, error: BaseException) -> Failure:
     known = isinstance(error, PipestillError)
     message = str(error) if known else f"rank {rank} failed: {type(error).__name__}: {error}"
     detail = "" if known else "".join(traceback.format_exception(error))
-    lost_peer = isinstance(error, (TransportError, DistError)) or "gloo/transport" in str(error)
-    return Failure(rank, message, status, detail, consequence=lost_peer)
+    return Failure(rank, message, status, detail, consequence=has_lost_peer(error))
+
+
+def has_lost_peer(error: BaseException) -> bool:
+    """Whether a rank failed only because another one did, as far as it can tell."""
+    return isinstance(error, (TransportError, DistError)) or "gloo/transport" in str(error)
 
 
 def _die_with_launcher(lifeline: Connection) -> None:

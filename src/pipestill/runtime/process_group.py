@@ -10,15 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import TransportError
-from pipestill.runtime.transport import Message
-from pipestill.schedule import Lane, Op, Role
-
-_LANES = list(Lane)
-_OPS = list(Op)
-_UNDER_WAY = 32  # sends whose tensors are kept: gloo never says that one has arrived, only a wait does
-_BESIDE = (Lane.TARGET, Lane.INPUT, Lane.REPORT)
-"""Lanes whose receives are announced step by step, apart from the schedule."""
-
+from pipestill.runtime.transport import UNDER_WAY, Message, Queue, queue_of, tag
+from pipestill.schedule import Lane
 
 _Sent = tuple[Message, list[Tensor], list[dist.Work]]
 
@@ -38,9 +31,7 @@ class ProcessGroup:
         self.rank = dist.get_rank()
         self.timeout = timedelta(seconds=timeout_seconds)
         self.posted: dict[Message, tuple[list[Tensor], list[dist.Work]]] = {}
-        # By phase, and whether beside the schedule. A proved schedule runs even if every send waits for its receive, so
-        # waiting for the oldest is safe; one beside it may be awaited by a rank that first needs more of the schedule.
-        self.under_way = defaultdict[tuple[int, bool], deque[_Sent]](deque)
+        self.under_way = defaultdict[Queue, deque[_Sent]](deque)
         self.groups: dict[tuple[int, int, Lane], dist.ProcessGroup] = {}
         if "nccl" in str(dist.get_backend_config()):
             for source, destination, lane in sorted(edges):
@@ -53,19 +44,19 @@ class ProcessGroup:
         kept = list(tensors)
         group = self.groups.get((message.source, message.destination, message.lane))
         with _Named("sends", message, self.rank):
-            works = [dist.isend(t, message.destination, group=group, tag=_tag(message, i)) for i, t in enumerate(kept)]
-        queue = self.under_way[message.phase, message.lane in _BESIDE]
+            works = [dist.isend(t, message.destination, group=group, tag=tag(message, i)) for i, t in enumerate(kept)]
+        queue = self.under_way[queue_of(message)]
         queue.append((message, kept, [w for w in works if w is not None]))
         while queue and self.groups and all(work.is_completed() for work in queue[0][2]):
             queue.popleft()
-        while len(queue) > _UNDER_WAY:
+        while len(queue) > UNDER_WAY:  # gloo never says that one has arrived, only a wait does
             self._finish_one(queue)
 
     def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
         kept = list(buffers)
         group = self.groups.get((message.source, message.destination, message.lane))
         with _Named("receives", message, self.rank):
-            works = [dist.irecv(t, message.source, group=group, tag=_tag(message, i)) for i, t in enumerate(kept)]
+            works = [dist.irecv(t, message.source, group=group, tag=tag(message, i)) for i, t in enumerate(kept)]
         self.posted[message] = (kept, [w for w in works if w is not None])
 
     def arrived(self, message: Message) -> bool:
@@ -82,14 +73,14 @@ class ProcessGroup:
         return self.posted.pop(message)[0]
 
     def settle(self, message: Message) -> None:
-        queue = self.under_way[message.phase, message.lane in _BESIDE]
+        queue = self.under_way[queue_of(message)]
         alike = [sent for sent in queue if (sent[0].destination, sent[0].lane) == (message.destination, message.lane)]
         last = max((index for index, sent in enumerate(alike) if sent[0] == message), default=-1)
         done = {id(sent) for sent in alike[: last + 1]}
         for sent in alike[: last + 1]:
             self._finish(sent)
         if done:
-            self.under_way[message.phase, message.lane in _BESIDE] = deque(s for s in queue if id(s) not in done)
+            self.under_way[queue_of(message)] = deque(s for s in queue if id(s) not in done)
 
     def flush(self, phase: int) -> None:
         for message in [m for m in self.posted if m.phase == phase]:
@@ -123,18 +114,3 @@ class _Named:
             limit = f" (deadline {self.timeout.total_seconds():g} s)" if self.timeout else ""
             reason = str(error).strip().splitlines()[0]
             raise TransportError(f"rank {self.rank} {self.what} {self.message}{limit}: {reason}") from error
-
-
-def _tag(message: Message, part: int) -> int:
-    """A number below 2^31 that differs between all messages that can be under way at once between two ranks."""
-    action = message.payload
-    microbatch = 0 if action.microbatch is None else action.microbatch + 1
-    if message.lane in (Lane.TEACHER, Lane.TOKEN, Lane.STATE):
-        microbatch += 131 * action.stage  # blocks that learn alone share lanes; messages of one tag keep their order
-    tag = 1 + (message.phase - 1) % 7 if message.phase else 0  # a validation may never be taken for training
-    tag = tag * len(_LANES) + _LANES.index(message.lane)
-    tag = tag * 2 + (action.role is Role.TEACHER)
-    tag = tag * len(_OPS) + _OPS.index(action.op)
-    tag = tag * 64 + action.step % 64
-    tag = tag * 1024 + microbatch % 1024
-    return tag * 16 + part % 16

@@ -60,10 +60,17 @@ class Tally:
         self.sums = torch.zeros(len(metrics) + 1, dtype=torch.float64)
 
     def add(self, output: Any, target: Any, rows: int) -> None:
-        values = [torch.as_tensor(metric(output, target)).detach().double().cpu() for metric in self.metrics.values()]
-        for name, value in zip(self.metrics, values, strict=True):
+        values = []
+        for name, metric in self.metrics.items():
+            value = metric(output, target)
+            if not isinstance(value, Tensor):
+                try:
+                    value = torch.as_tensor(value)
+                except (TypeError, ValueError, RuntimeError):
+                    raise ConfigError(f"metric '{name}' gave {value!r}; expected a scalar") from None
             if value.dim():
                 raise ConfigError(f"metric '{name}' gave a tensor of shape {tuple(value.shape)}; expected a scalar")
+            values.append(value.detach().double().cpu())
         self.sums += torch.stack([*values, torch.ones((), dtype=torch.float64)]) * rows
 
     def means(self) -> dict[str, float]:

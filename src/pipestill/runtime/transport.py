@@ -8,7 +8,20 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pipestill.schedule import Action, Lane
+from pipestill.schedule import Action, Lane, Op, Role
+
+_LANES = list(Lane)
+_OPS = list(Op)
+_BESIDE = (Lane.TARGET, Lane.INPUT, Lane.REPORT)
+"""Lanes whose receives are announced step by step, apart from the schedule."""
+
+UNDER_WAY = 32
+"""How many sends of a queue may be on their way before one waits until the oldest has been taken."""
+
+Queue = tuple[int, bool]
+"""Phase, and whether beside the schedule. A proved schedule runs even if every send waits for its receive, so waiting for the
+oldest is safe; one beside it may be awaited by a rank that first needs more of the schedule.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +37,26 @@ class Message:
     def __str__(self) -> str:
         where = f" of validation {self.phase}" if self.phase else ""
         return f"{self.payload}{where} from rank {self.source} on the {self.lane.value} lane"
+
+
+def queue_of(message: Message) -> Queue:
+    """The queue in which a message waits to be taken."""
+    return message.phase, message.lane in _BESIDE
+
+
+def tag(message: Message, part: int) -> int:
+    """A number below 2^31 that differs between all messages that can be under way at once between two ranks."""
+    action = message.payload
+    microbatch = 0 if action.microbatch is None else action.microbatch + 1
+    if message.lane in (Lane.TEACHER, Lane.TOKEN, Lane.STATE):
+        microbatch += 131 * action.stage  # blocks that learn alone share lanes; messages of one tag keep their order
+    number = 1 + (message.phase - 1) % 7 if message.phase else 0  # a validation may never be taken for training
+    number = number * len(_LANES) + _LANES.index(message.lane)
+    number = number * 2 + (action.role is Role.TEACHER)
+    number = number * len(_OPS) + _OPS.index(action.op)
+    number = number * 64 + action.step % 64
+    number = number * 1024 + microbatch % 1024
+    return number * 16 + part % 16
 
 
 class Transport(Protocol):

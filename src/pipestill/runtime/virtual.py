@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipestill.costs import StageCosts
 from pipestill.model.boundary import learn
@@ -59,13 +59,11 @@ class VirtualClock:
 
 
 class VirtualStage:
-    """Stands for both models' stages of a rank: takes their time, and gives one number a row."""
+    """Stands for a stage of one of the models: takes its time, and gives one number a row."""
 
     def __init__(self, stage: int, schedule: Schedule, costs: StageCosts, clock: VirtualClock) -> None:
         self.stage, self.structure, self.clock = stage, schedule.pipeline, clock
         self.seconds = {a: action_seconds(a, schedule.pipeline, costs) for a in schedule.pipeline.actions()}
-        self.rows: dict[tuple[int, int], int] = {}
-        self.parameters: dict[str, Tensor] = {}
 
     def _work(self, role: Role, op: Op, unit: int | None) -> None:
         self.clock.work(self.seconds[Action(role, self.stage, op, unit, 0)])
@@ -73,8 +71,25 @@ class VirtualStage:
     def end_batch(self) -> None:
         """Takes no time."""
 
-    def enter(self, tensors: Sequence[Tensor], rows: int, unit: int) -> tuple[Any, list[Tensor | None]]:
+
+class VirtualStudent(VirtualStage):
+    """The student's stage."""
+
+    def __init__(self, stage: int, schedule: Schedule, costs: StageCosts, clock: VirtualClock) -> None:
+        super().__init__(stage, schedule, costs, clock)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.rows: dict[tuple[int, int], int] = {}  # of each unit between its forward and its backward
+
+    def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]:
         return tensors[0], []
+
+    def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int, length: int) -> Any:
+        self._work(Role.STUDENT, Op.FORWARD, unit)
+        self.rows[step, unit] = rows
+        return torch.zeros(rows, 1)
+
+    def infer(self, value: Any, step: int, unit: int) -> Any:
+        raise AssertionError("virtual devices only train")
 
     def loss(
         self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, share: float
@@ -93,15 +108,6 @@ class VirtualStage:
 
     def update(self, lr_factor: float, decay_factor: float) -> None:
         self._work(Role.STUDENT, Op.UPDATE, None)
-
-
-class VirtualStudent(VirtualStage):
-    """The student's stage."""
-
-    def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int) -> Any:
-        self._work(Role.STUDENT, Op.FORWARD, unit)
-        self.rows[step, unit] = rows
-        return torch.zeros(rows, 1)
 
 
 class VirtualTeacher(VirtualStage):
@@ -193,7 +199,7 @@ def run_virtual(plan: Plan, steps: int, timeout_seconds: float) -> tuple[Trace, 
     )  # fmt: skip
     stages = [range(i, i + 1) for i in range(count)]
     recorder = VirtualRecorder(rank, clock, steps + 1)
-    student, teacher = (kind(rank, schedule, costs, clock) for kind in (VirtualStudent, VirtualTeacher))
+    student, teacher = VirtualStudent(rank, schedule, costs, clock), VirtualTeacher(rank, schedule, costs, clock)
     transport = world.transport(rank, edges(structure), timeout_seconds)
 
     def seconds(message: Message) -> float:
@@ -203,7 +209,7 @@ def run_virtual(plan: Plan, steps: int, timeout_seconds: float) -> tuple[Trace, 
 
     executor = Executor(
         schedule, rank, contracts=contracts, student_stages=stages, teacher_stages=stages,
-        student=student, teacher=teacher if structure.teacher_ranks else None,  # type: ignore[arg-type]
+        student=student, teacher=teacher if structure.teacher_ranks else None,
         transport=VirtualTransport(transport, seconds, costs.link.latency_seconds, clock), recorder=recorder,
         source=_batches(structure.num_microbatches, steps) if rank == 0 else None, clip=1.0, num_trained=(0,) * count,
     )  # fmt: skip

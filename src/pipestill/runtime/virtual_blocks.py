@@ -16,7 +16,7 @@ from pipestill.plan.blockwise import BlockPlan, Phase
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.block_executor import BlockExecutor
 from pipestill.runtime.block_groups import Groups
-from pipestill.runtime.transport import Message
+from pipestill.runtime.transport import Message, Transport
 from pipestill.runtime.virtual import VirtualClock, VirtualRecorder, VirtualTransport
 from pipestill.runtime.windows import windows
 from pipestill.runtime.world import Processes
@@ -82,11 +82,15 @@ def run_virtual_blocks(
     elsewhere.
     """
     world, clock, recorded = Processes(), VirtualClock(), dict[int, list[Event]]()
+    used = {
+        (phase.ranks[a], phase.ranks[b], on) for phase in plan.phases for a, b, on in edges(phase.schedule.structure)
+    }
+    transport = world.transport(world.rank, used, timeout_seconds)  # all ranks together, and so one for all phases
     dist.barrier()
     begin = time.perf_counter()
     for number, phase in enumerate(plan.phases):
         if world.rank in phase.ranks:
-            recorded[number] = _run_phase(plan, number, phase, steps[number], groups, clock, world, timeout_seconds)
+            recorded[number] = _run_phase(plan, number, phase, steps[number], groups, clock, world.rank, transport)
     share = clock.late / (time.perf_counter() - begin)
     told, shares = world.gather([recorded]), world.gather([share])
     if world.rank:
@@ -99,10 +103,10 @@ def run_virtual_blocks(
 
 
 def _run_phase(
-    plan: BlockPlan, number: int, phase: Phase, steps: int, groups: Groups, clock: VirtualClock, world: Processes,
-    timeout_seconds: float,
+    plan: BlockPlan, number: int, phase: Phase, steps: int, groups: Groups, clock: VirtualClock, rank: int,
+    transport: Transport,
 ) -> list[Event]:  # fmt: skip
-    structure, costs, local = phase.schedule.structure, plan.costs, phase.ranks.index(world.rank)
+    structure, costs, local = phase.schedule.structure, plan.costs, phase.ranks.index(rank)
     assert isinstance(structure, BlockStructure)
     latency = costs.link.latency_seconds
 
@@ -112,11 +116,10 @@ def _run_phase(
         to = phase.ranks.index(message.destination)
         return costs.transfer_seconds(message.payload, to, structure) - latency
 
-    transport = world.transport(world.rank, edges(structure), timeout_seconds)
     recorder = VirtualRecorder(local, clock, steps + 2)
     source = windows(_batches(costs.batch, steps * structure.window), structure.window)
     executor = BlockExecutor(
-        phase.schedule, local, ranks=phase.ranks, worker=VirtualWorker(costs, world.rank, clock),
+        phase.schedule, local, ranks=phase.ranks, worker=VirtualWorker(costs, rank, clock),
         contracts=_contracts(structure.num_blocks), transport=VirtualTransport(transport, seconds, latency, clock),
         recorder=recorder, source=source if local == 0 else None, groups=groups, phase=number,
     )  # fmt: skip

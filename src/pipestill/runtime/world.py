@@ -15,15 +15,18 @@ from torch import Tensor
 
 from pipestill.costs import Link
 from pipestill.errors import ConfigError, DeviceError
+from pipestill.runtime import shared_memory
 from pipestill.runtime.executor import Waiting
 from pipestill.runtime.process_group import ProcessGroup
+from pipestill.runtime.shared_memory import SharedMemory
 from pipestill.runtime.transport import InProcess, Message, Transport
-from pipestill.schedule import Lane
+from pipestill.schedule import Action, Lane, Op, Role
 
 T = TypeVar("T")
 _LOAD_BYTES = 4_000_000
 _MESSAGE_BYTES = 500_000
 _ROUNDS = 30
+_DEADLINE_SECONDS = 60.0
 
 
 class World(Protocol):
@@ -39,6 +42,9 @@ class World(Protocol):
 
     def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
         """The rank's end of every lane; called on all ranks together."""
+
+    def backend(self, device_type: str) -> str:
+        """What moves tensors between the ranks, once there is a transport."""
 
     def drive(self, runs: Sequence[Waiting]) -> None:
         """Run the local ranks' generators to their end."""
@@ -77,6 +83,9 @@ class OneProcess:
 
     def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
         return InProcess(self._boxes)
+
+    def backend(self, device_type: str) -> str:
+        return f"in-process {device_type}"
 
     def drive(self, runs: Sequence[Waiting]) -> None:
         """Resume each generator in turn until it waits; the schedule is proved, so somebody can always go on."""
@@ -133,9 +142,21 @@ class Processes:
         self.rank = dist.get_rank()
         self.ranks: Sequence[int] = (self.rank,)
         self.is_main = self.rank == 0
+        self.num_near = 0  # other ranks that share memory with this one
 
     def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
-        return ProcessGroup(timeout_seconds, edges, among_some=self.group is not None)
+        lanes = ProcessGroup(timeout_seconds, edges, among_some=self.group is not None)
+        if "nccl" in str(dist.get_backend_config()) or not shared_memory.wanted():
+            return lanes
+        peers = shared_memory.connect(range(self.num_ranks), self.group, timeout_seconds)
+        self.num_near = len(peers)
+        return SharedMemory(timeout_seconds, peers, lanes)
+
+    def backend(self, device_type: str) -> str:
+        if device_type != "cpu":
+            return "nccl"
+        ways = ["shared memory"] * (self.num_near > 0) + ["gloo"] * (self.num_near < self.num_ranks - 1)
+        return " and ".join(ways) or "gloo"
 
     def drive(self, runs: Sequence[Waiting]) -> None:
         for run in runs:
@@ -171,75 +192,88 @@ class Processes:
 
     def measure_link(self, work_seconds: float, device: torch.device) -> Link:
         """From round trips of 1 byte and of `_LOAD_BYTES` between ranks 0 and 1, from taking turns at some work, and from work
-        of both at once with and without messages.
+        of both at once with messages between, over a transport such as runs have.
         """
         if self.num_ranks < 2:
             return Link()
+        there, back = ((source, 1 - source, Lane.ACTIVATION) for source in (0, 1))
+        transport = self.transport(self.rank, (there, back), _DEADLINE_SECONDS)
         sizes = (1, 1, _LOAD_BYTES)  # the first transfer connects
-        _, latency, loaded = (self._turn_seconds(torch.zeros(size, dtype=torch.uint8, device=device)) for size in sizes)
+        _, latency, loaded = (
+            self._turn_seconds(transport, torch.zeros(size, dtype=torch.uint8, device=device)) for size in sizes
+        )
         wake, handling, copying = 0.0, 0.0, float("inf")
         if work_seconds > 0:
             repeats = max(1, round(work_seconds / _seconds_of_work(1)))
-            wake = max(0.0, self._turn_seconds(torch.zeros(1), repeats) - latency - _seconds_of_work(repeats))
-            announcing, small, large = self._handling_seconds(repeats)
-            handling = (announcing + small) / 2
-            copying = _MESSAGE_BYTES / max(large - small, 1e-9)
+            handling, large = self._handling_seconds(transport, repeats)
+            copying = _MESSAGE_BYTES / max(large - handling, 1e-9)
+            gap = self._turn_seconds(transport, torch.zeros(1), repeats) - _seconds_of_work(repeats)
+            wake = max(0.0, gap - latency - 2 * handling)
         measured = Link(latency, _LOAD_BYTES / max(loaded - latency, 1e-9), wake, handling, copying)
         return self.share(measured if self.is_main else None)
 
-    def _handling_seconds(self, repeats: int) -> tuple[float, float, float]:
-        """Median seconds that it takes rank 0 to announce a message, and to send one of 1 byte and one of `_MESSAGE_BYTES`.
+    def _handling_seconds(self, transport: Transport, repeats: int) -> tuple[float, float]:
+        """What a message of 1 byte keeps either end from its work, and one of `_MESSAGE_BYTES`.
 
         Ranks 0 and 1 work all the time, and give each other a message after every piece of work, which the other announced
-        two pieces before: what a message takes while both cores are busy is several times what it takes by itself.
+        two pieces before, and takes one piece later: what a message takes while both cores are busy is several times what it
+        takes by itself. Medians, of sending on the one hand and of announcing and taking on the other.
         """
         self.barrier()
         sizes, count, ahead = (1, _MESSAGE_BYTES), 2 * _ROUNDS, 2
-        announcing: list[float] = []
-        sending: list[list[float]] = [[] for _ in sizes]
-        if self.rank < 2:
-            other = 1 - self.rank
-            messages = [torch.zeros(sizes[n % 2], dtype=torch.uint8) for n in range(count)]
-            buffers = [torch.empty_like(message) for message in messages]  # gloo hangs once one goes that is announced
-            coming = [dist.irecv(buffer, other) for buffer in buffers[:ahead]]
-            sent = []
-            for n, message in enumerate(messages):
+        ends: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in sizes]  # send, announce, take
+        mine, theirs = ([_probe(source, n) for n in range(count)] for source in (self.rank, 1 - self.rank))
+        tensors = [torch.zeros(sizes[n % 2], dtype=torch.uint8) for n in range(count)]
+        for n in range(-ahead, count + 1 if self.rank < 2 else -ahead):
+            if n + ahead < count:
+                buffers, start = [torch.empty_like(tensors[n + ahead])], time.perf_counter()
+                transport.post(theirs[n + ahead], buffers)
+                ends[n % 2][1].append(time.perf_counter() - start)
+            if 0 <= n < count:
                 _work(repeats)
                 start = time.perf_counter()
-                sent.append(dist.isend(message, other))
-                sending[n % 2].append(time.perf_counter() - start)
+                transport.send(mine[n], [tensors[n]])
+                ends[n % 2][0].append(time.perf_counter() - start)
+            if n > 0:
                 start = time.perf_counter()
-                coming += [dist.irecv(buffer, other) for buffer in buffers[n + ahead : n + ahead + 1]]
-                announcing.append(time.perf_counter() - start)
-                if n:
-                    _wait(coming[n - 1])
-            for work in (coming[-1], *sent):
-                _wait(work)
+                _receive(transport, theirs[n - 1])
+                ends[(n - 1) % 2][2].append(time.perf_counter() - start)
+        if self.rank < 2:
+            transport.flush(0)
         self.barrier()
-        small, large = (median(each) if each else 0.0 for each in sending)
-        return median(announcing[:-ahead] or [0.0]), small, large
+        small, large = (sum(median(seconds or [0.0]) for seconds in size) / 2 for size in ends)
+        return small, large
 
-    def _turn_seconds(self, tensor: Tensor, repeats: int = 0) -> float:
+    def _turn_seconds(self, transport: Transport, tensor: Tensor, repeats: int = 0) -> float:
         """Mean seconds of a turn, where ranks 0 and 1 in turn work and give `tensor` to the other."""
         self.barrier()
         start = time.perf_counter()
-        for _ in range(_ROUNDS if self.rank < 2 else 0):
+        for n in range(_ROUNDS if self.rank < 2 else 0):
+            coming = _probe(1 - self.rank, n)
+            transport.post(coming, [torch.empty_like(tensor)])
             for sender in (0, 1):
                 if self.rank == sender:
                     _work(repeats)
-                    dist.send(tensor, 1 - sender)
+                    transport.send(_probe(self.rank, n), [tensor])
                 else:
-                    dist.recv(tensor, sender)
+                    _receive(transport, coming)
                 if tensor.is_cuda:
                     torch.cuda.synchronize(tensor.device)
+        if self.rank < 2:
+            transport.flush(0)
         seconds = time.perf_counter() - start
         self.barrier()
         return seconds / (2 * _ROUNDS)
 
 
-def _wait(work: dist.Work | None) -> None:
-    if work is not None:
-        work.wait()
+def _probe(source: int, number: int) -> Message:
+    """One of the messages that a link is measured with."""
+    return Message(Lane.ACTIVATION, Action(Role.STUDENT, source, Op.FORWARD, 0, number), source, 1 - source)
+
+
+def _receive(transport: Transport, message: Message) -> None:
+    transport.arrived(message)
+    transport.take(message)
 
 
 def _work(repeats: int) -> None:

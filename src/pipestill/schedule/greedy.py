@@ -148,7 +148,10 @@ class Greedy:
         """What it needs, each with the seconds in which it comes; looked up once, because it is asked again and again."""
         if action not in self.awaited:
             self.awaited[action] = [
-                (need, transfer_seconds(need, self.structure, self.costs) if self.structure.rank_of(need) != rank else 0.0)
+                (
+                    need,
+                    transfer_seconds(need, self.structure, self.costs) if self.structure.rank_of(need) != rank else 0.0,
+                )
                 for need in needs(action, self.structure)
                 if need.step >= 0 and need.op is not Op.DATA
             ]

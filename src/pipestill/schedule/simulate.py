@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -22,10 +23,10 @@ def simulate(schedule: Schedule, costs: AnyCosts, num_steps: int | None = None) 
     """Run `schedule` against the clock of `costs` for `num_steps` steps (default: enough for a steady state).
 
     Each rank does its row in order, as an executor does; a transfer overlaps with work and waits for earlier
-    ones on the same edge; a rank that had to wait takes `costs.link.wake_seconds` to go on, and announcing and sending
-    messages keeps it for `costs.link.handling_seconds` and what goes with it. Where ranks disturb each
-    other (`costs.interference`), an action's pace follows from how many ranks compute at that moment. Raises
-    `RuntimeError` on a deadlock; `check` first.
+    ones on the same edge; a rank that had to wait takes `costs.link.wake_seconds` to go on, and each message keeps its
+    sender, and its receiver before the work that uses it, for `costs.link.handling_seconds` and what goes with it. Where
+    ranks disturb each other (`costs.interference`), an action's pace follows from how many ranks compute at that moment.
+    Raises `RuntimeError` on a deadlock; `check` first.
     """
     if num_steps is None:
         num_steps = 9 + 3 * schedule.lookahead
@@ -98,9 +99,22 @@ class _Todo:
 
     action: Action
     payload: int  # results are known by a number and a step
-    seconds: float  # of the work, or what a transfer keeps the rank from it
-    transfer: float  # of a send, without its latency
+    seconds: float  # of the work, or what a send keeps the rank from it
+    taking: float  # what messages that the work uses keep the rank from it
+    transfer: float  # of a send, without its latency and the copies at its ends
     needed: tuple[tuple[int, int], ...]  # results, and the step that each is of, counted from the period's own
+
+
+def _first_uses(row: Sequence[Action], structure: AnyStructure) -> dict[Action, int]:
+    """Where in a period each result that a rank receives is used first: of uses in several periods, in the earliest."""
+    uses = dict[Action, tuple[int, int]]()
+    received = {action.payload.at(0) for action in row if action.kind is Kind.RECEIVE}
+    for position, action in enumerate(row):
+        for need in needs(action, structure) if action.computes else ():
+            result, use = need.at(0), (-need.step, position)
+            if result in received:
+                uses[result] = min(use, uses.get(result, use))
+    return {result: position for result, (_, position) in uses.items()}
 
 
 class _Simulation:
@@ -115,8 +129,12 @@ class _Simulation:
         periods = range(-schedule.lookahead, num_steps)
         self.rows: list[list[tuple[_Todo, int]]] = []
         for row in schedule.rows:
-            handled = [a for a in row if a.kind is not Kind.RECEIVE or costs.link.handling_seconds]
-            todo = [self._look_up(action, numbers) for action in handled]
+            first = _first_uses(row, self.structure)
+            todo = [
+                self._look_up(action, numbers, [need for need, place in first.items() if place == position])
+                for position, action in enumerate(row)
+                if action.kind is not Kind.RECEIVE
+            ]
             self.rows.append([(t, p) for p in periods for t in todo if 0 <= p + t.action.step < num_steps])
         self.position = [0] * self.num_ranks
         self.here: list[set[tuple[int, int]]] = [set() for _ in self.rows]
@@ -132,20 +150,26 @@ class _Simulation:
         self.slept = set[int]()  # ranks that have waited since their last work
         self.events: list[Event] = []
 
-    def _look_up(self, action: Action, numbers: dict[Action, int]) -> _Todo:
-        link, transfer = self.costs.link, 0.0
-        if action.peer is None:
-            seconds = work_seconds(action, self.structure, self.costs)
-        elif action.kind is Kind.RECEIVE:
-            return _Todo(action, numbers[action.payload.at(0)], link.handling_seconds, 0.0, ())
+    def _look_up(self, action: Action, numbers: dict[Action, int], taken: list[Action]) -> _Todo:
+        """`taken`: results of other ranks that are used here first."""
+        seconds = taking = transfer = 0.0
+        if action.peer is not None:
+            seconds, transfer = self._handling(action, action.peer)
         else:
-            transfer = message_seconds(action, action.peer, self.structure, self.costs) - link.latency_seconds
-            copied = 0.0
-            if transfer > 0 and link.handling_bytes_per_second != float("inf"):
-                copied = transfer * link.bytes_per_second / link.handling_bytes_per_second
-            seconds = link.handling_seconds + copied
+            seconds = work_seconds(action, self.structure, self.costs)
+            rank = self.structure.rank_of(action)
+            taking = sum(self._handling(result, rank)[0] for result in taken)
         needed = tuple((numbers[need.at(0)], need.step) for need in needs(action, self.structure))
-        return _Todo(action, numbers[action.payload.at(0)], seconds, transfer, needed)
+        return _Todo(action, numbers[action.payload.at(0)], seconds, taking, transfer, needed)
+
+    def _handling(self, action: Action, destination: int) -> tuple[float, float]:
+        """What the message with the result of `action` keeps either end from its work, and how long it is between them."""
+        link = self.costs.link
+        transfer = message_seconds(action, destination, self.structure, self.costs) - link.latency_seconds
+        copied = 0.0
+        if transfer > 0 and link.handling_bytes_per_second != float("inf"):
+            copied = transfer * link.bytes_per_second / link.handling_bytes_per_second
+        return link.handling_seconds + copied, max(0.0, transfer - 2 * copied)
 
     def run(self) -> Trace:
         waiting = set(range(self.num_ranks))
@@ -173,11 +197,12 @@ class _Simulation:
                 if period + step >= 0 and (result, period + step) not in here:
                     self.slept.add(rank)
                     return
-            if todo.seconds > 0:
-                wake = self.costs.link.wake_seconds if rank in self.slept and todo.action.peer is None else 0.0
-                if todo.action.peer is None:
+            if todo.seconds + todo.taking > 0:
+                before = todo.taking
+                if rank in self.slept and todo.action.peer is None:
                     self.slept.discard(rank)
-                self.running[rank] = (todo, period, self.now + wake, todo.seconds + wake)
+                    before += self.costs.link.wake_seconds
+                self.running[rank] = (todo, period, self.now + before, todo.seconds + before)
             else:
                 self._finish(rank, todo, period, self.now)
             self.position[rank] += 1
