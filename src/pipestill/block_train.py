@@ -8,20 +8,32 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
+from pipestill.arguments import (
+    check_extent,
+    check_trainer,
+    checked_factor,
+    one_of,
+    raise_problems,
+    real_number,
+    shown,
+    try_first,
+)
 from pipestill.block_profile import BlockProfile
 from pipestill.callbacks import Callback
-from pipestill.data import Reader, SplitBatch, inputs_and_targets, sample
+from pipestill.data import Reader, SplitBatch, check_loader, inputs_and_targets, sample
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.model.blockwise import BlockContracts, Blockwise, block_dry_run
 from pipestill.model.boundary import to_device
 from pipestill.model.measure_blocks import measure_blocks
+from pipestill.optim import make_optimizer as optimizer_of
 from pipestill.plan.blockwise import BLOCK_STRATEGIES, BlockPlan, plan_blocks
-from pipestill.result import CPU, REFERENCE, backend_name, constant, total_steps, versions
+from pipestill.result import CPU, REFERENCE, Reporter, total_steps, versions
 from pipestill.runtime.block_allreduce import measure_allreduces
 from pipestill.runtime.block_groups import process_groups
 from pipestill.runtime.block_rank import BlockRankRun, BlockSettings, check_finite_blocks, logged_blocks
@@ -105,21 +117,29 @@ class BlockwiseTrainer:
         callbacks: Sequence[Callback] = (),
         timeout_seconds: float = 600.0,
     ) -> None:
+        if not isinstance(task, Blockwise):
+            raise ConfigError(f"the task is {shown(task)}; expected a Blockwise")
+        check_trainer(
+            counts={"devices": devices, "log_every": log_every}, optimizer=optimizer, lr=lr,
+            lr_schedules={"lr_schedule": lr_schedule}, optimizer_options=optimizer_options, param_groups=param_groups,
+            device=device, split_batch=split_batch, seed=seed, callbacks=callbacks, timeout_seconds=timeout_seconds,
+            more=(
+                *one_of("profile", profile, (BlockProfile, NoneType), "a BlockProfile, or None to measure it"),
+                *(() if memory_bytes is None else real_number("memory_bytes", memory_bytes, above=0)),
+            ),
+        )  # fmt: skip
         names = (REFERENCE, *BLOCK_STRATEGIES)
         if strategy not in names:
             raise ConfigError(
                 f"no strategy '{strategy}' for blocks{nearest(strategy, names)}; there are {', '.join(names)}"
             )
-        for name, value in (("devices", devices), ("log_every", log_every)):
-            if value < 1:
-                raise PlanError(f"{name} is {value}; expected at least 1")
         if strategy == REFERENCE and devices > 1:
-            raise PlanError(f"strategy 'reference' runs on one device, not {devices}; choose another, or --devices 1")
+            raise PlanError(f"strategy 'reference' runs on one device, not {devices}; choose another, or devices=1")
         if profile is not None and len(profile.blocks) != task.num_blocks:
             raise PlanError(f"the profile is of {len(profile.blocks)} blocks, the models have {task.num_blocks}")
         self.task, self.strategy, self.devices = task, strategy, devices
         self.optimizer, self.lr, self.optimizer_options = optimizer, lr, dict(optimizer_options or {})
-        self.param_groups, self.lr_factor = param_groups, lr_schedule or constant
+        self.param_groups, self.lr_factor = param_groups, checked_factor("lr_schedule", lr_schedule)
         self.profile, self.memory_bytes = profile, memory_bytes
         self.device_type = choose_device_type(device, devices)
         self.split_batch, self.seed, self.log_every = split_batch, seed, log_every
@@ -131,8 +151,9 @@ class BlockwiseTrainer:
         return self.task.student
 
     def make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        groups = self.param_groups(parameters) if self.param_groups else list(parameters.values())
-        return self.optimizer(groups, lr=self.lr, **self.optimizer_options)
+        return optimizer_of(
+            self.optimizer, parameters, lr=self.lr, options=self.optimizer_options, param_groups=self.param_groups
+        )
 
     def fit(
         self,
@@ -151,9 +172,11 @@ class BlockwiseTrainer:
         """
         if epochs is None and steps is None:
             epochs = 1
-        if any(n is not None and n < 1 for n in (epochs, steps)):
-            raise ConfigError(f"epochs {epochs} and steps {steps}; expected at least 1")
+        check_extent(epochs, steps)
         alone = self.strategy == REFERENCE
+        passes = self.task.num_blocks if alone or self.strategy in ("dp", "ls") else 1
+        check_loader(loader, (epochs if steps is None and epochs else 1) * passes)
+        raise_problems(try_first("lr_schedule", self.lr_factor))
         if alone:
             world = OneProcess(1)
         world = world or join_world(self.devices, self.device_type, self.timeout_seconds)
@@ -182,15 +205,12 @@ class BlockwiseTrainer:
                 profile = self.profile or self.measure(world, contracts, first.inputs if first else None, rows)
                 plan = self.plan_for(profile, rows)
             passes = self.task.num_blocks if alone or self.strategy == "dp" else 1
-            for callback in callbacks:
-                callback.start(description, None if batches is None else batches * passes)
-            try:
+            with Reporter(callbacks):
+                for callback in callbacks:
+                    callback.start(description, None if batches is None else batches * passes)
                 if plan is None:
                     return self._run_alone(read, contracts, callbacks)
                 return self._run(world, plan, contracts, read, callbacks)
-            finally:
-                for callback in callbacks:
-                    callback.end()
 
     def plan_for(self, profile: BlockProfile, batch: int) -> BlockPlan:
         """The plan of the strategy for batches of `batch` rows."""
@@ -285,7 +305,7 @@ class BlockwiseTrainer:
         per_batch = replace(plan, phases=tuple(done)).total(steps)  # tasks may have been taken over
         busy = sum(sum(t.busy_seconds_per_step()) / p.window for t, p in zip(traces, plan.phases, strict=True))
         return BlockResult(
-            strategy=plan.strategy, devices=plan.num_devices, backend=backend_name(world, self.device_type),
+            strategy=plan.strategy, devices=plan.num_devices, backend=world.backend(self.device_type),
             batches=batches, samples=samples, seconds=seconds, seconds_per_batch=per_batch,
             utilisation=min(1.0, busy / (per_batch * plan.num_devices)),
             predicted_seconds_per_batch=plan.seconds_per_batch, limit_seconds_per_batch=plan.limit_seconds_per_batch,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipestill.errors import PipestillError
 
 
 class Callback:
@@ -31,10 +33,10 @@ class JsonLines(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: TextIO | None = None
+        self._file: BinaryIO | None = None
 
     def start(self, description: str, total_steps: int | None) -> None:
-        self._file = self.path.open("w")
+        self._file = self.path.open("wb", buffering=0)
 
     def step(self, values: dict[str, float]) -> None:
         self._write(values)
@@ -48,8 +50,20 @@ class JsonLines(Callback):
 
     def _write(self, values: dict[str, float]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        line, end = (json.dumps(values) + "\n").encode(), self._file.tell()
+        try:
+            while line:  # a disk that is nearly full takes a part of it first
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+
+class Output(Console):
+    """Standard output, whose reader may go away (`| head`)."""
+
+    def on_broken_pipe(self) -> None:
+        raise PipestillError("nobody reads the output any more (broken pipe), so the run was ended; write it to a file")
 
 
 class Terminal(Callback):

@@ -5,17 +5,21 @@ from __future__ import annotations
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from pipestill.arguments import shown
 from pipestill.errors import DataError, PipestillError
 from pipestill.model.boundary import copied, distinct_tensors, num_rows, rows_of
 from pipestill.model.lengths import length_of
 from pipestill.model.seeding import OwnGenerator, derive
+from pipestill.model.stepwise import describe
 from pipestill.runtime.batch import Batch
 
 _CLOSE_SECONDS = 1.0
@@ -32,6 +36,31 @@ def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     return batch, None
+
+
+def split_item(split_batch: SplitBatch, item: Any, what: str) -> tuple[Any, Any]:
+    """(inputs, targets) of what a loader yields, made by the user's function; `DataError` for anything else."""
+    pair = split_batch(item)
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise DataError(f"split_batch made {describe(pair)} of {what}; expected a pair (inputs, targets)")
+    return pair[0], pair[1]
+
+
+def check_loader(loader: object, passes: int | None, name: str = "the loader") -> None:
+    """`DataError` for what is no loader, or cannot be read `passes` times (None: until something else ends it)."""
+    if not isinstance(loader, Iterable) and not hasattr(type(loader), "__getitem__"):
+        raise DataError(f"{name} is {shown(loader)}; expected an iterable of batches, such as a DataLoader or a list")
+    if passes is not None and passes > 1 and isinstance(loader, (Generator, map, filter, zip, enumerate)):
+        raise DataError(
+            f"{name} is a {type(loader).__name__}, which can be read once only, and it is to be read {passes} times; give a "
+            "list, a DataLoader, or an object whose __iter__ starts anew"
+        )
+
+
+def form_of(value: Any) -> tuple[Any, ...]:
+    """What all batches of a loader have in common: the structure of a nest, and the type of everything in it."""
+    leaves, spec = pytree.tree_flatten(value)
+    return spec, *((leaf.dtype, leaf.layout) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
 
 
 class Reader:
@@ -62,6 +91,7 @@ class Reader:
         self._peeked: Batch | None = None
         self._count = 0
         self._ended = False
+        self._first: dict[str, tuple[Any, str]] = {}
         self._thread = threading.Thread(target=self._work, name="pipestill-reader", daemon=True)
         self._thread.start()
 
@@ -85,7 +115,7 @@ class Reader:
         except queue.Empty:
             raise LoaderError(
                 f"waited {self.timeout_seconds:g} s for batch {self._count} from the loader; "
-                "raise --timeout_seconds if it is meant to take that long"
+                "raise timeout_seconds if it is meant to take that long"
             ) from None
         if isinstance(item, BaseException):
             self._ended = True
@@ -141,7 +171,8 @@ class Reader:
                 if count == self.steps:
                     break
             if waiting is None:
-                raise DataError(f"the loader gave no batch in epoch {epoch}; expected at least one")
+                again = "; can it be read once only, as a generator?" if epoch else ""
+                raise DataError(f"the loader gave no batch in epoch {epoch}; expected at least one{again}")
             yield replace(waiting, last=True)
             epoch += 1
 
@@ -152,7 +183,7 @@ class Reader:
         generator = torch.Generator().manual_seed(derive(self.seed, "data", epoch))
         with OwnGenerator(generator):
             for index, item in enumerate(self.loader):
-                inputs, targets = self.split_batch(item)
+                inputs, targets = split_item(self.split_batch, item, f"batch {index}")
                 rows = num_rows(inputs, f"batch {index}")
                 if rows == 0:
                     raise DataError(f"batch {index} has no rows; expected at least one sample a batch")
@@ -161,7 +192,20 @@ class Reader:
                 axis = self.length_axis
                 length = 0 if axis is None else length_of(axis, inputs, targets, f"batch {index}")
                 # It is read ahead, and a loader may fill the same tensors again for its next batch.
-                yield Batch(rows, epoch, False, copied(inputs), copied(targets), length)
+                batch = Batch(rows, epoch, False, copied(inputs), copied(targets), length)
+                self._check_like_first(batch, index)
+                yield batch
+
+    def _check_like_first(self, batch: Batch, index: int) -> None:
+        """Models and boundaries are made for one kind of batch: of another, some may drop a part and train on."""
+        for name, value in (("inputs", batch.inputs), ("targets", batch.targets)):
+            form = form_of(value)
+            first, shown = self._first.setdefault(name, (form, describe(value)))
+            if form != first:
+                raise DataError(
+                    f"batch {index} of epoch {batch.epoch} has {name} {describe(value)}, and the first batch had {shown}; "
+                    "all batches must have the same structure and types"
+                )
 
 
 def sample(batch: Batch, rows: int = 3) -> tuple[Any, Any]:

@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipestill.arguments import raise_problems, real_number
+from pipestill.errors import ConfigError
+
 LossValue = Tensor | Mapping[str, Tensor]
 DistillationLoss = Callable[[Any, Any, Any], LossValue]
 MomentumLoss = Callable[[Sequence[Any], Sequence[Any], Any], LossValue]
@@ -34,8 +37,9 @@ class SoftTarget:
     weight: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.weight < 0:
-            raise ValueError(f"temperature {self.temperature} and weight {self.weight}; expected > 0 and >= 0")
+        raise_problems(
+            (*real_number("temperature", self.temperature, above=0), *real_number("weight", self.weight, least=0))
+        )
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         _check_shapes(student, teacher)
@@ -57,6 +61,9 @@ class LogitsMSE:
 
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        raise_problems(real_number("weight", self.weight, least=0))
+
     def __call__(self, student: Tensor, teacher: Tensor, target: object) -> dict[str, Tensor]:
         _check_shapes(student, teacher)
         return {"logits_mse": F.mse_loss(student, teacher) * self.weight}
@@ -67,6 +74,9 @@ class Cosine:
     """`weight` * mean of 1 - cosine similarity along the last axis. Outputs (..., features) of one shape."""
 
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        raise_problems(real_number("weight", self.weight, least=0))
 
     def __call__(self, student: Tensor, teacher: Tensor, target: object) -> dict[str, Tensor]:
         _check_shapes(student, teacher)
@@ -103,8 +113,9 @@ class MaskedDistillation:
 
     def __post_init__(self) -> None:
         weights = (self.soft_target, self.cross_entropy, self.cosine)
+        raise_problems(p for name, value in vars(self).items() for p in real_number(name, value))
         if self.temperature <= 0 or min(weights) < 0 or max(weights) == 0:
-            raise ValueError(
+            raise ConfigError(
                 f"temperature {self.temperature} and weights {weights}; expected > 0, and weights >= 0 that are not all 0"
             )
 
@@ -165,6 +176,9 @@ class InfoNCE:
 
     temperature: float = 0.2
 
+    def __post_init__(self) -> None:
+        raise_problems(real_number("temperature", self.temperature, above=0))
+
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -> dict[str, Tensor]:
         t, terms = self.temperature, []
         for i, s in enumerate(student):
@@ -195,7 +209,7 @@ class Dino(nn.Module):
     ) -> None:
         super().__init__()
         if min(student_temperature, *teacher_temperatures) <= 0 or not 0 <= center_momentum < 1 or warm_up_batches < 0:
-            raise ValueError(
+            raise ConfigError(
                 f"student_temperature {student_temperature}, teacher_temperatures {teacher_temperatures}, center_momentum "
                 f"{center_momentum} and warm_up_batches {warm_up_batches}; expected > 0, > 0, 0 to below 1, and >= 0"
             )
@@ -253,8 +267,7 @@ class SoftCrossEntropy:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
-            raise ValueError(f"temperature {self.temperature}; expected > 0")
+        raise_problems(real_number("temperature", self.temperature, above=0))
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         _check_shapes(student, teacher)

@@ -1,12 +1,65 @@
-"""LARS, which neither torch nor a small kept library has."""
+"""How optimizers are made of what a user gave; and LARS, which neither torch nor a small kept library has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pipestill.arguments import shown
+from pipestill.errors import ConfigError
+
+
+def make_optimizer(
+    make: Callable[..., Any],
+    parameters: dict[str, nn.Parameter],
+    *,
+    lr: float,
+    options: Mapping[str, Any],
+    param_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None,
+) -> torch.optim.Optimizer:
+    """The optimizer of a stage's (or a block's) named parameters.
+
+    `ConfigError` where it cannot be made, cannot be used by a pipeline, or would train other parameters than these.
+    """
+    name = getattr(make, "__name__", repr(make))
+    try:
+        groups = param_groups(parameters) if param_groups else list(parameters.values())
+    except Exception as error:
+        raise ConfigError(f"param_groups cannot take {_some(parameters)}: {type(error).__name__}: {error}") from error
+    try:
+        made = make(groups, lr=lr, **options)
+    except Exception as error:
+        given = "".join(f", {key}={value!r}" for key, value in options.items())
+        raise ConfigError(
+            f"the optimizer cannot be made: {name}(parameters, lr={lr:g}{given}) gives {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer {name} gave {shown(made)}; expected a torch.optim.Optimizer")
+    closure = inspect.signature(made.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"{type(made).__name__} computes the loss several times in each step, which a pipeline cannot; choose an "
+            "optimizer whose step() needs no closure"
+        )
+    taken = {id(parameter) for group in made.param_groups for parameter in group["params"]}
+    left = [key for key, parameter in parameters.items() if id(parameter) not in taken]
+    strange = len(taken) + len(left) - len(parameters)
+    if left or strange:
+        found = [f"leaves out {_some(left)}"] * bool(left) + [f"has {strange} of somewhere else"] * bool(strange)
+        raise ConfigError(
+            f"the optimizer {' and '.join(found)}; param_groups must give exactly the parameters that it gets, and what is "
+            "not to be trained is frozen beforehand (requires_grad_(False))"
+        )
+    return made
+
+
+def _some(names: Iterable[str]) -> str:
+    first = list(names)
+    return f"{', '.join(map(repr, first[:5]))}{' and more' if len(first) > 5 else ''}"
 
 
 class LARS(torch.optim.Optimizer):

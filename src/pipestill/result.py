@@ -13,7 +13,6 @@ import torch
 from pipestill.callbacks import Callback
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
-from pipestill.runtime.world import OneProcess, World
 from pipestill.schedule import Trace
 
 REFERENCE = "reference"
@@ -67,6 +66,20 @@ class Reporter:
         for callback in self.callbacks:
             callback.validation(step, epoch, metrics)
 
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Tell all of them of the end. Where the run has failed, what fails here is no news: a log on a disk that is full."""
+        failures = []
+        for callback in self.callbacks:
+            try:
+                callback.end()
+            except Exception as failure:
+                failures.append(failure)
+        if failures and error is None:
+            raise failures[0]
+
 
 class Counted:
     """Counts the batches and samples that pass."""
@@ -103,10 +116,3 @@ def total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) ->
     except TypeError:  # a DataLoader over an IterableDataset has a __len__ that refuses
         length = None
     return None if length is None else min(epochs * length, steps or epochs * length)
-
-
-def backend_name(world: World, device_type: str) -> str:
-    """What moves tensors between the ranks."""
-    if isinstance(world, OneProcess):
-        return f"in-process {device_type}"
-    return "gloo" if device_type == "cpu" else "nccl"

@@ -7,31 +7,45 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pipestill.arguments import (
+    check_extent,
+    check_trainer,
+    checked_factor,
+    metric_problems,
+    one_of,
+    raise_problems,
+    real_number,
+    shown,
+    try_first,
+    whole,
+)
 from pipestill.callbacks import Callback
 from pipestill.costs import BlockCosts, Costs
-from pipestill.data import Reader, SplitBatch, inputs_and_targets, sample
+from pipestill.data import Reader, SplitBatch, check_loader, inputs_and_targets, sample, split_item
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.losses import Metric
 from pipestill.model.batchnorm import Norms, batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
-from pipestill.model.boundary import to_device
-from pipestill.model.dry_run import Contracts, dry_run
+from pipestill.model.boundary import rows_of, to_device
+from pipestill.model.dry_run import Contracts, dry_run, try_validation
 from pipestill.model.profile import profile
-from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
+from pipestill.model.tasks import Distillation, Momentum, Supervised, Task, check_views, teacher_trains
+from pipestill.optim import make_optimizer as optimizer_of
 from pipestill.plan import Plan, make_plan
-from pipestill.result import CPU, REFERENCE, Counted, Reporter, Result, backend_name, constant, total_steps
+from pipestill.result import CPU, REFERENCE, Counted, Reporter, Result, total_steps
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.memory import peak_bytes, reset_peak
-from pipestill.runtime.rank import LogClock, RankRun, Settings, Tally, check_finite, logged_momentum, logged_values
-from pipestill.runtime.reference import evaluate, reference
-from pipestill.runtime.stage import gradient_squares, move, placed
+from pipestill.runtime.plain_run import PlainRun
+from pipestill.runtime.rank import RankRun, Settings, Tally
+from pipestill.runtime.stage import move, placed
 from pipestill.runtime.world import OneProcess, World, choose_device_type, device_of, join_world
 from pipestill.schedule import STRATEGIES, Event, Trace, check
 from pipestill.schedule.comms import edges
@@ -83,15 +97,31 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         timeout_seconds: float = 600.0,
     ) -> None:
+        if not isinstance(task, (Distillation, Momentum, Supervised)):
+            raise ConfigError(f"the task is {shown(task)}; expected a Distillation, a Momentum or a Supervised")
+        partition, sizes = (Sequence, NoneType), "blocks of each stage, such as [3, 3]"
+        check_trainer(
+            counts={"devices": devices, "microbatches": microbatches, "log_every": log_every}, optimizer=optimizer, lr=lr,
+            lr_schedules={"lr_schedule": lr_schedule, "weight_decay_schedule": weight_decay_schedule},
+            optimizer_options=optimizer_options, param_groups=param_groups, device=device, split_batch=split_batch, seed=seed,
+            callbacks=callbacks, timeout_seconds=timeout_seconds,
+            more=(
+                *(() if length_axis is None else whole("length_axis", length_axis)),
+                *(() if clip_grad_norm in (None, math.inf) else real_number("clip_grad_norm", clip_grad_norm)),
+                *(() if staleness is None else whole("staleness", staleness)),
+                *one_of("split_backward", split_backward, bool, "True or False"),
+                *(() if stash is None or isinstance(stash, str) else whole("stash", stash)),
+                *one_of("student_partition", student_partition, partition, sizes),
+                *one_of("teacher_partition", teacher_partition, partition, sizes),
+                *one_of("costs", costs, (Costs, NoneType), "Costs (Costs.load reads a file), or None to measure them"),
+                *metric_problems(metrics),
+            ),
+        )  # fmt: skip
         names = (REFERENCE, *STRATEGIES)
         if strategy not in names:
             raise ConfigError(f"no strategy '{strategy}'{nearest(strategy, names)}; there are {', '.join(names)}")
-        counts = (("devices", devices), ("microbatches", microbatches), ("log_every", log_every))
-        for name, value in counts:
-            if value < 1:
-                raise PlanError(f"{name} is {value}; expected at least 1")
         if strategy == REFERENCE and devices > 1:
-            raise PlanError(f"strategy 'reference' runs on one device, not {devices}; choose another, or --devices 1")
+            raise PlanError(f"strategy 'reference' runs on one device, not {devices}; choose another, or devices=1")
         if clip_grad_norm is not None and not clip_grad_norm > 0:
             raise ConfigError(f"clip_grad_norm is {clip_grad_norm}; expected more than 0, or none")
         if length_axis is not None and length_axis < 1:
@@ -114,7 +144,8 @@ class Trainer:
         self.spare_ranks = False  # more processes than devices may have been started; the first ones call `fit`
         self.optimizer, self.lr, self.optimizer_options = optimizer, lr, dict(optimizer_options or {})
         self.param_groups, self.length_axis = param_groups, length_axis
-        self.lr_factor, self.decay_factor = lr_schedule or constant, weight_decay_schedule or constant
+        self.lr_factor = checked_factor("lr_schedule", lr_schedule)
+        self.decay_factor = checked_factor("weight_decay_schedule", weight_decay_schedule)
         self.devices, self.strategy, self.microbatches, self.run_ahead = devices, strategy, microbatches, run_ahead
         self.student_partition, self.teacher_partition, self.costs = student_partition, teacher_partition, costs
         self.device_type = choose_device_type(device, devices)
@@ -142,19 +173,21 @@ class Trainer:
         """
         if epochs is None and steps is None:
             epochs = 1
-        if any(n is not None and n < 1 for n in (epochs, steps)):
-            raise ConfigError(f"epochs {epochs} and steps {steps}; expected at least 1")
+        check_extent(epochs, steps)
+        passes = epochs if steps is None else None
+        check_loader(loader, passes)
+        if validate is not None:
+            check_loader(validate, passes, "the validation loader")
+        self._try_functions()
         world = (
             OneProcess(1)
             if self.strategy == REFERENCE
             else join_world(self.devices, self.device_type, self.timeout_seconds, spare_ranks=self.spare_ranks)
         )
-        readers = ExitStack()
-        source = (
-            readers.enter_context(closing(self._reader(loader, epochs, steps, self._split))) if world.is_main else None
-        )
-        reporter = Reporter(self.callbacks if world.is_main else ())
-        try:
+        with ExitStack() as readers, Reporter(self.callbacks if world.is_main else ()) as reporter:
+            source = None
+            if world.is_main:
+                source = readers.enter_context(closing(self._reader(loader, epochs, steps, self._split)))
             few = world.share(sample(source.peek()) if source else None)
             rows = world.share(source.peek().rows if source else None)
             contracts = self.dry_run(*few)
@@ -162,26 +195,32 @@ class Trainer:
             total = total_steps(loader, epochs, steps)
             for callback in reporter.callbacks:
                 callback.start(description, total)
-            validation = (
-                None
-                if validate is None
-                else lambda: readers.enter_context(closing(self._reader(validate, 1, None, self.split_batch)))
-            )
+            validation = None
+            if validate is not None:
+
+                def opened() -> Reader:
+                    return readers.enter_context(closing(self._reader(validate, 1, None, self.split_batch)))
+
+                waiting = [opened()] if world.is_main else []  # for the first one: some loaders can be read once only
+                if waiting:
+                    self._try_validation(waiting[0].peek(), contracts, plan)
+
+                def validation() -> Reader:
+                    return waiting.pop() if waiting else opened()
+
             counted = Counted(source) if source else None
             with batch_norms(self.batch_norm, self._training_models()) as norms:
                 if plan is None:
                     assert counted is not None
                     return self._run_reference(counted, contracts, validation, reporter, norms)
                 return self._run(world, plan, contracts, counted, validation, reporter, norms, validate is not None)
-        finally:
-            for callback in reporter.callbacks:
-                callback.end()
-            readers.close()
 
     def preflight(self, loader: Iterable[Any]) -> None:
         """Raise the `UserError`s that `fit` would, from the first batch and without training or measuring anything."""
-        inputs, targets = self.split_batch(next(iter(loader)))
-        self.dry_run(inputs, targets)
+        check_loader(loader, 1)
+        self._try_functions()
+        with closing(self._reader(loader, 1, 1, self._split)) as reader:
+            self.dry_run(*sample(reader.peek()))
         teacher = self.task.teacher_blocks
         costs = self.costs or Costs(
             tuple(BlockCosts(b.name, 1.0, 1.0) for b in self.task.student_blocks.blocks),
@@ -206,7 +245,7 @@ class Trainer:
 
     def _split(self, item: Any) -> tuple[Any, Any]:
         """What the loader yields as inputs, whose views are all there, and targets."""
-        inputs, targets = self.split_batch(item)
+        inputs, targets = split_item(self.split_batch, item, "what the loader gave")
         check_views(self.task, inputs)
         return inputs, targets
 
@@ -223,8 +262,29 @@ class Trainer:
         )  # fmt: skip
 
     def make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        groups = self.param_groups(parameters) if self.param_groups else list(parameters.values())
-        return self.optimizer(groups, lr=self.lr, **self.optimizer_options)
+        return optimizer_of(
+            self.optimizer, parameters, lr=self.lr, options=self.optimizer_options, param_groups=self.param_groups
+        )
+
+    def _try_functions(self) -> None:
+        """Call the functions of the step once, before anything is trained by them."""
+        raise_problems(
+            [
+                *try_first("lr_schedule", self.lr_factor),
+                *try_first("weight_decay_schedule", self.decay_factor),
+                *(try_first("momentum", self.task.momentum_at) if isinstance(self.task, Momentum) else ()),
+            ]
+        )
+
+    def _try_validation(self, batch: Batch, contracts: Contracts, plan: Plan | None) -> None:
+        """Evaluate the first microbatch of the validation data, which may be unlike the training data."""
+        rows = math.ceil(batch.rows / self.microbatches)
+        few = slice(0, rows)
+        ends = set(accumulate(plan.student_partition)) if plan is not None else set[int]()
+        try_validation(
+            self.task, contracts.at(batch.length), rows_of(batch.inputs, few), rows_of(batch.targets, few), rows, ends,
+            Tally(self.metrics).add,
+        )  # fmt: skip
 
     def _plan(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Plan:
         """The same plan on every rank, from costs that rank 0 measured."""
@@ -289,17 +349,6 @@ class Trainer:
     ) -> Result:
         for rank in world.ranks:
             reset_peak(device_of(rank, self.device_type))
-        settings = Settings(
-            self.seed,
-            self.log_every,
-            self.lr,
-            self.lr_factor,
-            self.decay_factor,
-            self.metrics,
-            validate,
-            self.timeout_seconds,
-            self.clip_grad_norm,
-        )
         for model in self._models():
             forms = world.share(model.forms_of(range(len(model))) if world.is_main else None)
             world.copy_from(model.adopt(forms), 0)  # as DDP does: a script may have drawn other weights in each process
@@ -307,7 +356,7 @@ class Trainer:
         used = edges(plan.schedule.structure)
         runs = [
             RankRun(
-                plan, rank, self.task, contracts, settings=settings, device=device_of(rank, self.device_type),
+                plan, rank, self.task, contracts, settings=self._settings(validate), device=device_of(rank, self.device_type),
                 optimizer=self.make_optimizer, norms=norms, transport=world.transport(rank, used, self.timeout_seconds),
                 source=source if rank == 0 else None, validation=validation if rank == 0 else None,
                 reporter=reporter if rank == 0 else None,
@@ -326,7 +375,7 @@ class Trainer:
         trace = Trace(plan.num_devices, tuple(sorted((e for rank in events for e in rank), key=_start)), cuts)
         steps, samples = (source.steps, source.samples) if source else (0, 0)
         return Result(
-            strategy=plan.strategy, devices=plan.num_devices, backend=backend_name(world, self.device_type),
+            strategy=plan.strategy, devices=plan.num_devices, backend=world.backend(self.device_type),
             steps=steps, samples=samples, seconds=seconds,
             seconds_per_step=trace.median_seconds_per_step or seconds / max(steps, 1),
             utilisation=trace.utilisation, bubble=trace.bubble,
@@ -369,55 +418,28 @@ class Trainer:
         reset_peak(device)
         for model in self._models():
             move(model, range(len(model)), device)
-        trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
-        clock, step_ends = LogClock(), [time.perf_counter()]
-        state: dict[str, Any] = {}
-
-        def before_update(step: int, batch: Batch, losses: dict[str, float]) -> None:
-            check_finite(losses, step)
-            state.update(losses=losses, grad_norm=math.sqrt(math.fsum(gradient_squares(trained.values()).tolist())))
-
-        def after_update(step: int, batch: Batch) -> None:
-            clock.count(batch.rows)
-            step_ends.append(time.perf_counter())
-            if (step + 1) % self.log_every == 0 or batch.last:
-                seconds, steps, rows = clock.lap()
-                reporter.step(
-                    logged_values(
-                        step, batch.epoch, state["losses"], lr=self.lr * self.lr_factor(step), bubble=0.0,
-                        grad_norm=state["grad_norm"], seconds=seconds / steps, samples_per_second=rows / seconds,
-                        **logged_momentum(self.task, step),
-                    )
-                )  # fmt: skip
-            if batch.last and validation is not None:
-                reporter.validation(step, batch.epoch, self._evaluate(validation(), device))
-                clock.forget()
-                step_ends.append(time.perf_counter())
-
-        reference(
-            self.task, contracts, source, self.make_optimizer(trained), microbatches=self.microbatches, lr_factor=self.lr_factor,
-            decay_factor=self.decay_factor, seed=self.seed, device=device, before_update=before_update, after_update=after_update,
-            norms=norms, largest_norm=self.clip_grad_norm, staleness=self.staleness or 0,
-            student_staleness=self.student_staleness,
+        run = PlainRun(
+            self.task, contracts, settings=self._settings(validation is not None), microbatches=self.microbatches,
+            device=device, optimizer=self.make_optimizer, norms=norms, validation=validation, reporter=reporter,
+            staleness=self.staleness or 0, student_staleness=self.student_staleness,
         )  # fmt: skip
+        run.run(source)
         for model in self._models():
             move(model, range(len(model)), CPU)
         self._loss_state()  # back on the CPU, like the models
-        seconds = step_ends[-1] - step_ends[0]
         return Result(
             strategy=REFERENCE, devices=1, backend=self.device_type, steps=source.steps, samples=source.samples,
-            seconds=seconds, seconds_per_step=median(b - a for a, b in pairwise(step_ends)),
+            seconds=run.step_ends[-1] - run.step_ends[0],
+            seconds_per_step=median(b - a for a, b in pairwise(run.step_ends)),
             utilisation=1.0, bubble=0.0, predicted_seconds_per_step=None, limit_seconds_per_step=None,
             staleness=self.staleness or 0, peak_memory_bytes=[peak_bytes(device)], metrics=dict(reporter.metrics),
         )  # fmt: skip
 
-    def _evaluate(self, batches: Iterator[Batch], device: torch.device) -> dict[str, float]:
-        """Metrics of the whole student over `batches`, by a plain loop."""
-        tally = Tally(self.metrics)
-        evaluate(
-            self.task.student_blocks, batches, tally.add, microbatches=self.microbatches, seed=self.seed, device=device
-        )
-        return tally.means()
+    def _settings(self, validate: bool) -> Settings:
+        return Settings(
+            self.seed, self.log_every, self.lr, self.lr_factor, self.decay_factor, self.metrics, validate,
+            self.timeout_seconds, self.clip_grad_norm,
+        )  # fmt: skip
 
 
 def _whole(task: Task, contracts: Contracts) -> tuple[str, ...]:

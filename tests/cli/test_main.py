@@ -78,6 +78,19 @@ WRONG = {
     "unknown strategies": (["compare", "soft-target", "--strategies", "fill,torch-1f1c"], "did you mean 'torch-1f1b'?"),
     "no strategies": (["compare", "soft-target", "--strategies", ","], "--strategies names none"),
     "zero steps": (["check", "soft-target", "--steps", "0"], "steps is 0"),
+    "costs for a recipe": (["check", "b.csv"], "'b.csv' is neither a recipe nor a config.yaml, which 'check' needs first"),
+    "plan for a recipe": (["compare", "plan.json"], "'pipestill simulate' reads a plan.json"),
+    "no threads, no time": (
+        ["train", "soft-target", "--threads", "0", "--timeout_seconds", "0"],
+        "threads is 0; expected at least 1; timeout_seconds is 0.0; expected more than 0",
+    ),
+    "picture of no steps": (
+        ["simulate", "--uniform", "1,1,1,1", "--draw", "s.svg", "--steps", "0"], "a picture of 0 steps; expected at least 1",
+    ),
+    "comparison drawn as another kind": (
+        ["compare", "--virtual", "--uniform", "9,9,9,9", "--draw", "s.jpg"], "cannot draw 's.jpg': the name must end in .svg",
+    ),
+    "virtual devices that are not": (["compare", "soft-target", "--virtual", "false"], "virtual is false; leave --virtual out"),
 }  # fmt: skip
 
 
@@ -96,6 +109,16 @@ def test_cuda_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str], monk
     status, _, err = run(capsys, "train", "soft-target", "--device", "cuda", "--devices", "2")
     assert status == 2
     assert "2 CUDA devices asked for, this machine has 0" in err
+
+
+def test_only_train_runs_under_torchrun(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rank ran the whole of `check --json`, so there were several objects on stdout."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("os._exit", lambda status: None)  # which ends a rank under torchrun
+    status, out, err = run(capsys, "check", "soft-target", "--json")
+    assert (status, out) == (2, "")
+    assert "torchrun runs 'train' only, and 'check' once on each rank" in err
 
 
 def test_all_wrong_options_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,7 @@ WRONG = {
     "simulated nearest": ("simulate --costs blocks.csv --strategy balancd", "(did you mean 'balanced'?)"),
     "simulated knobs": ("simulate --costs blocks.csv --stash n", "--stash is for pipelines"),
     "simulated batch": ("simulate --costs costs.json --batch 8", "--batch is for blocks that learn alone"),
+    "compared batch": ("compare soft-target --virtual --costs c.json --batch 8", "--batch is for a CSV of blocks"),
     "compared recipe of blocks": ("compare compress --virtual --devices 2", "give --costs FILE.csv"),
 }  # fmt: skip
 
@@ -120,6 +121,16 @@ def test_plan_of_a_pipeline_is_what_simulate_reads(capsys: pytest.CaptureFixture
     status, _, err = run(capsys, "simulate plan.json --devices 2 --memory 3GB")
     assert status == 2
     assert "--devices is fixed by the plan" in err and "--memory is fixed by the plan" in err
+
+
+@pytest.mark.parametrize("command", ["simulate --strategy gpipe", "plan"])
+def test_costs_without_their_teacher_are_the_students_alone(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`simulate --teacher none` timed the teacher's work all the same, and `plan` ended because `tspipe` needs a teacher."""
+    said = figures(capsys, f"{command} --costs costs.json --devices 2 --microbatches 2 --teacher none")
+    considered = {one["name"]: one for one in said.get("considered", [{"name": "gpipe", **said}])}
+    assert considered["gpipe"]["teacher_partition"] == []
+    assert considered["gpipe"]["seconds_per_step"] == pytest.approx((2 + 1) * 2 * (0.01 + 0.02))
+    assert command != "plan" or "this task has none" in considered["tspipe"]["refused"]
 
 
 def test_plan_of_blocks_is_what_simulate_reads(capsys: pytest.CaptureFixture[str]) -> None:

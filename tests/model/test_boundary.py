@@ -251,9 +251,13 @@ def test_cut_of_what_has_no_graph_changes_nothing() -> None:
 
 def test_num_rows() -> None:
     assert num_rows((torch.zeros(4, 2), [torch.zeros(4), "x"]), "batch") == 4
-    for value in (torch.zeros(()), (torch.zeros(3), torch.zeros(4)), "no tensor"):
+    for value in (torch.zeros(()), (torch.zeros(3), torch.zeros(4))):
         with pytest.raises(DataError, match="batch: every tensor's first axis must count the same samples"):
             num_rows(value, "batch")
+    with pytest.raises(DataError, match=r"batch: expected tensors .*, got no tensor \(float, str\)"):
+        num_rows(("no tensor", 1.0), "batch")
+    with pytest.raises(DataError, match="batch: expected dense tensors"):
+        num_rows(torch.eye(3).to_sparse(), "batch")
 
 
 def test_rows_of_leaves_the_rest_alone() -> None:

@@ -17,9 +17,9 @@ from rich.table import Table
 from pipestill import draw
 from pipestill.block_compare import compare_blocks
 from pipestill.block_profile import BlockProfile
-from pipestill.cli.measure import costs_of_recipe
+from pipestill.cli.measure import CSV, costs_of_recipe, drawable
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
-from pipestill.cli.simulate import uniform, without_recipe
+from pipestill.cli.simulate import WITHOUT_RECIPE, uniform, without_recipe
 from pipestill.compare import Comparison, compare
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
@@ -128,28 +128,30 @@ def run_on_virtual_devices(words: list[str]) -> int:
     source = words[0] if words and not words[0].startswith("--") else None
     try:
         if source is not None:
+            refuse(words, ("uniform", *WITHOUT_RECIPE), "is for stages without a recipe; leave it out")
+            refuse(words, ("batch",), OF_A_CSV)
             costs, demands, wanted = costs_of_recipe("compare", words, VirtualCompareOptions)
-            refuse(
-                words,
-                ("uniform", "teacher", "views", "batch_loss", "clip"),
-                "is for stages without a recipe; leave it out",
-            )
         else:
             (wanted,) = parse("compare --virtual", words, VirtualCompareOptions)
-            if wanted.costs is not None and wanted.costs.endswith(".csv"):
+            if wanted.costs is not None and wanted.costs.lower().endswith(CSV):
                 return _compare_blocks(words, wanted)
-            refuse(words, ("batch",), "is for a CSV of blocks (--costs FILE.csv); leave it out")
+            refuse(words, ("batch",), OF_A_CSV)
             if (wanted.uniform is None) == (wanted.costs is None):
                 raise ConfigError("'compare --virtual' needs a recipe, --costs FILE, or --uniform T,F,BI,BW in seconds")
             costs = uniform(wanted.uniform, wanted) if wanted.uniform is not None else Costs.load(wanted.costs)
-            demands = without_recipe(costs, wanted)
+            costs, demands = without_recipe(costs, wanted)
     except Helped:
         return 0
+    if not wanted.virtual:
+        raise ConfigError("virtual is false; leave --virtual out to compare on real devices")
     options = VirtualOptions(
         wanted.devices, wanted.microbatches, _strategies(wanted), wanted.rounds, wanted.steps, wanted.timeout_seconds
     )
     costs = costs.with_surroundings(costs.link.only(), 1.0)
     return _tell(compare_virtual(costs, demands, options), wanted)
+
+
+OF_A_CSV = "is for a CSV of blocks (--costs FILE.csv); leave it out"
 
 
 def _compare_blocks(words: list[str], wanted: VirtualCompareOptions) -> int:
@@ -173,8 +175,7 @@ def _strategies(wanted: CompareOptions | VirtualCompareOptions) -> list[str]:
     strategies = [name.strip() for name in wanted.strategies.split(",") if name.strip()]
     if not strategies:
         raise ConfigError("--strategies names none; expected some such as sequential,fill")
-    if wanted.draw and not Path(wanted.draw).parent.is_dir():  # seen before minutes of measuring, not after
-        raise ConfigError(f"cannot write '{wanted.draw}': there is no directory '{Path(wanted.draw).parent}'")
+    drawable(wanted.draw)
     return strategies
 
 

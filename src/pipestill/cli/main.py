@@ -66,6 +66,9 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ and import_module("pipestill.runtime.launch").has_lost_peer(error):
+            time.sleep(_YIELD_SECONDS)
+            return _complain(f"lost another rank: {error}", 1)
         traceback.print_exc()
         return _complain(f"{type(error).__name__}: {error}", 1)
 
@@ -85,6 +88,8 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise ConfigError(f"no command '{command}'{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    if command != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(f"torchrun runs 'train' only, and '{command}' once on each rank; run it without torchrun")
     run: Callable[[list[str]], int] = import_module(f"pipestill.cli.{command}").run
     return run(rest)
 

@@ -135,6 +135,13 @@ def writable(path: str | None) -> None:
         raise ConfigError(f"cannot write '{path}': there is no directory '{Path(path).parent}'")
 
 
+def drawable(path: str | None) -> None:
+    """`ConfigError` when `path` cannot become a picture: seen before minutes of work too."""
+    if path is not None and Path(path).suffix.lower() not in (".svg", ".png"):
+        raise ConfigError(f"cannot draw '{path}': the name must end in .svg or .png")
+    writable(path)
+
+
 def write_json(path: str, value: Any) -> None:
     """One file in one go."""
     write_bytes(Path(path), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())

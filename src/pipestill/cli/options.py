@@ -129,6 +129,7 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
     values = vars(parser.parse_object(defaults))
     parser.set_defaults({key: value for key, value in values.items() if key in known})
     values = vars(parser.parse_args([w for w in words if w != "--print_config"]))
+    _refuse_nothing({key: values[key] for key in _POSITIVE if key in known})
     instances = [group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups]
     if wants_print:
         merged = {k: list(v) if isinstance(v, Numbers) else v for i in instances for k, v in vars_of(i).items()}
@@ -161,6 +162,18 @@ def _normal(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
         alone = name in flags and not equals and following.lower() not in ("true", "false")
         out.append(f"--{name}=true" if alone else f"--{name}{equals}{value}")
     return out
+
+
+_POSITIVE = {"threads": "at least 1", "timeout_seconds": "more than 0"}
+
+
+def _refuse_nothing(values: Mapping[str, float | None]) -> None:
+    """`ConfigError` for no threads, or no time to wait."""
+    wrong = [
+        f"{k} is {value}; expected {_POSITIVE[k]}" for k, value in values.items() if value is not None and not value > 0
+    ]
+    if wrong:
+        raise ConfigError("; ".join(wrong))
 
 
 def _refuse_unknown(keys: Sequence[str], known: Sequence[str]) -> None:
@@ -198,6 +211,11 @@ def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe
         if not isinstance(name, str):
             raise ConfigError(f"'{first}' has no line 'recipe: NAME'; add one, such as 'recipe: soft-target'")
         return find(name).load(), values, rest
+    if first.endswith((".json", ".csv")):
+        raise ConfigError(
+            f"'{first}' is neither a recipe nor a config.yaml, which '{command}' needs first; a file of costs follows --costs"
+            + (", and 'pipestill simulate' reads a plan.json" if first.endswith(".json") else "")
+        )
     return find(first).load(), {}, rest
 
 

@@ -128,7 +128,9 @@ def _of_file(words: list[str]) -> tuple[_Problem, PlanOptions]:
     if file is None:
         raise ConfigError("'plan' needs one of: a recipe, a config.yaml, or --costs FILE (.json, or .csv of blocks)")
     costs = load(file)
-    return _Problem(costs, Demands() if isinstance(costs, BlockProfile) else without_recipe(costs, options)), options
+    if isinstance(costs, BlockProfile):
+        return _Problem(costs, Demands()), options
+    return _Problem(*without_recipe(costs, options)), options
 
 
 def _file(options: PlanOptions) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rich.text import Text
 from pipestill import draw
 from pipestill.block_profile import BlockProfile
 from pipestill.cli.figures import block_figures, milliseconds, pipeline_figures, stages_table, who_does_what
-from pipestill.cli.measure import check_strategy, costs_for, load, recipe_of
+from pipestill.cli.measure import check_strategy, costs_for, drawable, load, recipe_of
 from pipestill.cli.options import Helped, parse, refuse
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
@@ -98,7 +99,7 @@ def run(words: list[str]) -> int:
     figures, trace, limit = pipeline_figures(plan), plan.prediction, plan.limit_seconds_per_step
     unit: draw.Unit = None if options.uniform else "s"
     if options.draw:
-        draw.picture([trace], Path(options.draw), titles=[title], num_steps=options.steps or 2, unit=unit)
+        draw.picture([trace], Path(options.draw), titles=[title], num_steps=_steps(options, 2), unit=unit)
         figures["picture"] = options.draw
     if options.json:
         print(json.dumps(figures))
@@ -124,12 +125,16 @@ def run(words: list[str]) -> int:
     return 0
 
 
+def _steps(options: SimulateOptions, usual: int) -> int:
+    return usual if options.steps is None else options.steps
+
+
 def _tell_of_blocks(plan: BlockPlan, options: SimulateOptions, title: str) -> int:
     """The same for blocks that learn alone."""
     figures = block_figures(plan)
     if options.draw:
         titles = [title] if len(plan.phases) == 1 else phase_titles(plan)
-        steps = options.steps or (1 if plan.window > 1 else 2)
+        steps = _steps(options, 1 if plan.window > 1 else 2)
         draw.picture(plan.predictions, Path(options.draw), titles=titles, num_steps=steps)
         figures["picture"] = options.draw
     if options.json:
@@ -178,7 +183,9 @@ def _plan(source: str | None, words: list[str]) -> tuple[Plan | BlockPlan, Simul
             "'simulate' needs one of: a recipe, a config.yaml, a plan.json, --costs FILE, or --uniform T,F,BI,BW"
         )
     costs = uniform(options.uniform, options) if options.uniform is not None else load(options.costs)
-    demands = Demands() if isinstance(costs, BlockProfile) else without_recipe(costs, options)
+    demands = Demands()
+    if not isinstance(costs, BlockProfile):
+        costs, demands = without_recipe(costs, options)
     plan = _make(costs, demands, options, words)
     return plan, options, _title(plan)
 
@@ -186,6 +193,7 @@ def _plan(source: str | None, words: list[str]) -> tuple[Plan | BlockPlan, Simul
 def _of_recipe(words: list[str]) -> tuple[Plan | BlockPlan, SimulateOptions, str]:
     """Blocks are measured as a run does; a pipeline's in this process alone, over links that take no time."""
     recipe, options, rest = recipe_of("simulate", words, SimulateOptions)
+    drawable(options.draw)
     refuse(rest, ("uniform", *WITHOUT_RECIPE), "is for stages without a recipe; leave it out, or leave out the recipe")
     workload = recipe.workload(0)
     by_blocks = isinstance(workload, BlockwiseWorkload)
@@ -211,15 +219,17 @@ class Shape(Protocol):
     def clip(self) -> bool: ...
 
 
-def without_recipe(costs: Costs, options: Shape) -> Demands:
-    """What a task of that shape asks of a schedule; `ConfigError` when the costs are of another."""
+def without_recipe(costs: Costs, options: Shape) -> tuple[Costs, Demands]:
+    """The costs of a task of that shape, and what it asks of a schedule; `ConfigError` when the costs are of another."""
     if options.views < 1:
         raise ConfigError(f"views is {options.views}; expected at least 1")
     if options.teacher == "ema" and not costs.teacher:
         raise ConfigError("--teacher ema needs costs of a teacher, and these have none")
     if len(costs.views) != options.views:
         raise ConfigError(f"the costs are of {len(costs.views)} views, --views is {options.views}")
-    return Demands(options.teacher == "ema", options.views, options.views, options.batch_loss, options.clip)
+    if options.teacher == "none":
+        costs = dataclasses.replace(costs, teacher=())
+    return costs, Demands(options.teacher == "ema", options.views, options.views, options.batch_loss, options.clip)
 
 
 def uniform(times: str, options: Shape) -> Costs:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from pipestill.arguments import shown
 from pipestill.errors import ModelError, nearest
 from pipestill.model.adapters import known_blocks
 
@@ -35,8 +37,19 @@ class BlockModel:
     """
 
     def __init__(self, model: nn.Module, cuts: Sequence[str | Block] | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise ModelError(f"the model is {shown(model)}; expected an nn.Module")
+        if cuts is not None and (isinstance(cuts, str) or not isinstance(cuts, Sequence)):
+            raise ModelError(f"cuts is {shown(cuts)}; expected a list of names of submodules, or of Blocks")
+        lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
+        if lazy:
+            raise ModelError(
+                f"{type(model).__name__} has no sizes yet of {', '.join(lazy[:5])}; call it once beforehand"
+            )
         self.model = model
-        self.blocks: tuple[Block, ...] = tuple(_block(model, cut) for cut in (cuts or _own_cuts(model)))
+        self.blocks: tuple[Block, ...] = tuple(
+            _block(model, cut) for cut in (_own_cuts(model) if cuts is None else cuts)
+        )
         if not self.blocks:
             raise ModelError(f"{type(model).__name__} has no block; expected at least one")
         self.frozen_norms: Sequence[nn.Module] = ()
@@ -174,6 +187,10 @@ def _block(model: nn.Module, cut: str | Block) -> Block:
                     f"block '{cut.name}' uses '{use}', which {type(model).__name__} lacks{nearest(use, known)}"
                 )
         return cut
+    if not isinstance(cut, str):
+        raise ModelError(
+            f"a cut of {type(model).__name__} is {shown(cut)}; expected the name of a submodule, or a Block"
+        )
     if cut not in names:
         raise ModelError(f"cut '{cut}' is no submodule of {type(model).__name__}{nearest(cut, names)}")
     return Block(cut, names[cut], (cut,))

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipestill.arguments import one_of, shown
 from pipestill.errors import ModelError
 from pipestill.losses import BlockLoss, mse
 from pipestill.model.blocks import Block, BlockModel
 from pipestill.model.boundary import FEW, MORE, Contract, copied, distinct_tensors, learn, num_rows, rows_of
 from pipestill.model.seeding import seed_block
 from pipestill.model.stepwise import describe, restored
+from pipestill.model.tasks import check_parts
 from pipestill.schedule import Role
 
 
@@ -46,6 +48,13 @@ class Blockwise:
     student_cuts: Sequence[str | Block] | None = None
 
     def __post_init__(self) -> None:
+        losses = self.loss if isinstance(self.loss, (list, tuple)) else [self.loss]
+        named = {f"the loss of block {i}" if len(losses) > 1 else "the loss": loss for i, loss in enumerate(losses)}
+        check_parts(
+            {"teacher": self.teacher, "student": self.student},
+            {**named, **({} if self.last_loss is None else {"last_loss": self.last_loss})},
+            self._module_problems(),
+        )
         problems = []
         count = len(self.teacher_blocks)
         if len(self.student_blocks) != count:
@@ -58,6 +67,8 @@ class Blockwise:
         for name in ("adapters", "input_adapters", "candidates"):
             unknown = [i for i in getattr(self, name) if i not in range(count)]
             problems += [f"{name} of block {i}; there are blocks 0 to {count - 1}" for i in unknown]
+        if not any(self.parameters_of(i) for i in range(min(count, len(self.student_blocks)))):
+            problems.append("no block has a parameter to train; nothing would be learnt")
         if problems:
             raise ModelError("; ".join(problems))
         modules = [self.teacher, self.student, *self.adapters.values(), *self.input_adapters.values()]
@@ -71,6 +82,21 @@ class Blockwise:
                         "(copy.deepcopy)"
                     )
         self.student_blocks.check_ties([range(i, i + 1) for i in range(count)])
+
+    def _module_problems(self) -> Iterator[str]:
+        """What is wrong with the kinds of adapters and candidates."""
+        for name in ("adapters", "input_adapters", "candidates"):
+            given = getattr(self, name)
+            if not isinstance(given, Mapping):
+                yield f"{name} is {shown(given)}; expected a dict by the number of the block"
+                continue
+            for i, value in given.items():
+                several = name == "candidates"
+                if several and not isinstance(value, (list, tuple, nn.ModuleList)):
+                    yield f"candidates[{i}] is {shown(value)}; expected a list of nn.Modules"
+                    continue
+                for module in value if several else [value]:
+                    yield from one_of(f"{name}[{i}]", module, nn.Module, "an nn.Module")
 
     @cached_property
     def teacher_blocks(self) -> BlockModel:

@@ -295,6 +295,11 @@ def cut(value: Any) -> tuple[Any, list[Tensor], list[Tensor | None]]:
 def num_rows(value: Any, what: str) -> int:
     """The length of the first axis, which every tensor of a batch shares; `DataError` when they do not."""
     sizes = {leaf.shape[0] if leaf.dim() else None for leaf in distinct_tensors(value)}
+    if not sizes:
+        kinds = sorted({type(leaf).__name__ for leaf in pytree.tree_leaves(value)})
+        raise DataError(f"{what}: expected tensors whose first axis counts samples, got no tensor ({', '.join(kinds)})")
+    if any(leaf.layout is not torch.strided for leaf in distinct_tensors(value)):
+        raise DataError(f"{what}: expected dense tensors, got a sparse one; make it dense (to_dense())")
     if len(sizes) != 1 or None in sizes:
         raise DataError(
             f"{what}: every tensor's first axis must count the same samples, "

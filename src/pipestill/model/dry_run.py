@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pipestill.errors import ModelError
+from pipestill.errors import ModelError, UserError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import FEW, MORE, Contract, copied, distinct_tensors, learn, num_rows, rows_of
 from pipestill.model.lengths import ByLength, length_of, sample_lengths, shortened
@@ -133,6 +133,41 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> Contracts:
         copies=more.copies,
         unsplit=unsplit,
     )
+
+
+def try_validation(
+    task: Task, contracts: Contracts, inputs: Any, targets: Any, rows: int, ends: Set[int],
+    add: Callable[[Any, Any, int], None],
+) -> None:  # fmt: skip
+    """Evaluate a microbatch of validation data, without a trace left in the models: `add(output, targets, rows)` has its metrics.
+
+    `ends`: of the stages, in blocks. What crosses there must be what crosses in training. Raises `UserError`s.
+    """
+    model = task.student_blocks
+    with untouched(task), torch.no_grad():
+        model.in_mode(train=False)
+        value = copied(inputs)
+        for i, block in enumerate(model.blocks):
+            try:
+                value = block.call(value)
+            except Exception as error:
+                views = "; one view of each sample is validated, not all" if task.demands.views > 1 and not i else ""
+                raise ModelError(
+                    f"validation: student block {i} ('{block.name}') cannot take {describe(value)}: {type(error).__name__}: "
+                    f"{error}{views}"
+                ) from error
+            if i + 1 in ends and i + 1 < len(model):
+                contracts.student[0][i].split(value, rows)
+        if len(ends) > 1:
+            contracts.targets.split(targets, rows)
+        try:
+            add(value, targets, rows)
+        except UserError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"the metrics cannot take output {describe(value)}, target {describe(targets)}: {type(error).__name__}: {error}"
+            ) from error
 
 
 def _unsplit(model: BlockModel, views: list[list[Any]]) -> dict[int, str]:

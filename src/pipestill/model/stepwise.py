@@ -142,8 +142,11 @@ def _call(role: str, model: BlockModel, index: int, value: Any) -> Any:
     try:
         return block.call(value)
     except Exception as error:
+        hint = ""
+        if index == 0 and not isinstance(value, Tensor):
+            hint = "; of what the loader yields, a pair is (inputs, targets) and all else is inputs: see split_batch"
         raise ModelError(
-            f"{role} block {index} ('{block.name}') cannot take {describe(value)}: {type(error).__name__}: {error}"
+            f"{role} block {index} ('{block.name}') cannot take {describe(value)}: {type(error).__name__}: {error}{hint}"
         ) from error
 
 

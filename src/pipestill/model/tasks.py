@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from pipestill.arguments import a_loss, one_of, raise_problems, real_number, whole
 from pipestill.errors import DataError, ModelError
 from pipestill.losses import DistillationLoss, LossValue, MomentumLoss, SupervisedLoss
 from pipestill.model.blocks import Block, BlockModel
@@ -30,7 +31,7 @@ class Distillation:
     student_cuts: Sequence[str | Block] | None = None
 
     def __post_init__(self) -> None:
-        _check_loss(self.loss)
+        check_parts({"teacher": self.teacher, "student": self.student}, {"the loss": self.loss})
         _check_apart(self.teacher, self.student)
 
     @cached_property
@@ -80,7 +81,21 @@ class Momentum:
     student_cuts: Sequence[str | Block] | None = None
 
     def __post_init__(self) -> None:
-        _check_loss(self.loss)
+        seen = self.teacher_views
+        check_parts(
+            {"teacher": self.teacher, "student": self.student},
+            {"the loss": self.loss},
+            (
+                *whole("views", self.views),
+                *(() if seen is None else whole("teacher_views", seen)),
+                *one_of("batch_loss", self.batch_loss, bool, "True or False"),
+                *(
+                    ()
+                    if callable(self.momentum)
+                    else one_of("momentum", self.momentum, (int, float), "a number or a function")
+                ),
+            ),
+        )
         _check_apart(self.teacher, self.student)
         if self.views < 1 or not 1 <= self.demands.teacher_views <= self.views:
             raise ModelError(f"the teacher sees {self.demands.teacher_views} of {self.views} views; expected 1 to all")
@@ -119,8 +134,10 @@ class Momentum:
         return Demands(momentum=True, views=self.views, teacher_views=seen, batch_loss=self.batch_loss)
 
     def momentum_at(self, step: int) -> float:
-        """M for the move after the update of `step`."""
-        return self.momentum(step) if callable(self.momentum) else self.momentum
+        """M for the move after the update of `step`; `ConfigError` for one that cannot be."""
+        value = self.momentum(step) if callable(self.momentum) else self.momentum
+        raise_problems(real_number(f"momentum({step})", value, least=0, most=1))
+        return value
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
         """The loss as named parts that add up to it."""
@@ -139,7 +156,7 @@ class Supervised:
     student_cuts: Sequence[str | Block] | None = None
 
     def __post_init__(self) -> None:
-        _check_loss(self.loss)
+        check_parts({"student": self.student}, {"the loss": self.loss})
 
     @cached_property
     def student_blocks(self) -> BlockModel:
@@ -181,8 +198,21 @@ def teacher_trains(task: Task) -> bool:
     return isinstance(task, Momentum) and task.teacher_mode == "train"
 
 
-def _check_loss(loss: object) -> None:
-    """A loss may hold buffers, but nothing to train: no optimizer would see it."""
+def check_parts(models: Mapping[str, object], losses: Mapping[str, object], more: Iterable[str] = ()) -> None:
+    """`ModelError` for what is no model or no loss, and what `more` has found. A loss may hold buffers, but nothing to train:
+    no optimizer would see it.
+    """
+    problems = [
+        *(p for name, model in models.items() for p in one_of(name, model, nn.Module, "an nn.Module")),
+        *(p for name, loss in losses.items() for p in a_loss(name, loss)),
+        *more,
+    ]
+    raise_problems(problems, ModelError)
+    for loss in losses.values():
+        _check_untrained(loss)
+
+
+def _check_untrained(loss: object) -> None:
     trained = [n for n, p in loss.named_parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
     if trained:
         raise ModelError(
@@ -209,12 +239,22 @@ def _parts_of(model: nn.Module) -> dict[int, str]:
     return {id(part): f"'{name}'" for name, part in named}
 
 
+_LOGGED = ("step", "epoch", "loss", "lr", "grad_norm", "seconds", "samples_per_second", "bubble", "momentum")
+
+
 def _parts(value: LossValue) -> dict[str, Tensor]:
     parts = dict(value) if isinstance(value, Mapping) else {"loss": value}
+    logged = [name for name in parts if not isinstance(name, str) or (len(parts) > 1 and name in _LOGGED)]
+    if logged:
+        raise ModelError(
+            f"parts of the loss are named {', '.join(map(repr, logged))}; expected other names, as text: the log has "
+            f"{', '.join(_LOGGED)} of its own"
+        )
     if not parts:
         raise ModelError("the loss gave no part; expected a scalar, or a dict of scalars that add up")
     for name, part in parts.items():
-        if not isinstance(part, Tensor) or part.dim():
-            shape = f"a tensor of shape {tuple(part.shape)}" if isinstance(part, Tensor) else repr(part)
+        if not isinstance(part, Tensor) or part.dim() or part.is_complex():
+            kind = "complex tensor" if isinstance(part, Tensor) and part.is_complex() else "tensor"
+            shape = f"a {kind} of shape {tuple(part.shape)}" if isinstance(part, Tensor) else repr(part)
             raise ModelError(f"the loss gave {shape} as '{name}'; expected a scalar, or a dict of scalars that add up")
     return parts

@@ -183,6 +183,7 @@ def _unknown(strategy: str, known: Iterable[str]) -> str:
 def fitting(make: Callable[[], Plan], memory_bytes: float | None) -> Plan:
     """The plan, or `PlanError` where a rank would hold more than `memory_bytes`, or costs do not tell."""
     plan = make()
+    _ = plan.schedule  # made here, so that a strategy without one is refused and the others are not
     if memory_bytes is None:
         return plan
     if not plan.costs.know_memory:

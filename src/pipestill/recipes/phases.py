@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pipestill.callbacks import Callback, JsonLines, Terminal
+from pipestill.callbacks import Callback, JsonLines, Output, Terminal
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.model.blocks import BlockModel
@@ -58,7 +58,7 @@ class Runner:
 
     def __init__(self, workload: AnyWorkload, options: RunOptions, directory: RunDirectory | None, quiet: bool) -> None:
         self.workload, self.options, self.directory, self.quiet = workload, options, directory, quiet
-        self.console = Console()
+        self.console = Output()
 
     def phase(
         self,

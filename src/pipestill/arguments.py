@@ -1,0 +1,174 @@
+"""Whether what a user gave is of the kind that was asked for: each function gives the problems that it finds, as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import NoneType
+from typing import Any
+
+from pipestill.errors import ConfigError, PlanError
+
+
+def raise_problems(problems: Iterable[str], error: type[Exception] = ConfigError) -> None:
+    """All of them at once, where there are any."""
+    found = list(problems)
+    if found:
+        raise error("; ".join(found))
+
+
+def shown(value: object) -> str:
+    """In a message, on one line: an optimizer or a model tells a page about itself."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def whole(name: str, value: object, least: int | None = None) -> Iterator[str]:
+    """`value` is no whole number, or less than `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        yield f"{name} is {shown(value)}; expected a whole number"
+    elif least is not None and value < least:
+        yield f"{name} is {value}; expected at least {least}"
+
+
+def real_number(
+    name: str, value: object, *, least: float | None = None, above: float | None = None, most: float | None = None
+) -> Iterator[str]:
+    """`value` is no finite number, is less than `least`, is not above `above`, or is more than `most`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        yield f"{name} is {shown(value)}; expected a number"
+    elif not math.isfinite(value):
+        yield f"{name} is {value}; expected a finite number"
+    elif least is not None and value < least:
+        yield f"{name} is {value}; expected {least:g} or more"
+    elif above is not None and value <= above:
+        yield f"{name} is {value}; expected more than {above:g}"
+    elif most is not None and value > most:
+        yield f"{name} is {value}; expected {most:g} or less"
+
+
+def one_of(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> Iterator[str]:
+    """`value` is of none of `kinds`; `expected` says what to give."""
+    if not isinstance(value, kinds):
+        yield f"{name} is {shown(value)}; expected {expected}"
+
+
+def function(name: str, value: object, expected: str) -> Iterator[str]:
+    """`value` cannot be called; `expected` says what to give."""
+    if not callable(value):
+        yield f"{name} is {shown(value)}; expected {expected}"
+
+
+def a_loss(name: str, value: object) -> Iterator[str]:
+    """`value` is no function, or a class whose objects are."""
+    if isinstance(value, type):
+        yield f"{name} is the class {value.__name__}; expected an object of it: {value.__name__}(...)"
+    yield from function(name, value, "a function")
+
+
+def listeners(value: object) -> Iterator[str]:
+    """`value` is no sequence of objects that hear of a run."""
+    heard = ("start", "step", "validation", "end")
+    if not isinstance(value, (list, tuple)):
+        yield f"callbacks is {shown(value)}; expected a list of callbacks"
+        return
+    for one in value:
+        missing = [name for name in heard if not callable(getattr(one, name, None))]
+        if missing or isinstance(one, type):
+            yield f"callback {shown(one)} is no object with the methods {', '.join(heard)}; derive it from callbacks.Callback"
+
+
+def check_trainer(
+    *,
+    counts: Mapping[str, object],
+    lr_schedules: Mapping[str, object],
+    optimizer: object,
+    lr: object,
+    optimizer_options: object,
+    param_groups: object,
+    device: object,
+    split_batch: object,
+    seed: object,
+    callbacks: object,
+    timeout_seconds: object,
+    more: Iterable[str],
+) -> None:
+    """Raise everything wrong with what a trainer is given: `PlanError` where a count is wrong, else `ConfigError`."""
+    wrong_counts = [problem for name, value in counts.items() for problem in whole(name, value, 1)]
+    problems = [
+        *wrong_counts,
+        *optimizing(optimizer, lr, optimizer_options, param_groups, lr_schedules),
+        *one_of("device", device, (str, NoneType), "'cpu', 'cuda' or None"),
+        *function("split_batch", split_batch, "a function from what the loader yields to (inputs, targets)"),
+        *whole("seed", seed),
+        *listeners(callbacks),
+        *real_number("timeout_seconds", timeout_seconds, above=0),
+        *more,
+    ]
+    raise_problems(problems, PlanError if wrong_counts else ConfigError)
+
+
+def check_extent(epochs: object, steps: object) -> None:
+    """`ConfigError` for numbers of epochs and steps that cannot be; None is no limit."""
+    given = {"epochs": epochs, "steps": steps}
+    raise_problems(p for name, value in given.items() if value is not None for p in whole(name, value, 1))
+
+
+def metric_problems(metrics: object) -> Iterator[str]:
+    """`metrics` is no dict of functions by name, or one has the name of what is told anyway."""
+    if not isinstance(metrics, (Mapping, NoneType)):
+        yield f"metrics is {shown(metrics)}; expected a dict of functions (output, target) by name"
+        return
+    for name, metric in (metrics or {}).items():
+        if not isinstance(name, str) or name == "loss":
+            yield f"a metric is named {name!r}; expected another name, as text ('loss' is the training's)"
+        yield from function(f"metric {name!r}", metric, "a function of (output, target)")
+
+
+def optimizing(
+    optimizer: object, lr: object, options: object, param_groups: object, schedules: Mapping[str, object]
+) -> Iterator[str]:
+    """What is wrong with an optimizer and its settings before one is made."""
+    expected = (
+        "a class such as torch.optim.SGD, or a function, that makes one from parameters: there is one for each stage"
+    )
+    yield from function("optimizer", optimizer, expected)
+    if callable(lr):
+        yield f"lr is {shown(lr)}; expected a number, on which lr_schedule(step) is a factor"
+    else:
+        yield from real_number("lr", lr, least=0)
+    if options is not None and not (isinstance(options, Mapping) and all(isinstance(key, str) for key in options)):
+        yield f"optimizer_options is {shown(options)}; expected a dict of the optimizer's own options"
+    elif isinstance(options, Mapping) and "lr" in options:
+        yield "optimizer_options has a learning rate; give it as lr"
+    if param_groups is not None:
+        yield from function("param_groups", param_groups, "a function from {name: parameter} to a list of groups")
+    for name, schedule in schedules.items():
+        if schedule is not None:
+            yield from function(name, schedule, "a function from the step (from 0) to a factor")
+
+
+def checked_factor(name: str, schedule: Callable[[int], Any] | None) -> Callable[[int], float]:
+    """The schedule (default: 1 at any step), whose factors are looked at; `ConfigError` for one that cannot be."""
+
+    def factor(step: int) -> float:
+        value = 1.0 if schedule is None else schedule(step)
+        try:
+            result = value if isinstance(value, (int, float)) else float(value + 0)  # text has no sum with a number
+        except (TypeError, ValueError, RuntimeError):
+            result = math.nan
+        if not (math.isfinite(result) and result >= 0):
+            raise ConfigError(f"{name}({step}) is {shown(value)}; expected a finite number, 0 or more")
+        return result
+
+    return factor
+
+
+def try_first(name: str, schedule: Callable[[int], object]) -> Iterator[str]:
+    """What a function of the step does wrong at the first one."""
+    try:
+        schedule(0)
+    except ConfigError as error:
+        yield str(error)
+    except Exception as error:
+        yield f"{name}(0) failed: {type(error).__name__}: {error}; expected a function from the step (from 0)"
