@@ -86,6 +86,16 @@ def test_packing_does_not_copy_what_has_no_gaps() -> None:
         assert packed.data_ptr() == tensor.data_ptr(), name
 
 
+def test_conjugated_numbers_travel_as_what_they_are() -> None:
+    """Conjugation is a flag beside the memory, and memory is what travels."""
+    turned = torch.complex(torch.ones(3), torch.arange(3.0)).conj()
+    for tensor in (turned, turned.imag):
+        packed = Form.between(tensor, tensor).pack(tensor, 3)
+        assert not packed.is_conj()
+        assert not packed.is_neg()
+        assert torch.equal(packed, tensor)
+
+
 def test_lasting_memory_is_copied_before_it_travels() -> None:
     """The next forward may write to a buffer while it is on its way."""
     buffer = torch.zeros(5)

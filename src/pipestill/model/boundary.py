@@ -71,7 +71,8 @@ class Form:
 
     def pack(self, tensor: Tensor, rows: int) -> Tensor:
         """The numbers of `tensor` as one contiguous axis: without a copy, where its memory allows that."""
-        packed = tensor.detach().permute(self.order(rows)).contiguous().view(-1)
+        resolved = tensor.detach().resolve_conj().resolve_neg()  # else only a flag says so, which does not travel
+        packed = resolved.permute(self.order(rows)).contiguous().view(-1)
         return packed.clone() if self.lasting else packed
 
     def unpack(self, packed: Tensor, rows: int) -> Tensor:

@@ -7,6 +7,7 @@ tensor once, and the receiver once, and nothing runs beside the ranks' own work.
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -17,7 +18,7 @@ import struct
 import sys
 import time
 import weakref
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -30,35 +31,42 @@ from pipestill.runtime.transport import UNDER_WAY, Message, Queue, Transport, qu
 
 T = TypeVar("T")
 
-_HEADER = struct.Struct("<qqqq")  # a message's tag, its number, its slot, its bytes; of a receipt, _RECEIPT and numbers
-_RECEIPT = -1
-_INLINE = -1  # in the place of a slot: the bytes follow the header
-_INLINE_BYTES = 4096  # more than the receipts of all that can be under way
-_LOOK_AT = 4  # sends that may not have been taken yet
-_PACKET_BYTES = _HEADER.size + _INLINE_BYTES
 _NUMBER = struct.Struct("<q")
+_HEADER = struct.Struct("<qqq")  # of a message: its tag, its slot, its bytes; of notes: _NOTES, how many announce, 0
+_NOTES = -1
+_INLINE = -1  # in the place of a slot: the bytes follow the header
+_INLINE_BYTES = 512  # a socket holds more packets of that than can be under way
+_MOST_NOTES = 8  # that a rank keeps to itself, so as not to send a packet for each
+_NOTES_A_PACKET = 100  # of either kind
+_PACKET_BYTES = _HEADER.size + max(_INLINE_BYTES, 2 * _NOTES_A_PACKET * _NUMBER.size)
+_LOOK_EVERY = 16  # calls, for a rank that never has to wait
+_LONGEST_POLL = 2**31 - 1
 
 
 def wanted() -> bool:
-    """Whether ranks of one machine may share memory: on Linux, unless PIPESTILL_SHARED_MEMORY is 0."""
-    return sys.platform == "linux" and os.environ.get("PIPESTILL_SHARED_MEMORY", "1") != "0"
+    """Whether this process may share memory: on Linux, unless PIPESTILL_SHARED_MEMORY is 0."""
+    able = sys.platform == "linux" and hasattr(os, "memfd_create")  # Pythons for an old C library lack it
+    return able and os.environ.get("PIPESTILL_SHARED_MEMORY", "1") != "0"
 
 
 def connect(ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_seconds: float) -> dict[int, socket.socket]:
-    """A socket to each of the other `ranks` that is on this machine, in the same network namespace; on all of them together.
+    """A socket to each of the other `ranks` that shares memory and is on this machine, in the same network namespace.
 
-    Nothing is told but random names in the abstract namespace, which only processes of the machine find; they vanish with
-    the sockets, however their process ends.
+    On all of them together, whether they want it or not. Nothing is told but random names in the abstract namespace, which
+    only processes of the machine find; they vanish with the sockets, however their process ends.
     """
-    here = dist.get_rank()
+    here, name = dist.get_rank(), b"\0pipestill-" + secrets.token_hex(16).encode()
+    found: dict[int, socket.socket] = {}
+    if not wanted():
+        for nothing in (b"", list[int]()):
+            _gathered(nothing, len(ranks), group)
+        return found
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        name = b"\0pipestill-" + secrets.token_hex(16).encode()
         listener.bind(name)
         listener.listen(len(ranks))
         listener.settimeout(timeout_seconds)
-        found: dict[int, socket.socket] = {}
         for rank, theirs in zip(ranks, _gathered(name, len(ranks), group), strict=True):
-            client = _called(theirs) if rank < here else None
+            client = _called(theirs) if rank < here and theirs else None
             if client is not None:
                 client.send(_NUMBER.pack(here))
                 found[rank] = client
@@ -68,6 +76,7 @@ def connect(ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_secon
             if not _is_ours(accepted):
                 accepted.close()
                 continue
+            accepted.settimeout(timeout_seconds)
             (caller,) = _NUMBER.unpack(accepted.recv(_NUMBER.size))
             found[caller] = accepted
             callers -= 1
@@ -75,14 +84,16 @@ def connect(ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_secon
 
 
 def _called(name: bytes) -> socket.socket | None:
-    """A connection to who listens to `name`; None where nobody does, who is on another machine then."""
+    """A connection to who listens to `name`; None where nobody does, who is on another machine then, or another user."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         client.connect(name)
+        if _is_ours(client):
+            return client
     except OSError:
-        client.close()
-        return None
-    return client
+        pass
+    client.close()
+    return None
 
 
 def _is_ours(connection: socket.socket) -> bool:
@@ -98,22 +109,21 @@ def _gathered(value: T, count: int, group: dist.ProcessGroup | None) -> list[T]:
 
 
 class SharedMemory:
-    """One rank's lanes to the `peers` of its machine; to all other ranks, and of other devices, through `elsewhere`.
+    """One rank's lanes to the `peers` of its machine; those to all other ranks go through `elsewhere`. For CPU tensors.
 
-    Sends do not wait unless a queue is full. A rank that waits, for whatever it is, takes in all that was announced from any
-    peer: so a send is over once its receive has been announced and its rank comes by, and a proved schedule ends.
+    A send does not wait, until `UNDER_WAY` of a queue to one rank have not been announced by it (or `_MOST_NOTES` more, which
+    it may have kept to itself): so a schedule that ends where every send waits for its receive, ends here.
     """
 
     def __init__(self, timeout_seconds: float, peers: dict[int, socket.socket], elsewhere: Transport) -> None:
         self.rank, self.timeout_seconds, self.elsewhere = dist.get_rank(), timeout_seconds, elsewhere
         self.peers = {rank: _Peer(rank, connection) for rank, connection in peers.items()}
-        self.by_descriptor = {peer.connection.fileno(): peer for peer in self.peers.values()}
+        self.by_descriptor = {peer.descriptor: peer for peer in self.peers.values()}
         self.poll = select.poll()
         for descriptor in self.by_descriptor:
             self.poll.register(descriptor, select.POLLIN)
         self.posted: dict[Message, _Posted] = {}
-        self.under_way = defaultdict[Queue, deque[tuple[Message, int]]](deque)
-        self.count = 0
+        self.calls = 0
         weakref.finalize(self, _close, list(peers.values()))
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
@@ -121,32 +131,33 @@ class SharedMemory:
         if peer is None:
             self.elsewhere.send(message, tensors)
             return
-        if len(peer.untaken) >= _LOOK_AT:
-            self._serve(0)  # for receipts: they free slots
-        self.count += 1
-        peer.put(tag(message, 0), self.count, tensors)
+        self._look()
+        size = sum(tensor.nbytes for tensor in tensors)
+        if size > _INLINE_BYTES and not peer.free.get(_capacity(size)):
+            self._serve(0)  # receipts may free a slot
+        peer.put(message, tensors)
         self._push(peer)
-        if peer.gone:
+        if peer.deaf:
             raise TransportError(f"rank {self.rank} sends {message}: {peer.farewell}")
-        queue = self.under_way[queue_of(message)]
-        queue.append((message, self.count))
-        while queue and queue[0][1] not in self.peers[queue[0][0].destination].untaken:
-            queue.popleft()
-        while len(queue) > UNDER_WAY:
-            self._finish_one(queue)
+        open_sends = peer.unannounced[queue_of(message)]
+        self._wait_for_takers(peer, open_sends, UNDER_WAY + _MOST_NOTES)
 
     def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
         peer = self.peers.get(message.source)
         if peer is None:
             self.elsewhere.post(message, buffers)
             return
+        self._look()
         posted = self.posted[message] = _Posted(message, list(buffers))
+        assert all(buffer.is_cpu and buffer.is_contiguous() for buffer in buffers)
         peer.expect(tag(message, 0), posted)
-        self._push(peer)
+        if peer.num_notes >= _MOST_NOTES:
+            self._push(peer)
 
     def arrived(self, message: Message) -> bool:
         peer = self.peers.get(message.source)
         if peer is None:
+            self._push_all()
             return self.elsewhere.arrived(message)
         if message not in self.posted:
             raise TransportError(f"rank {self.rank} waits for {message}, but never announced that it would")
@@ -166,20 +177,27 @@ class SharedMemory:
     def flush(self, phase: int) -> None:
         for message in [m for m in self.posted if m.phase == phase]:
             self.arrived(message)  # only the order was about it
-        for beside in (False, True):
-            while self.under_way[phase, beside]:
-                self._finish_one(self.under_way[phase, beside])
+        for peer in self.peers.values():
+            for beside in (False, True):
+                self._wait_for_takers(peer, peer.unannounced[phase, beside], 0)
+            self._wait_to_say_all(peer)
         self.elsewhere.flush(phase)
 
-    def _finish_one(self, queue: deque[tuple[Message, int]]) -> None:
-        """Wait until the oldest has been taken."""
-        message, number = queue.popleft()
-        peer = self.peers[message.destination]
-        what = f"waits until rank {message.destination} takes {message}"
-        self._wait(lambda: number not in peer.untaken, peer, what)
+    def _wait_to_say_all(self, peer: _Peer) -> None:
+        self._push(peer)
+        self._wait(lambda: not peer.outgoing or peer.gone, peer, f"has news for rank {peer.rank}")
+
+    def _wait_for_takers(self, peer: _Peer, open_sends: dict[int, Message], most: int) -> None:
+        """Wait until at most so many sends have not been announced."""
+        if len(open_sends) > most:
+            what = f"waits until rank {peer.rank} takes {next(iter(open_sends.values()))}"
+            self._wait(lambda: len(open_sends) <= most, peer, what)
 
     def _wait(self, done: Callable[[], bool], peer: _Peer, what: str) -> None:
+        if done():
+            return
         deadline = time.monotonic() + self.timeout_seconds
+        self._push_all()
         while not done():
             left = deadline - time.monotonic()
             if peer.gone:
@@ -188,28 +206,37 @@ class SharedMemory:
                 raise TransportError(f"rank {self.rank} {what} (deadline {self.timeout_seconds:g} s): nothing came")
             self._serve(left)
 
+    def _look(self) -> None:
+        """Now and then, for a rank that never waits: what has come should not fill the sockets."""
+        self.calls += 1
+        if self.calls % _LOOK_EVERY == 0:
+            self._serve(0)
+
     def _serve(self, seconds: float) -> None:
         """Take in what has come from any peer, waiting up to `seconds` for something."""
-        for descriptor, events in self.poll.poll(math.ceil(seconds * 1000)):
+        for descriptor, events in self.poll.poll(min(math.ceil(seconds * 1000), _LONGEST_POLL)):
             peer = self.by_descriptor[descriptor]
             if events & ~select.POLLOUT:
                 peer.read()
-            self._push(peer)
+            if peer.gone:
+                del self.by_descriptor[descriptor]
+                self.poll.unregister(descriptor)
+            elif peer.outgoing:
+                self._push(peer)
+
+    def _push_all(self) -> None:
+        """Before something else is waited for: others may wait for what this rank has to say."""
+        for peer in self.peers.values():
+            if peer.num_notes or peer.outgoing:
+                self._push(peer)
 
     def _push(self, peer: _Peer) -> None:
-        """Hand over what can be handed over to a peer now."""
-        if not (peer.receipts or peer.outgoing or peer.gone):
-            return
-        wanted = select.POLLIN | (0 if peer.push() else select.POLLOUT)
-        if peer.gone:
-            self.by_descriptor.pop(peer.descriptor, None)
-            wanted = 0
-        if wanted != peer.polled:
+        """Hand over what can be handed over to a peer now, and the rest when it has room."""
+        peer.push()
+        wanted = select.POLLIN | (select.POLLOUT if peer.outgoing else 0)
+        if wanted != peer.polled and not peer.gone:
             peer.polled = wanted
-            if wanted:
-                self.poll.modify(peer.descriptor, wanted)
-            else:
-                self.poll.unregister(peer.descriptor)
+            self.poll.modify(peer.descriptor, wanted)
 
 
 @dataclass(slots=True)
@@ -222,91 +249,101 @@ class _Posted:
 
 
 @dataclass(frozen=True, slots=True)
-class _Memory:
-    """Memory that two processes share, and where it is in this one."""
-
-    mapped: mmap.mmap
-    address: int
-
-
-@dataclass(frozen=True, slots=True)
 class _Slot:
-    """Shared memory for one message at a time."""
+    """Memory that two processes share, for one message at a time, and where it is in this one."""
 
     number: int
-    memory: _Memory
+    memory: mmap.mmap
+    address: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
     """A message of `size` bytes that has come, or where it lies."""
 
-    number: int
     size: int
-    content: bytes | _Memory
+    content: bytes | _Slot
 
 
 @dataclass(slots=True)
 class _Peer:
-    """What lies between this rank and another."""
+    """What lies between this rank and another. `gone`: nothing more will come from it; `deaf`: it takes nothing any more."""
 
     rank: int
     connection: socket.socket
     descriptor: int = -1
-    polled: int = select.POLLIN if hasattr(select, "POLLIN") else 0
+    polled: int = 0
     gone: bool = False
+    deaf: bool = False
     outgoing: deque[tuple[bytes, int | None]] = field(default_factory=deque)  # packets, and descriptors to go along
-    receipts: list[int] = field(default_factory=list)
-    untaken: dict[int, _Slot | None] = field(default_factory=dict)  # what was sent and not yet taken, and where it lies
+
+    # As a sender. Sends and announcements of one tag meet in their order, whichever comes first.
+    slots: list[_Slot] = field(default_factory=list)
     free: dict[int, list[_Slot]] = field(default_factory=dict)  # by their bytes
-    num_slots: int = 0
-    theirs: dict[int, _Memory] = field(default_factory=dict)
-    early: defaultdict[int, deque[_Arrival]] = field(default_factory=lambda: defaultdict(deque))
-    expected: defaultdict[int, deque[_Posted]] = field(default_factory=lambda: defaultdict(deque))
+    count: int = 0
+    unannounced: defaultdict[Queue, dict[int, Message]] = field(default_factory=lambda: defaultdict(dict))
+    sent_first: dict[int, deque[tuple[Queue, int]]] = field(default_factory=dict)
+    announced_first: Counter[int] = field(default_factory=Counter)
+
+    # As a receiver.
+    theirs: dict[int, _Slot] = field(default_factory=dict)
+    early: dict[int, deque[_Arrival]] = field(default_factory=dict)
+    expected: dict[int, deque[_Posted]] = field(default_factory=dict)
+    announced: list[int] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.connection.setblocking(False)
-        self.descriptor = self.connection.fileno()
+        self.descriptor, self.polled = self.connection.fileno(), select.POLLIN
 
     @property
     def farewell(self) -> str:
         return f"rank {self.rank} has ended (connection closed)"
 
-    def put(self, key: int, number: int, tensors: Sequence[Tensor]) -> None:
+    @property
+    def num_notes(self) -> int:
+        return len(self.announced) + len(self.taken)
+
+    def put(self, message: Message, tensors: Sequence[Tensor]) -> None:
         """Copy tensors to where the peer finds them, and line up the news of it."""
+        key, queue = tag(message, 0), queue_of(message)
+        if self.announced_first[key]:
+            self.announced_first[key] -= 1
+        else:
+            self.count += 1
+            self.unannounced[queue][self.count] = message
+            self.sent_first.setdefault(key, deque()).append((queue, self.count))
         dense = [tensor.contiguous() for tensor in tensors]
-        size = _size(dense)
+        assert all(tensor.is_cpu for tensor in dense)
+        size = sum(tensor.nbytes for tensor in dense)
         if size <= _INLINE_BYTES:
             inline = (ctypes.string_at(tensor.data_ptr(), tensor.nbytes) for tensor in dense)
-            self.untaken[number] = None
-            self.outgoing.append((b"".join((_HEADER.pack(key, number, _INLINE, size), *inline)), None))
+            self.outgoing.append((b"".join((_HEADER.pack(key, _INLINE, size), *inline)), None))
             return
         slot, descriptor = self._slot(size)
-        place = slot.memory.address
+        place = slot.address
         for tensor in dense:
             ctypes.memmove(place, tensor.data_ptr(), tensor.nbytes)
             place += tensor.nbytes
-        self.untaken[number] = slot
-        self.outgoing.append((_HEADER.pack(key, number, slot.number, size), descriptor))
+        self.outgoing.append((_HEADER.pack(key, slot.number, size), descriptor))
 
     def _slot(self, size: int) -> tuple[_Slot, int | None]:
         """A free slot, or a new one and its descriptor, which the peer does not know yet."""
-        capacity = 1 << (size - 1).bit_length()
-        free = self.free.setdefault(capacity, [])
+        free = self.free.setdefault(_capacity(size), [])
         if free:
             return free.pop(), None
         descriptor = os.memfd_create("pipestill", os.MFD_CLOEXEC)
-        os.ftruncate(descriptor, capacity)
-        slot = _Slot(self.num_slots, _map(os.dup(descriptor)))
-        self.num_slots += 1
-        return slot, descriptor
+        os.ftruncate(descriptor, _capacity(size))
+        self.slots.append(_map(len(self.slots), descriptor))
+        return self.slots[-1], descriptor
 
     def expect(self, key: int, posted: _Posted) -> None:
-        """Fill the buffers with what is here already, or once it comes."""
-        if self.early[key]:
-            self._fill(posted, self.early[key].popleft())
+        """Announce a receive; fill its buffers with what is here already, or once it comes."""
+        self.announced.append(key)
+        if key in self.early:
+            self._fill(posted, _first(self.early, key))
         else:
-            self.expected[key].append(posted)
+            self.expected.setdefault(key, deque()).append(posted)
 
     def read(self) -> None:
         """Everything that has come over the connection."""
@@ -320,26 +357,35 @@ class _Peer:
             if not packet:
                 self.gone = True
                 return
-            if packet[: _NUMBER.size] == _NUMBER.pack(_RECEIPT):
-                for (number,) in _NUMBER.iter_unpack(packet[_NUMBER.size :]):
-                    slot = self.untaken.pop(number)
-                    if slot is not None:
-                        self.free[len(slot.memory.mapped)].append(slot)
+            key, slot, size = _HEADER.unpack_from(packet)
+            if key == _NOTES:
+                self._note([number for (number,) in _NUMBER.iter_unpack(packet[_HEADER.size :])], announcements=slot)
                 continue
-            self._come(packet, descriptors)
+            for descriptor in descriptors:
+                self.theirs[slot] = _map(slot, descriptor)
+                os.close(descriptor)
+            if slot != _INLINE and slot not in self.theirs:
+                raise OSError(errno.EMFILE, "no file descriptor is left to share memory with; raise 'ulimit -n'")
+            arrival = _Arrival(size, packet[_HEADER.size :] if slot == _INLINE else self.theirs[slot])
+            if key in self.expected:
+                self._fill(_first(self.expected, key), arrival)
+            else:
+                self.early.setdefault(key, deque()).append(arrival)
 
-    def _come(self, packet: bytes, descriptors: list[int]) -> None:
-        key, number, slot, size = _HEADER.unpack_from(packet)
-        for descriptor in descriptors:
-            self.theirs[slot] = _map(descriptor)
-        arrival = _Arrival(number, size, packet[_HEADER.size :] if slot == _INLINE else self.theirs[slot])
-        if self.expected[key]:
-            self._fill(self.expected[key].popleft(), arrival)
-        else:
-            self.early[key].append(arrival)
+    def _note(self, numbers: list[int], announcements: int) -> None:
+        """Tags that the peer has announced, then slots that it has emptied."""
+        for key in numbers[:announcements]:
+            if key in self.sent_first:
+                queue, number = _first(self.sent_first, key)
+                del self.unannounced[queue][number]
+            else:
+                self.announced_first[key] += 1
+        for number in numbers[announcements:]:
+            slot = self.slots[number]
+            self.free[len(slot.memory)].append(slot)
 
     def _fill(self, posted: _Posted, arrival: _Arrival) -> None:
-        size = _size(posted.buffers)
+        size = sum(buffer.nbytes for buffer in posted.buffers)
         if size != arrival.size:
             raise TransportError(f"{posted.message} has {arrival.size} bytes, where {size} were announced")
         offset = 0
@@ -350,41 +396,51 @@ class _Peer:
                 ctypes.memmove(buffer.data_ptr(), arrival.content.address + offset, buffer.nbytes)
             offset += buffer.nbytes
         posted.here = True
-        self.receipts.append(arrival.number)
+        if isinstance(arrival.content, _Slot):
+            self.taken.append(arrival.content.number)
 
-    def push(self) -> bool:
-        """Send what waits to be sent; False when some has to wait until the peer reads."""
-        if self.receipts:
-            self.outgoing.append((b"".join(map(_NUMBER.pack, (_RECEIPT, *self.receipts))), None))
-            self.receipts = []
-        while self.outgoing and not self.gone:
+    def push(self) -> None:
+        """Send what there is to say, as far as the connection takes it now."""
+        while self.num_notes:
+            announced, taken = self.announced[:_NOTES_A_PACKET], self.taken[:_NOTES_A_PACKET]
+            notes = map(_NUMBER.pack, (*announced, *taken))
+            self.outgoing.append((b"".join((_HEADER.pack(_NOTES, len(announced), 0), *notes)), None))
+            self.announced, self.taken = self.announced[_NOTES_A_PACKET:], self.taken[_NOTES_A_PACKET:]
+        while self.outgoing:
             packet, descriptor = self.outgoing[0]
             try:
-                if descriptor is None:
+                if self.deaf or self.gone:
+                    pass
+                elif descriptor is None:
                     self.connection.send(packet)
                 else:
                     socket.send_fds(self.connection, [packet], [descriptor])
             except BlockingIOError:
-                return False
-            except (BrokenPipeError, ConnectionResetError):
-                self.gone = True
-                self.outgoing.clear()
-                break
+                return
+            except (BrokenPipeError, ConnectionResetError):  # what it said before it ended is still to be read
+                self.deaf = True
             if descriptor is not None:
                 os.close(descriptor)
             self.outgoing.popleft()
-        return True
 
 
-def _map(descriptor: int) -> _Memory:
-    """The shared memory behind a descriptor, which is closed."""
+def _capacity(size: int) -> int:
+    """Bytes of the slot for a message."""
+    return 1 << (size - 1).bit_length()
+
+
+def _map(number: int, descriptor: int) -> _Slot:
     memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-    os.close(descriptor)
-    return _Memory(memory, ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+    return _Slot(number, memory, ctypes.addressof(ctypes.c_char.from_buffer(memory)))
 
 
-def _size(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+def _first(queues: dict[int, deque[T]], key: int) -> T:
+    """The first of what waits under `key`."""
+    queue = queues[key]
+    first = queue.popleft()
+    if not queue:
+        del queues[key]
+    return first
 
 
 def _close(connections: Iterable[socket.socket]) -> None:

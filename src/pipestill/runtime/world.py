@@ -146,7 +146,7 @@ class Processes:
 
     def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
         lanes = ProcessGroup(timeout_seconds, edges, among_some=self.group is not None)
-        if "nccl" in str(dist.get_backend_config()) or not shared_memory.wanted():
+        if "nccl" in str(dist.get_backend_config()):
             return lanes
         peers = shared_memory.connect(range(self.num_ranks), self.group, timeout_seconds)
         self.num_near = len(peers)
@@ -196,8 +196,7 @@ class Processes:
         """
         if self.num_ranks < 2:
             return Link()
-        there, back = ((source, 1 - source, Lane.ACTIVATION) for source in (0, 1))
-        transport = self.transport(self.rank, (there, back), _DEADLINE_SECONDS)
+        transport = self.transport(self.rank, (), _DEADLINE_SECONDS)
         sizes = (1, 1, _LOAD_BYTES)  # the first transfer connects
         _, latency, loaded = (
             self._turn_seconds(transport, torch.zeros(size, dtype=torch.uint8, device=device)) for size in sizes
@@ -217,7 +216,8 @@ class Processes:
 
         Ranks 0 and 1 work all the time, and give each other a message after every piece of work, which the other announced
         two pieces before, and takes one piece later: what a message takes while both cores are busy is several times what it
-        takes by itself. Medians, of sending on the one hand and of announcing and taking on the other.
+        takes by itself. Medians, of sending on the one hand and of announcing and taking on the other; of the rank for which
+        that is less, since the one with the faster core waits for the other.
         """
         self.barrier()
         sizes, count, ahead = (1, _MESSAGE_BYTES), 2 * _ROUNDS, 2
@@ -241,7 +241,8 @@ class Processes:
         if self.rank < 2:
             transport.flush(0)
         self.barrier()
-        small, large = (sum(median(seconds or [0.0]) for seconds in size) / 2 for size in ends)
+        mine_of_both = [sum(median(seconds or [0.0]) for seconds in size) / 2 for size in ends]
+        small, large = min(self.gather([mine_of_both])[:2], default=mine_of_both)
         return small, large
 
     def _turn_seconds(self, transport: Transport, tensor: Tensor, repeats: int = 0) -> float:
@@ -249,14 +250,13 @@ class Processes:
         self.barrier()
         start = time.perf_counter()
         for n in range(_ROUNDS if self.rank < 2 else 0):
-            coming = _probe(1 - self.rank, n)
-            transport.post(coming, [torch.empty_like(tensor)])
             for sender in (0, 1):
                 if self.rank == sender:
                     _work(repeats)
                     transport.send(_probe(self.rank, n), [tensor])
                 else:
-                    _receive(transport, coming)
+                    transport.post(_probe(sender, n), [torch.empty_like(tensor)])
+                    _receive(transport, _probe(sender, n))
                 if tensor.is_cuda:
                     torch.cuda.synchronize(tensor.device)
         if self.rank < 2:
