@@ -38,6 +38,7 @@ from pipestill.runtime.block_allreduce import measure_allreduces
 from pipestill.runtime.block_groups import process_groups
 from pipestill.runtime.block_rank import BlockRankRun, BlockSettings, check_finite_blocks, logged_blocks
 from pipestill.runtime.block_worker import BlockWorker
+from pipestill.runtime.links import measure_link
 from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.runtime.rank import LogClock
 from pipestill.runtime.stage import move
@@ -222,7 +223,7 @@ class BlockwiseTrainer:
         """Times of every block measured on rank 0 alone, for batches of `rows` rows, and between processes links and
         all-reduces; the same on every rank, all of which call this together. `inputs`: a batch's, on rank 0.
         """
-        link = world.measure_link(0.0, device_of(world.ranks[0], self.device_type))
+        link = measure_link(world, 0.0, device_of(world.ranks[0], self.device_type))
         profile = None
         if world.is_main:
             profile = measure_blocks(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from pipestill.recipes.recipe import EndToEndWorkload, Recipe, Workload, end_to_
 from pipestill.recipes.run_options import RunOptions
 from pipestill.result import REFERENCE, Result
 from pipestill.runtime.launch import launch
+from pipestill.runtime.links import measure_link
 from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.runtime.world import Processes, choose_device_type, device_of
 from pipestill.schedule import STRATEGIES, Trace
@@ -72,7 +75,7 @@ def compare(
 ) -> Comparison:
     """Train `steps` steps with each strategy in turn, `rounds` times over, on `options.devices` processes.
 
-    Every round also measures the machine's own ceiling: how long a step of the plain loop takes in one process
+    Around every round the machine's own ceiling is measured: how long a step of the plain loop takes in one process
     alone, and in as many independent processes at once as there are devices. `speedup` is over the first strategy, as
     the median of the rounds' own ratios; spreads are the least and the largest. Predictions are from the blocks'
     profile, scaled to the plain loop's step, and from the medians of what the rounds measured of link and neighbours.
@@ -108,33 +111,43 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
             "length; leave the peers out, or have all batches padded to one length"
         )
     _plain_loop(workload, options, steps)  # the first run pays for imports and for memory from the system
-    alone, together, runs = [], [], {name: list[Round]() for name in strategies}
-    costs: Costs | None = None
-    links, seen = [], workload.task().demands.teacher_views
+    runs = {name: list[Round]() for name in strategies}
+    links, seen = list[Link](), workload.task().demands.teacher_views
+    loops = [_plain_loops(workload, options, steps)]  # before each round, and after the last
+    costs = None if options.costs is None else Costs.load(options.costs)
     for _ in range(rounds):
-        alone.append(_plain_loop(workload, options, steps, only_rank_0=True))
-        together.append(_plain_loop(workload, options, steps))
-        links.append(_link(options, alone[-1]))
+        links.append(_link(workload, options, loops[-1][0]))
         if costs is None:
             costs = _costs(workload, options, any(variant(name)[1].get("split_backward") for name in strategies))
-            costs = costs if options.costs else _calibrated(costs, options, alone, together, links, seen)
-            costs = _shared(costs)
+            costs = _shared(_calibrated(costs, options, loops, links, seen))
         for name in strategies:
             barrier()
             runs[name].append(_run(name, workload, options, costs, steps))
+        loops.append(_plain_loops(workload, options, steps))
     assert costs is not None
     if options.costs is None:
-        costs = _calibrated(costs, options, alone, together, links, seen)
-    return _figures(options, runs, alone, together, costs, steps)
+        costs = _calibrated(costs, options, loops, links, seen)
+    around = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in pairwise(loops)]
+    return _figures(options, runs, around, costs, steps)
 
 
-def _link(options: RunOptions, step_seconds: float) -> Link:
+def _link(workload: EndToEndWorkload, options: RunOptions, step_seconds: float) -> Link:
     """The link now, for actions of the length that a step's have on average."""
     if not dist.is_initialized():
         return Link()
     device = device_of(rank_here(), choose_device_type(options.device, options.devices))
-    an_action = step_seconds / (3 * options.devices * options.microbatches)
-    return Processes().measure_link(an_action if device.type == "cpu" else 0.0, device)
+    if device.type != "cpu":
+        return measure_link(Processes(), 0.0, device)
+    trainer = make_trainer(workload.task(), workload, workload.student_training, _plain(options, "sequential"))
+    first = next(iter(workload.train_loader))
+    rows = math.ceil(num_rows(first[0], "a batch") / options.microbatches)
+    return trainer.measure_link(Processes(), tuple(first), rows, step_seconds / options.microbatches)
+
+
+def _plain_loops(workload: EndToEndWorkload, options: RunOptions, steps: int) -> tuple[float, float]:
+    """Seconds of a step of the plain loop in one process alone, and in all at once."""
+    alone = _plain_loop(workload, options, steps, only_rank_0=True)
+    return alone, _plain_loop(workload, options, steps)
 
 
 def _plain_loop(workload: EndToEndWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
@@ -162,8 +175,6 @@ def _train(workload: EndToEndWorkload, options: RunOptions, steps: int) -> Resul
 
 def _costs(workload: EndToEndWorkload, options: RunOptions, split: bool) -> Costs:
     """Costs of every block, as a run would measure them itself; with `split`, of both halves of the backwards."""
-    if options.costs is not None:
-        return Costs.load(options.costs)
     plain = _plain(options, "fill" if split else "sequential")
     trained = _train(workload, dataclasses.replace(plain, split_backward=split or plain.split_backward), 2)
     assert trained.plan is not None
@@ -171,12 +182,13 @@ def _costs(workload: EndToEndWorkload, options: RunOptions, split: bool) -> Cost
 
 
 def _calibrated(
-    costs: Costs, options: RunOptions, alone: list[float], together: list[float], links: list[Link], teacher_views: int
+    costs: Costs, options: RunOptions, loops: Sequence[tuple[float, float]], links: Sequence[Link], teacher_views: int
 ) -> Costs:
     """Costs that add up to the plain loop's own step, among neighbours and over links as all rounds found them."""
-    scaled = costs.scaled(median(alone) / costs.seconds_of_step(options.microbatches, teacher_views))
+    alone, together = (median(seconds) for seconds in zip(*loops, strict=True))
+    scaled = costs.scaled(alone / costs.seconds_of_step(options.microbatches, teacher_views))
     link = Link(*(median(values) for values in zip(*map(dataclasses.astuple, links), strict=True)))
-    return scaled.with_surroundings(link, max(1.0, median(together) / median(alone)))
+    return scaled.with_surroundings(link, max(1.0, together / alone))
 
 
 def _run(name: str, workload: EndToEndWorkload, options: RunOptions, costs: Costs, steps: int) -> Round:
@@ -239,11 +251,12 @@ def _repeated(workload: EndToEndWorkload, steps: int) -> Iterator[tuple[Any, Any
 def _figures(
     options: RunOptions,
     runs: dict[str, list[Round]],
-    alone: list[float],
-    together: list[float],
+    loops: Sequence[tuple[float, float]],
     costs: Costs,
     steps: int,
 ) -> Comparison:
+    """`loops`: the plain loop's seconds in one process and in all at once, around each round."""
+    alone, together = zip(*loops, strict=True)
     ceilings = [options.devices * a / t for a, t in zip(alone, together, strict=True)]
     first = next(iter(runs.values()))
     results = []

@@ -28,7 +28,7 @@ from pipestill.arguments import (
     whole,
 )
 from pipestill.callbacks import Callback
-from pipestill.costs import BlockCosts, Costs
+from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.data import Reader, SplitBatch, check_loader, inputs_and_targets, sample, split_item
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.losses import Metric
@@ -36,12 +36,13 @@ from pipestill.model.batchnorm import Norms, batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
 from pipestill.model.boundary import rows_of, to_device
 from pipestill.model.dry_run import Contracts, dry_run, try_validation
-from pipestill.model.profile import profile
+from pipestill.model.profile import profile, wake_seconds
 from pipestill.model.tasks import Distillation, Momentum, Supervised, Task, check_views, teacher_trains
 from pipestill.optim import make_optimizer as optimizer_of
 from pipestill.plan import Plan, make_plan
 from pipestill.result import CPU, REFERENCE, Counted, Reporter, Result, total_steps
 from pipestill.runtime.batch import Batch
+from pipestill.runtime.links import measure_link
 from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.runtime.plain_run import PlainRun
 from pipestill.runtime.rank import RankRun, Settings, Tally
@@ -325,16 +326,26 @@ class Trainer:
             return alone
         world.barrier()
         if device.type != "cpu":  # nobody shares a device
-            link = world.measure_link(0.0, device)
+            link = measure_link(world, 0.0, device)
             return world.share(alone and alone.with_surroundings(link, 1.0))
         together, seen = once(), self.task.demands.teacher_views
-        an_action = together.microbatch_seconds(seen) / (3 * self.devices * self.task.demands.views)  # on average
-        link = world.measure_link(an_action, device)
+        link = self.measure_link(world, few, rows, together.microbatch_seconds(seen))
         slowest = world.gather([together.microbatch_seconds(seen)])
         interference = 1.0
         if alone is not None:
             interference = max(1.0, sum(slowest) / len(slowest) / alone.microbatch_seconds(seen))
         return world.share(alone and alone.with_surroundings(link, interference))
+
+    def measure_link(self, world: World, few: tuple[Any, Any], rows: int, microbatch_seconds: float) -> Link:
+        """Links between CPU ranks, for actions of the length that those of such a microbatch have on average. On all ranks
+        together.
+        """
+        an_action = microbatch_seconds / (3 * self.devices * self.task.demands.views)
+        link = measure_link(world, an_action, CPU)
+        if world.is_main:
+            slept = wake_seconds(self.task, *few, rows=rows, num_stages=self.devices, nap_seconds=an_action)
+            link = dataclasses.replace(link, wake_seconds=link.wake_seconds + slept)
+        return world.share(link)
 
     def _run(
         self,

@@ -12,6 +12,7 @@ from support.models import vectors
 import pipestill as ps
 from pipestill.runtime import rank as rank_module
 from pipestill.runtime.executor import Executor
+from pipestill.runtime.links import measure_link
 from pipestill.runtime.world import OneProcess
 from pipestill.schedule import Lane, Op
 
@@ -117,4 +118,4 @@ def test_nobody_else_in_one_process() -> None:
     world.copy_from([tensor], 1)
     world.barrier()
     assert tensor.tolist() == [1, 1]
-    assert world.measure_link(0.0, torch.device("cpu")).seconds(10**9) == 0.0
+    assert measure_link(world, 0.0, torch.device("cpu")).seconds(10**9) == 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,29 @@ def profile(
         teacher_bytes=[[contract.num_bytes(rows) for contract in view] for view in contracts.teacher],
     )  # fmt: skip
     return dataclasses.replace(costs, link=link or Link(), interference=interference, source="measured")
+
+
+def wake_seconds(
+    task: Task, inputs: Any, targets: Any, *, rows: int, num_stages: int, nap_seconds: float, repeats: int = 10
+) -> float:
+    """How much longer a stage's work on a microbatch takes where its core slept for `nap_seconds` before: meanwhile others use
+    its caches, and its clock slows down. The median of a microbatch's difference, for each nap.
+    """
+    inputs, targets = microbatch_of(inputs, targets, rows)
+    blocks_a_stage = math.ceil(len(task.student_blocks) / num_stages)
+
+    def seconds_and_naps(nap_seconds: float) -> tuple[float, int]:
+        watch = _Naps(blocks_a_stage, nap_seconds)
+        stepwise(task, inputs, targets, watch.mark)
+        return sum(map(sum, watch.seconds.values())), max(1, watch.count // blocks_a_stage)
+
+    longer = []
+    with untouched(task):
+        seconds_and_naps(0.0)
+        for _ in range(repeats):
+            (awake, _), (napping, naps) = seconds_and_naps(0.0), seconds_and_naps(nap_seconds)
+            longer.append((napping - awake) / naps)
+    return max(0.0, median(longer))
 
 
 Seconds = dict[tuple[str, int], list[float]]
@@ -206,6 +230,21 @@ class _Stopwatch:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
+
+
+class _Naps(_Stopwatch):
+    """Sleeps after every so many pieces of a step, and times the pieces alone."""
+
+    def __init__(self, every: int, nap_seconds: float) -> None:
+        super().__init__()
+        self.every, self.nap_seconds, self.count = every, nap_seconds, 0
+
+    def mark(self, name: str, index: int) -> None:
+        super().mark(name, index)
+        self.count += 1
+        if self.count % self.every == 0:
+            time.sleep(self.nap_seconds)
+            self.last = self._now()
 
 
 def _update(

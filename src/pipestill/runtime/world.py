@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from statistics import median
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipestill.costs import Link
 from pipestill.errors import ConfigError, DeviceError
 from pipestill.runtime import shared_memory
 from pipestill.runtime.executor import Waiting
 from pipestill.runtime.process_group import ProcessGroup
 from pipestill.runtime.shared_memory import SharedMemory
 from pipestill.runtime.transport import InProcess, Message, Transport
-from pipestill.schedule import Action, Lane, Op, Role
+from pipestill.schedule import Lane
 
 T = TypeVar("T")
-_LOAD_BYTES = 4_000_000
-_MESSAGE_BYTES = 500_000
-_ROUNDS = 30
-_DEADLINE_SECONDS = 60.0
 
 
 class World(Protocol):
@@ -63,12 +56,6 @@ class World(Protocol):
 
     def claim(self, name: str) -> bool:
         """Whether this is the first rank to ask for `name`."""
-
-    def measure_link(self, work_seconds: float, device: torch.device) -> Link:
-        """Latency and bandwidth between two ranks, of tensors on `device`; for work of about `work_seconds` on the CPU (0: for
-        work elsewhere) what it takes a rank to wake up for it, and what messages keep it from it. Free where ranks share a
-        process. On all ranks together.
-        """
 
 
 class OneProcess:
@@ -126,9 +113,6 @@ class OneProcess:
         first = name not in self._claimed
         self._claimed.add(name)
         return first
-
-    def measure_link(self, work_seconds: float, device: torch.device) -> Link:
-        return Link()
 
 
 class Processes:
@@ -189,107 +173,6 @@ class Processes:
     def claim(self, name: str) -> bool:
         first: bool = dist.distributed_c10d._get_default_store().add(f"pipestill-{name}", 1) == 1
         return first
-
-    def measure_link(self, work_seconds: float, device: torch.device) -> Link:
-        """From round trips of 1 byte and of `_LOAD_BYTES` between ranks 0 and 1, from taking turns at some work, and from work
-        of both at once with messages between, over a transport such as runs have.
-        """
-        if self.num_ranks < 2:
-            return Link()
-        transport = self.transport(self.rank, (), _DEADLINE_SECONDS)
-        sizes = (1, 1, _LOAD_BYTES)  # the first transfer connects
-        _, latency, loaded = (
-            self._turn_seconds(transport, torch.zeros(size, dtype=torch.uint8, device=device)) for size in sizes
-        )
-        wake, handling, copying = 0.0, 0.0, float("inf")
-        if work_seconds > 0:
-            repeats = max(1, round(work_seconds / _seconds_of_work(1)))
-            handling, large = self._handling_seconds(transport, repeats)
-            copying = _MESSAGE_BYTES / max(large - handling, 1e-9)
-            gap = self._turn_seconds(transport, torch.zeros(1), repeats) - _seconds_of_work(repeats)
-            wake = max(0.0, gap - latency - 2 * handling)
-        measured = Link(latency, _LOAD_BYTES / max(loaded - latency, 1e-9), wake, handling, copying)
-        return self.share(measured if self.is_main else None)
-
-    def _handling_seconds(self, transport: Transport, repeats: int) -> tuple[float, float]:
-        """What a message of 1 byte keeps either end from its work, and one of `_MESSAGE_BYTES`.
-
-        Ranks 0 and 1 work all the time, and give each other a message after every piece of work, which the other announced
-        two pieces before, and takes one piece later: what a message takes while both cores are busy is several times what it
-        takes by itself. Medians, of sending on the one hand and of announcing and taking on the other; of the rank for which
-        that is less, since the one with the faster core waits for the other.
-        """
-        self.barrier()
-        sizes, count, ahead = (1, _MESSAGE_BYTES), 2 * _ROUNDS, 2
-        ends: list[tuple[list[float], list[float], list[float]]] = [([], [], []) for _ in sizes]  # send, announce, take
-        mine, theirs = ([_probe(source, n) for n in range(count)] for source in (self.rank, 1 - self.rank))
-        tensors = [torch.zeros(sizes[n % 2], dtype=torch.uint8) for n in range(count)]
-        for n in range(-ahead, count + 1 if self.rank < 2 else -ahead):
-            if n + ahead < count:
-                buffers, start = [torch.empty_like(tensors[n + ahead])], time.perf_counter()
-                transport.post(theirs[n + ahead], buffers)
-                ends[n % 2][1].append(time.perf_counter() - start)
-            if 0 <= n < count:
-                _work(repeats)
-                start = time.perf_counter()
-                transport.send(mine[n], [tensors[n]])
-                ends[n % 2][0].append(time.perf_counter() - start)
-            if n > 0:
-                start = time.perf_counter()
-                _receive(transport, theirs[n - 1])
-                ends[(n - 1) % 2][2].append(time.perf_counter() - start)
-        if self.rank < 2:
-            transport.flush(0)
-        self.barrier()
-        mine_of_both = [sum(median(seconds or [0.0]) for seconds in size) / 2 for size in ends]
-        small, large = min(self.gather([mine_of_both])[:2], default=mine_of_both)
-        return small, large
-
-    def _turn_seconds(self, transport: Transport, tensor: Tensor, repeats: int = 0) -> float:
-        """Mean seconds of a turn, where ranks 0 and 1 in turn work and give `tensor` to the other."""
-        self.barrier()
-        start = time.perf_counter()
-        for n in range(_ROUNDS if self.rank < 2 else 0):
-            for sender in (0, 1):
-                if self.rank == sender:
-                    _work(repeats)
-                    transport.send(_probe(self.rank, n), [tensor])
-                else:
-                    transport.post(_probe(sender, n), [torch.empty_like(tensor)])
-                    _receive(transport, _probe(sender, n))
-                if tensor.is_cuda:
-                    torch.cuda.synchronize(tensor.device)
-        if self.rank < 2:
-            transport.flush(0)
-        seconds = time.perf_counter() - start
-        self.barrier()
-        return seconds / (2 * _ROUNDS)
-
-
-def _probe(source: int, number: int) -> Message:
-    """One of the messages that a link is measured with."""
-    return Message(Lane.ACTIVATION, Action(Role.STUDENT, source, Op.FORWARD, 0, number), source, 1 - source)
-
-
-def _receive(transport: Transport, message: Message) -> None:
-    transport.arrived(message)
-    transport.take(message)
-
-
-def _work(repeats: int) -> None:
-    """Some arithmetic in the caches, such as blocks do."""
-    weights = torch.ones(256, 256)
-    for _ in range(repeats):
-        torch.mm(weights, weights)
-
-
-def _seconds_of_work(repeats: int) -> float:
-    seconds = []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        _work(repeats)
-        seconds.append(time.perf_counter() - start)
-    return median(seconds)
 
 
 def join_world(devices: int, device_type: str, timeout_seconds: float, *, spare_ranks: bool = False) -> World:
