@@ -27,8 +27,8 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)  ## distil a small network on the digits over two devices, to see it work
 	$(BIN)/pipestill train soft-target --devices 2
 
-test: $(STAMP)  ## the tests
-	$(BIN)/pytest
+test: $(STAMP)  ## the tests, on all cores
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 fuzz: $(STAMP)  ## the property tests on new random examples, ROUNDS times over (20)
 	for round in $$(seq $(ROUNDS)); do $(BIN)/pytest -q -m hypothesis --hypothesis-profile fuzz || exit; done

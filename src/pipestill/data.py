@@ -6,7 +6,7 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -206,6 +206,27 @@ class Reader:
                     f"batch {index} of epoch {batch.epoch} has {name} {describe(value)}, and the first batch had {shown}; "
                     "all batches must have the same structure and types"
                 )
+
+
+class Again:
+    """Reads the same data each time it is called, and closes its readers with `readers`. What was opened to look at the first
+    batch is what the first call gives: some data can be read once only.
+    """
+
+    def __init__(self, readers: ExitStack, make: Callable[[], Reader]) -> None:
+        self.readers, self.make = readers, make
+        self._waiting: Reader | None = None
+
+    def peek(self) -> Batch:
+        """The first batch."""
+        self._waiting = self()
+        return self._waiting.peek()
+
+    def __call__(self) -> Reader:
+        if self._waiting is not None:
+            reader, self._waiting = self._waiting, None
+            return reader
+        return self.readers.enter_context(closing(self.make()))
 
 
 def sample(batch: Batch, rows: int = 3) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ from pipestill.arguments import (
 )
 from pipestill.callbacks import Callback
 from pipestill.costs import BlockCosts, Costs, Link
-from pipestill.data import Reader, SplitBatch, check_loader, inputs_and_targets, sample, split_item
+from pipestill.data import Again, Reader, SplitBatch, check_loader, inputs_and_targets, sample, split_item
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.losses import Metric
 from pipestill.model.batchnorm import Norms, batch_norms, check_norms
@@ -197,18 +197,9 @@ class Trainer:
             for callback in reporter.callbacks:
                 callback.start(description, total)
             validation = None
-            if validate is not None:
-
-                def opened() -> Reader:
-                    return readers.enter_context(closing(self._reader(validate, 1, None, self.split_batch)))
-
-                waiting = [opened()] if world.is_main else []  # for the first one: some loaders can be read once only
-                if waiting:
-                    self._try_validation(waiting[0].peek(), contracts, plan)
-
-                def validation() -> Reader:
-                    return waiting.pop() if waiting else opened()
-
+            if validate is not None and world.is_main:
+                validation = Again(readers, lambda: self._reader(validate, 1, None, self.split_batch))
+                self._try_validation(validation.peek(), contracts, plan)
             counted = Counted(source) if source else None
             with batch_norms(self.batch_norm, self._training_models()) as norms:
                 if plan is None:
