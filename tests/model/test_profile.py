@@ -1,5 +1,8 @@
 """What blocks cost, measured without changing them. No test here depends on how long anything takes."""
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from support.models import distillation, images
 from torch import nn
@@ -7,7 +10,7 @@ from torch import nn
 from pipestill.costs import Costs, Link
 from pipestill.losses import cross_entropy
 from pipestill.model.dry_run import dry_run
-from pipestill.model.profile import profile
+from pipestill.model.profile import profile, wake_seconds
 from pipestill.model.tasks import Supervised
 
 
@@ -86,3 +89,28 @@ def test_what_blocks_keep_for_their_backward_is_counted_once() -> None:
     )
     assert [b.stash_bytes for b in costs.student] == [4 * 5 * 8, 4 * 5 * 16, 0]
     assert [b.training_bytes for b in costs.student] == [b.parameter_bytes for b in costs.student], "gradients"
+
+
+def test_work_after_a_nap_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only work moves: a piece takes a second, and a quarter more after the core has slept."""
+    now, cold, naps = 0.0, False, list[float]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal cold
+        cold = True
+        naps.append(seconds)
+
+    def step(task: object, inputs: object, targets: object, mark: Callable[[str, int], None]) -> None:
+        nonlocal now, cold
+        for piece in range(9):
+            now, cold = now + (1.25 if cold else 1.0), False
+            mark("piece", piece)
+
+    monkeypatch.setattr("pipestill.model.profile.stepwise", step)
+    monkeypatch.setattr("pipestill.model.profile._Stopwatch._now", lambda watch: now)
+    monkeypatch.setattr("time.sleep", sleep)
+    task, (x, y) = distillation(), images()[0]
+    assert len(task.student_blocks) > 2
+    slower = wake_seconds(task, x, y, rows=6, num_stages=len(task.student_blocks), nap_seconds=0.5, repeats=3)
+    assert slower == 0.25
+    assert naps == [0.5] * 3 * 8  # after each piece but the last

@@ -72,18 +72,17 @@ def wake_seconds(
     inputs, targets = microbatch_of(inputs, targets, rows)
     blocks_a_stage = math.ceil(len(task.student_blocks) / num_stages)
 
-    def seconds_and_naps(nap_seconds: float) -> tuple[float, int]:
-        watch = _Naps(blocks_a_stage, nap_seconds)
+    def pieces(nap_seconds: float, most: int) -> list[float]:
+        watch = _Naps(blocks_a_stage, nap_seconds, most)
         stepwise(task, inputs, targets, watch.mark)
-        return sum(map(sum, watch.seconds.values())), max(1, watch.count // blocks_a_stage)
+        return [seconds for each in watch.seconds.values() for seconds in each]
 
-    longer = []
     with untouched(task):
-        seconds_and_naps(0.0)
-        for _ in range(repeats):
-            (awake, _), (napping, naps) = seconds_and_naps(0.0), seconds_and_naps(nap_seconds)
-            longer.append((napping - awake) / naps)
-    return max(0.0, median(longer))
+        naps = (
+            len(pieces(0.0, 0)) - 1
+        ) // blocks_a_stage  # none after the last piece, for the next round to start with
+        longer = [sum(pieces(nap_seconds, naps)) - sum(pieces(0.0, 0)) for _ in range(repeats)]
+    return max(0.0, median(longer) / max(1, naps))
 
 
 Seconds = dict[tuple[str, int], list[float]]
@@ -233,16 +232,17 @@ class _Stopwatch:
 
 
 class _Naps(_Stopwatch):
-    """Sleeps after every so many pieces of a step, and times the pieces alone."""
+    """Sleeps after every so many pieces of a step, `most` times, and times the pieces alone."""
 
-    def __init__(self, every: int, nap_seconds: float) -> None:
+    def __init__(self, every: int, nap_seconds: float, most: int) -> None:
         super().__init__()
-        self.every, self.nap_seconds, self.count = every, nap_seconds, 0
+        self.every, self.nap_seconds, self.left, self.count = every, nap_seconds, most, 0
 
     def mark(self, name: str, index: int) -> None:
         super().mark(name, index)
         self.count += 1
-        if self.count % self.every == 0:
+        if self.left and self.count % self.every == 0:
+            self.left -= 1
             time.sleep(self.nap_seconds)
             self.last = self._now()
 
