@@ -175,8 +175,10 @@ class BlockwiseTrainer:
             epochs = 1
         check_extent(epochs, steps)
         alone = self.strategy == REFERENCE
-        passes = self.task.num_blocks if alone or self.strategy in ("dp", "ls") else 1
-        check_loader(loader, (epochs if steps is None and epochs else 1) * passes)
+        every_block_reads = alone or self.strategy in ("dp", "ls")
+        check_loader(
+            loader, (epochs if steps is None and epochs else 1) * (self.task.num_blocks if every_block_reads else 1)
+        )
         raise_problems(try_first("lr_schedule", self.lr_factor))
         if alone:
             world = OneProcess(1)

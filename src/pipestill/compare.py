@@ -22,9 +22,8 @@ from pipestill.recipes.recipe import EndToEndWorkload, Recipe, Workload, end_to_
 from pipestill.recipes.run_options import RunOptions
 from pipestill.result import REFERENCE, Result
 from pipestill.runtime.launch import launch
-from pipestill.runtime.links import measure_link
 from pipestill.runtime.memory import peak_bytes, reset_peak
-from pipestill.runtime.world import Processes, choose_device_type, device_of
+from pipestill.runtime.world import Processes, device_of
 from pipestill.schedule import STRATEGIES, Trace
 from pipestill.schedule.simulate import simulate
 from pipestill.verify import reference_options
@@ -135,9 +134,6 @@ def _link(workload: EndToEndWorkload, options: RunOptions, step_seconds: float) 
     """The link now, for actions of the length that a step's have on average."""
     if not dist.is_initialized():
         return Link()
-    device = device_of(rank_here(), choose_device_type(options.device, options.devices))
-    if device.type != "cpu":
-        return measure_link(Processes(), 0.0, device)
     trainer = make_trainer(workload.task(), workload, workload.student_training, _plain(options, "sequential"))
     first = next(iter(workload.train_loader))
     rows = math.ceil(num_rows(first[0], "a batch") / options.microbatches)

@@ -102,11 +102,6 @@ def versions() -> dict[str, str]:
     return {"pipestill": version("pipestill"), "torch": torch.__version__, "python": platform.python_version()}
 
 
-def constant(step: int) -> float:
-    """The schedule of a learning rate that stays."""
-    return 1.0
-
-
 def total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int | None:
     """How many steps a run has, where that can be known beforehand."""
     if epochs is None:

@@ -316,10 +316,11 @@ class Trainer:
             assert alone is not None
             return alone
         world.barrier()
+        seen = self.task.demands.teacher_views
         if device.type != "cpu":  # nobody shares a device
-            link = measure_link(world, 0.0, device)
+            link = self.measure_link(world, few, rows, 0.0)
             return world.share(alone and alone.with_surroundings(link, 1.0))
-        together, seen = once(), self.task.demands.teacher_views
+        together = once()
         link = self.measure_link(world, few, rows, together.microbatch_seconds(seen))
         slowest = world.gather([together.microbatch_seconds(seen)])
         interference = 1.0
@@ -328,11 +329,14 @@ class Trainer:
         return world.share(alone and alone.with_surroundings(link, interference))
 
     def measure_link(self, world: World, few: tuple[Any, Any], rows: int, microbatch_seconds: float) -> Link:
-        """Links between CPU ranks, for actions of the length that those of such a microbatch have on average. On all ranks
-        together.
+        """The links between ranks; on CPUs for actions of the length that those of such a microbatch have on average. On all
+        ranks together.
         """
+        device = device_of(world.ranks[0], self.device_type)
+        if device.type != "cpu":
+            return measure_link(world, 0.0, device)
         an_action = microbatch_seconds / (3 * self.devices * self.task.demands.views)
-        link = measure_link(world, an_action, CPU)
+        link = measure_link(world, an_action, device)
         if world.is_main:
             slept = wake_seconds(self.task, *few, rows=rows, num_stages=self.devices, nap_seconds=an_action)
             link = dataclasses.replace(link, wake_seconds=link.wake_seconds + slept)

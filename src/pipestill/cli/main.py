@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from pipestill.errors import ConfigError, PipestillError, RankFailure, TransportError, UserError, nearest
+from pipestill.errors import ConfigError, PipestillError, RankFailure, UserError, nearest
 
 COMMANDS = {
     "recipes": "list what ships, with what each needs",
@@ -55,22 +55,26 @@ def _run(words: list[str]) -> int:
         return _complain(failure, failure.status)
     except UserError as error:
         return _complain(error, 2)
-    except TransportError as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            time.sleep(_YIELD_SECONDS)
-        return _complain(error, 1)
     except PipestillError as error:
+        _leave_the_word(error)
         return _complain(error, 1)
     except KeyboardInterrupt:
         return _complain("interrupted", 1)
     except BrokenPipeError:
         return 1
     except Exception as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ and import_module("pipestill.runtime.launch").has_lost_peer(error):
-            time.sleep(_YIELD_SECONDS)
+        if _leave_the_word(error):
             return _complain(f"lost another rank: {error}", 1)
         traceback.print_exc()
         return _complain(f"{type(error).__name__}: {error}", 1)
+
+
+def _leave_the_word(error: Exception) -> bool:
+    """Under torchrun, a rank that only lost another lets that one speak first; whether this was so."""
+    lost = "TORCHELASTIC_RUN_ID" in os.environ and import_module("pipestill.runtime.launch").has_lost_peer(error)
+    if lost:
+        time.sleep(_YIELD_SECONDS)
+    return lost
 
 
 def _dispatch(words: list[str]) -> int:

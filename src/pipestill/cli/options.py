@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
 
+from pipestill.arguments import raise_problems, real_number, whole
 from pipestill.errors import ConfigError, nearest
 from pipestill.recipes import RECIPES, find
 from pipestill.recipes.recipe import Recipe
@@ -129,7 +130,7 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
     values = vars(parser.parse_object(defaults))
     parser.set_defaults({key: value for key, value in values.items() if key in known})
     values = vars(parser.parse_args([w for w in words if w != "--print_config"]))
-    _refuse_nothing({key: values[key] for key in _POSITIVE if key in known})
+    raise_problems(_impossible({key: values[key] for key in known}))
     instances = [group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups]
     if wants_print:
         merged = {k: list(v) if isinstance(v, Numbers) else v for i in instances for k, v in vars_of(i).items()}
@@ -164,16 +165,12 @@ def _normal(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
     return out
 
 
-_POSITIVE = {"threads": "at least 1", "timeout_seconds": "more than 0"}
-
-
-def _refuse_nothing(values: Mapping[str, float | None]) -> None:
-    """`ConfigError` for no threads, or no time to wait."""
-    wrong = [
-        f"{k} is {value}; expected {_POSITIVE[k]}" for k, value in values.items() if value is not None and not value > 0
-    ]
-    if wrong:
-        raise ConfigError("; ".join(wrong))
+def _impossible(values: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot be of options that are used before a trainer looks at them: no threads, or no time to wait."""
+    if values.get("threads") is not None:
+        yield from whole("threads", values["threads"], 1)
+    if "timeout_seconds" in values:
+        yield from real_number("timeout_seconds", values["timeout_seconds"], above=0)
 
 
 def _refuse_unknown(keys: Sequence[str], known: Sequence[str]) -> None:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import ConfigError, DeviceError
-from pipestill.runtime import shared_memory
 from pipestill.runtime.executor import Waiting
+from pipestill.runtime.neighbours import connect
 from pipestill.runtime.process_group import ProcessGroup
 from pipestill.runtime.shared_memory import SharedMemory
 from pipestill.runtime.transport import InProcess, Message, Transport
@@ -132,7 +132,7 @@ class Processes:
         lanes = ProcessGroup(timeout_seconds, edges, among_some=self.group is not None)
         if "nccl" in str(dist.get_backend_config()):
             return lanes
-        peers = shared_memory.connect(range(self.num_ranks), self.group, timeout_seconds)
+        peers = connect(range(self.num_ranks), self.group, timeout_seconds)
         self.num_near = len(peers)
         return SharedMemory(timeout_seconds, peers, lanes)
 
