@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import load_file
 
 REFERENCE = "reference"
-STRATEGIES: dict[str, tuple[str, ...]] = {
+PIPELINE_STRATEGIES: dict[str, tuple[str, ...]] = {
     REFERENCE: ("--strategy", "reference", "--devices", "1"),
     "fill, exact": ("--strategy", "fill"),
     "fill, staleness 1": ("--strategy", "fill", "--staleness", "1"),
@@ -131,7 +131,7 @@ def staleness(
 ) -> tuple[str, dict[str, Any]]:
     """One recipe under every strategy."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, choice in STRATEGIES.items():
+    for name, choice in PIPELINE_STRATEGIES.items():
         of_seeds = [Run(recipe, name, (*choice, *words), seed) for seed in seeds]
         found[name] = [run.summary(runs, timeout) for run in of_seeds]
     metrics = list(found[REFERENCE][0]["metrics"]["teacher"])
@@ -165,7 +165,7 @@ def staleness(
 
 def _same_weights(recipe: str, words: Sequence[str], seed: int, runs: Path) -> bool:
     """Whether the exact pipeline's student and teacher are the plain loop's."""
-    one, other = (Run(recipe, name, (*STRATEGIES[name], *words), seed) for name in (REFERENCE, "fill, exact"))
+    one, other = (Run(recipe, name, (*PIPELINE_STRATEGIES[name], *words), seed) for name in (REFERENCE, "fill, exact"))
     for file in ("model.safetensors", "teacher.safetensors"):
         ours, theirs = (load_file(run.directory(runs) / "export" / file) for run in (one, other))
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
@@ -185,7 +185,7 @@ def margins(
     for recipe in recipes:
         what = MARGINS[recipe]
         name = "fill, exact" if recipe in MOMENTUM else "default"
-        choice = STRATEGIES["fill, exact"] if recipe in MOMENTUM else ()
+        choice = PIPELINE_STRATEGIES["fill, exact"] if recipe in MOMENTUM else ()
         summaries = [Run(recipe, name, (*choice, *words), seed).summary(runs, timeout) for seed in seeds]
         result, baseline = (
             Sample(tuple(s["metrics"][side][what.metric] for s in summaries)) for side in (what.result, what.baseline)

@@ -22,24 +22,24 @@ from unittest.mock import patch
 import torch
 from blockwise import SixAlike
 
-from pipestill.block_profile import BlockProfile
-from pipestill.block_train import BlockwiseTrainer
 from pipestill.costs import Link
-from pipestill.data import inputs_and_targets
-from pipestill.model.blockwise import block_dry_run
+from pipestill.model.blockwise.profile import measure_blocks
+from pipestill.model.blockwise.task import blockwise_dry_run
 from pipestill.model.live_bytes import LiveBytes
-from pipestill.model.measure_blocks import measure_blocks
 from pipestill.plan.describe import describe
 from pipestill.recipes.compress import Compress
 from pipestill.recipes.recipe import BlockwiseWorkload
-from pipestill.recipes.run_blocks import make_block_trainer
+from pipestill.recipes.run_blockwise import make_block_trainer
 from pipestill.recipes.run_options import RunOptions
-from pipestill.runtime.block_worker import BlockWorker
+from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import Processes
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.train.blockwise import BlockwiseTrainer
+from pipestill.train.data import inputs_and_targets
 
 BATCH = 128
-STRATEGIES = ("dp", "relay", "relay-dpu", "hybrid", "balanced")
+PIPELINE_STRATEGIES = ("dp", "relay", "relay-dpu", "hybrid", "balanced")
 WORKLOADS = {"six blocks alike": SixAlike(batch_size=BATCH), "compress": Compress(batch_size=BATCH)}
 
 
@@ -48,8 +48,8 @@ def counted(name: str, devices: int) -> list[dict[str, Any]]:
     workload = WORKLOADS[name].workload(0)
     assert isinstance(workload, BlockwiseWorkload)
     world, results = Processes(), []
-    profile = world.share(_profile(workload) if world.is_main else None)
-    for strategy in STRATEGIES:
+    profile = world.broadcast(_profile(workload) if world.is_main else None)
+    for strategy in PIPELINE_STRATEGIES:
         options = RunOptions(devices=devices, threads=1, device="cpu", strategy=strategy)
         trainer = make_block_trainer(workload.task(), workload, options, profile=profile)
         plan = trainer.plan_for(profile, BATCH)
@@ -67,22 +67,22 @@ def counted(name: str, devices: int) -> list[dict[str, Any]]:
 @contextmanager
 def weights_counted(mode: LiveBytes, trainer: BlockwiseTrainer, profile: BlockProfile) -> Iterator[None]:
     """Counts also weights, which were there before, of the blocks that this rank holds, while it does."""
-    hold, release, taught = BlockWorker.hold, BlockWorker.release, set[int]()
+    hold, release, taught = BlockwiseWorker.hold, BlockwiseWorker.release, set[int]()
 
     def learnt(blocks: Sequence[int]) -> int:
         tensors = [t for block in blocks for t in trainer.task.tensors_of(block).values()]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def held(worker: BlockWorker, teacher: Sequence[int], student: Sequence[int]) -> None:
+    def held(worker: BlockwiseWorker, teacher: Sequence[int], student: Sequence[int]) -> None:
         mode.now += learnt(student) + sum(profile.blocks[block].teacher_bytes for block in set(teacher) - taught)
         taught.update(teacher)
         hold(worker, teacher, student)
 
-    def released(worker: BlockWorker, student: Sequence[int]) -> None:
+    def released(worker: BlockwiseWorker, student: Sequence[int]) -> None:
         mode.now -= learnt(student)
         release(worker, student)
 
-    with patch.object(BlockWorker, "hold", held), patch.object(BlockWorker, "release", released):
+    with patch.object(BlockwiseWorker, "hold", held), patch.object(BlockwiseWorker, "release", released):
         yield
 
 
@@ -92,7 +92,7 @@ def _profile(workload: BlockwiseWorkload) -> BlockProfile:
     trainer = make_block_trainer(task, workload, options)
     inputs, _ = inputs_and_targets(next(iter(workload.of_blocks())))
     measured = measure_blocks(
-        task, block_dry_run(task, inputs), inputs, batch=BATCH, devices=1, optimizer=trainer.make_optimizer
+        task, blockwise_dry_run(task, inputs), inputs, batch=BATCH, devices=1, optimizer=trainer.make_optimizer
     )
     one_pass = sum(block.teacher(BATCH) + block.student(BATCH) for block in measured.blocks)
     return measured.with_link(Link(latency_seconds=0.005 * one_pass))

@@ -1,6 +1,6 @@
 """The table of Pipe-BD: strategies of blockwise training x workloads, on virtual devices and on real processes.
 
-    .venv/bin/python benchmarks/blockwise.py [--rounds 3] [--profiles ../shared/profiles] [--out benchmarks/results/blockwise]
+    .venv/bin/python benchmarks/blockwise.py [--rounds 3] [--profiles benchmarks/profiles] [--out benchmarks/results/blockwise]
 
 Virtual: four devices that wait for as long as the profiles say (one CSV a workload; the paper's four), links of 10 GB/s
 and 20 microseconds, batches of 256 rows. Real: two processes, one thread each, train six blocks of equal work, and the six
@@ -24,17 +24,17 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from pipestill import draw
-from pipestill.block_compare import compare_blocks
-from pipestill.block_profile import BlockProfile
+from pipestill.compare.blockwise import compare_blockwise
+from pipestill.compare.virtual_blockwise import VirtualBlockwiseOptions, compare_virtual_blockwise
 from pipestill.losses import cross_entropy
-from pipestill.model.blockwise import Blockwise
-from pipestill.plan.blockwise import BLOCK_STRATEGIES, plan_blocks
-from pipestill.plan.stages import dp_seconds
+from pipestill.model.blockwise.task import Blockwise
+from pipestill.plan.blockwise.costs import dp_seconds
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, make_blockwise_plan
 from pipestill.recipes.compress import Compress
 from pipestill.recipes.datasets import digits
 from pipestill.recipes.recipe import BlockwiseWorkload, Training
 from pipestill.recipes.run_options import RunOptions
-from pipestill.virtual_block_compare import VirtualBlockOptions, compare_virtual_blocks
+from pipestill.schedule.blockwise.profile import BlockProfile
 
 WORKLOADS = ("nas-cifar", "nas-imagenet", "compress-cifar", "compress-imagenet")
 PUBLISHED = {  # of Pipe-BD on four GPUs, over dp: ls, relay, relay-dpu, hybrid (PAPERS.md, section 2.4)
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24, help="batches of each measurement")
-    parser.add_argument("--profiles", type=Path, default=Path("../shared/profiles"))
+    parser.add_argument("--profiles", type=Path, default=Path(__file__).parent / "profiles")
     parser.add_argument("--only", choices=["virtual", "real"], help="one of the two")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/blockwise"))
     arguments = parser.parse_args()
@@ -114,8 +114,8 @@ def main() -> None:
         options = RunOptions(devices=2, threads=1, device="cpu")
         figures["real"] = {"where": where}
         for name, recipe in REAL.items():
-            measured = compare_blocks(
-                recipe, options, list(BLOCK_STRATEGIES), rounds=arguments.rounds, steps=arguments.steps, device_type="cpu"
+            measured = compare_blockwise(
+                recipe, options, list(BLOCKWISE_STRATEGIES), rounds=arguments.rounds, steps=arguments.steps, device_type="cpu"
             )
             figures["real"][name] = measured.figures
     file.write_text(json.dumps(figures, indent=2) + "\n")
@@ -125,18 +125,18 @@ def main() -> None:
 
 def virtual(name: str, profile: BlockProfile, arguments: argparse.Namespace) -> dict[str, Any]:
     """One workload on virtual devices, with what the cost model of the paper says."""
-    options = VirtualBlockOptions(DEVICES, BATCH, list(BLOCK_STRATEGIES), arguments.rounds, arguments.steps)
-    measured = compare_virtual_blocks(profile, options)
+    options = VirtualBlockwiseOptions(DEVICES, BATCH, list(BLOCKWISE_STRATEGIES), arguments.rounds, arguments.steps)
+    measured = compare_virtual_blockwise(profile, options)
     picture(profile, arguments.out, name)
-    hybrid = plan_blocks(profile, strategy="hybrid", devices=DEVICES, batch=BATCH).chosen
+    hybrid = make_blockwise_plan(profile, strategy="hybrid", devices=DEVICES, batch=BATCH).chosen
     assert hybrid is not None
     return {**measured.figures, "cost_model": dp_seconds(profile, BATCH, DEVICES) / hybrid.seconds}
 
 
 def picture(profile: BlockProfile, out: Path, name: str) -> None:
     """The chosen schedules as they are predicted, one above the other."""
-    names = [n for n in BLOCK_STRATEGIES if n not in ("dp", "ls")]  # of these it would show one phase of several
-    plans = [plan_blocks(profile, strategy=n, devices=DEVICES, batch=BATCH) for n in names]
+    names = [n for n in BLOCKWISE_STRATEGIES if n not in ("dp", "ls")]  # of these it would show one phase of several
+    plans = [make_blockwise_plan(profile, strategy=n, devices=DEVICES, batch=BATCH) for n in names]
     draw.picture([plan.predictions[0] for plan in plans], out.with_name(f"{out.name}_{name}.png"), titles=names)
 
 

@@ -43,7 +43,7 @@ from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.schedule import Op, Role, Trace
 
 FIRST = "gpipe"  # all forwards first: what the others are compared with
-STRATEGIES: dict[str, dict[str, Any]] = {
+PIPELINE_STRATEGIES: dict[str, dict[str, Any]] = {
     FIRST: {"strategy": FIRST},
     "1f1b": {"strategy": "1f1b"},
     "fill": {"strategy": "fill"},
@@ -217,10 +217,10 @@ def main() -> None:
     arguments = parser.parse_args()
     work = (arguments.microbatches, arguments.rows, arguments.size, arguments.steps)
     units = unit_bytes(arguments.rows, arguments.size)
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {malloc: {name: [] for name in STRATEGIES} for malloc in MALLOCS}
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {malloc: {name: [] for name in PIPELINE_STRATEGIES} for malloc in MALLOCS}
     for _ in range(arguments.rounds):
         for malloc, threshold in MALLOCS.items():
-            for name, knobs in STRATEGIES.items():
+            for name, knobs in PIPELINE_STRATEGIES.items():
                 runs[malloc][name].append(launch(train, (knobs, threshold, units, *work), 2, threads=1))
     where = {
         "date": date.today().isoformat(), "machine": f"{platform.processor() or platform.machine()}, 2 processes",

@@ -22,9 +22,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pipestill.compare.virtual import VirtualOptions, compare_virtual
 from pipestill.costs import BlockCosts, Costs, Link
-from pipestill.schedule.program import Demands
-from pipestill.virtual_compare import VirtualOptions, compare_virtual
+from pipestill.schedule.schedule import Demands
 
 LINK = Link(latency_seconds=50e-6, bytes_per_second=10e9)
 SSL = ("sequential", "gpipe", "1f1b", "tspipe", "fill", "fill+stale", "fill+split", "fill+split+stale", "async")

@@ -19,7 +19,7 @@ from torch import nn
 import pipestill as ps
 from pipestill.cli import main
 from pipestill.cli.main import COMMANDS
-from pipestill.schedule import STRATEGIES
+from pipestill.schedule import PIPELINE_STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
@@ -199,7 +199,7 @@ def test_table_of_strategies_is_what_the_simulator_gives(capsys: pytest.CaptureF
         return max(m * (t + f + b), path) if strategy == "fill" else m * t + path
 
     rows = table_after("docs/schedules.md", "Simulated and by formula")
-    assert [row[0] for row in rows] == [name for name in STRATEGIES if name not in ("tspipe", "async")]  # of momentum
+    assert [row[0] for row in rows] == [name for name in PIPELINE_STRATEGIES if name not in ("tspipe", "async")]  # of momentum
     for strategy, *cells in rows:
         for (n, m), cell in zip(((4, 8), (8, 16), (8, 8)), cells, strict=True):
             figures = simulated(capsys, "--devices", str(n), "--microbatches", str(m), "--strategy", strategy)
@@ -235,7 +235,7 @@ def test_table_of_filling_is_what_the_simulator_gives(capsys: pytest.CaptureFixt
 
 
 def test_every_picture_is_shown_with_the_command_that_drew_it() -> None:
-    shown = "".join(map(text_of, ("README.md", "docs/schedules.md", "docs/filling.md", "docs/hybrid.md")))
+    shown = "".join(map(text_of, ("README.md", "docs/schedules.md", "docs/filling.md", "docs/blockwise-plans.md")))
     assert {p.stem for p in (ROOT / "docs/images").iterdir()} == set(pictures())
     for name, command in pictures().items():
         assert f"`pipestill {command}`" in shown
@@ -257,7 +257,7 @@ def test_reference_names_everything() -> None:
     reference = text_of("docs/reference.md")
     arguments = [name for name in inspect.signature(ps.Trainer).parameters if name != "task"]
     fields = list(ps.Result.__dataclass_fields__)
-    for name in (*arguments, *fields, *STRATEGIES):
+    for name in (*arguments, *fields, *PIPELINE_STRATEGIES):
         assert f"`{name}`" in reference or f"`{name}," in reference, name
     own = [name for name, value in vars(ps.losses).items() if getattr(value, "__module__", "") == ps.losses.__name__]
     losses = [f"ps.losses.{name}" for name in own if not name.startswith("_")]

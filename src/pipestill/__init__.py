@@ -8,36 +8,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipestill import losses
-    from pipestill.block_profile import BlockProfile
-    from pipestill.block_train import BlockResult, BlockwiseTrainer
     from pipestill.errors import PipestillError, RankFailure, UserError
     from pipestill.model.blocks import Block, BlockModel
-    from pipestill.model.blockwise import Blockwise, batch_number
+    from pipestill.model.blockwise.task import Blockwise, batch_number
     from pipestill.model.tasks import Distillation, Momentum, Supervised
     from pipestill.plan import Plan
-    from pipestill.result import Result
     from pipestill.runtime.launch import launch
-    from pipestill.train import Trainer
+    from pipestill.schedule.blockwise.profile import BlockProfile
+    from pipestill.train.blockwise import BlockResult, BlockwiseTrainer
+    from pipestill.train.pipeline import Trainer
+    from pipestill.train.result import Result
 
 __version__ = version("pipestill")
 
 _HOMES = {
     "Block": "pipestill.model.blocks",
     "BlockModel": "pipestill.model.blocks",
-    "BlockProfile": "pipestill.block_profile",
-    "BlockResult": "pipestill.block_train",
-    "Blockwise": "pipestill.model.blockwise",
-    "BlockwiseTrainer": "pipestill.block_train",
+    "BlockProfile": "pipestill.schedule.blockwise.profile",
+    "BlockResult": "pipestill.train.blockwise",
+    "Blockwise": "pipestill.model.blockwise.task",
+    "BlockwiseTrainer": "pipestill.train.blockwise",
     "Distillation": "pipestill.model.tasks",
     "Momentum": "pipestill.model.tasks",
     "PipestillError": "pipestill.errors",
     "Plan": "pipestill.plan",
     "RankFailure": "pipestill.errors",
-    "Result": "pipestill.result",
+    "Result": "pipestill.train.result",
     "Supervised": "pipestill.model.tasks",
-    "Trainer": "pipestill.train",
+    "Trainer": "pipestill.train.pipeline",
     "UserError": "pipestill.errors",
-    "batch_number": "pipestill.model.blockwise",
+    "batch_number": "pipestill.model.blockwise.task",
     "launch": "pipestill.runtime.launch",
 }
 

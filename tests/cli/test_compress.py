@@ -206,9 +206,9 @@ def test_check_of_a_broken_run_is_status_1(
     strategy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that move a little further than they should, wherever a schedule runs."""
-    from pipestill.runtime.block_worker import BlockWorker
+    from pipestill.runtime.blockwise.worker import BlockwiseWorker
 
-    whole = BlockWorker.update
+    whole = BlockwiseWorker.update
 
     def further(self, block, batch):  # type: ignore[no-untyped-def]
         whole(self, block, batch)
@@ -216,7 +216,7 @@ def test_check_of_a_broken_run_is_status_1(
             with self._with(block):
                 next(iter(self.learners[block].parameters.values())).data.add_(1e-6)
 
-    monkeypatch.setattr(BlockWorker, "update", further)
+    monkeypatch.setattr(BlockwiseWorker, "update", further)
     words = [
         "check",
         "compress",

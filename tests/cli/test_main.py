@@ -225,7 +225,7 @@ def test_check_says_exact_and_proves_the_versions(capsys: pytest.CaptureFixture[
 
 def test_check_of_a_broken_run_is_status_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A backward that loses a microbatch's gradient, as a released system's did."""
-    from pipestill.runtime.stage import StudentStage
+    from pipestill.runtime.pipeline.stage import StudentStage
 
     whole = StudentStage.backward
 

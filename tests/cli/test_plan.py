@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pipestill.block_profile import BlockProfile, BlockTimes
 from pipestill.cli import main
 from pipestill.cli.figures import milliseconds, shown_bytes
 from pipestill.costs import Costs
-from pipestill.plan.blockwise import BLOCK_STRATEGIES
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
+from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 
 BLOCKS = BlockProfile(
     tuple(
@@ -136,7 +136,7 @@ def test_costs_without_their_teacher_are_the_students_alone(command: str, capsys
 def test_plan_of_blocks_is_what_simulate_reads(capsys: pytest.CaptureFixture[str]) -> None:
     found = figures(capsys, "plan --profile blocks.csv --devices 3 -o plan.json")
     assert (found["kind"], found["batch"]) == ("blockwise", 64)
-    assert [one["name"] for one in found["considered"]] == list(BLOCK_STRATEGIES)
+    assert [one["name"] for one in found["considered"]] == list(BLOCKWISE_STRATEGIES)
     chosen = next(one for one in found["considered"] if one["chosen"])
     assert chosen["speedup"] > 1
     assert len(chosen["memory_bytes"]) == len(chosen["plan"]) == 3
@@ -148,7 +148,7 @@ def test_plan_of_blocks_is_what_simulate_reads(capsys: pytest.CaptureFixture[str
     assert "a plan for blocks that learn alone" in err
 
 
-@pytest.mark.parametrize("strategy", BLOCK_STRATEGIES)
+@pytest.mark.parametrize("strategy", BLOCKWISE_STRATEGIES)
 def test_simulate_of_blocks(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"simulate --costs blocks.csv --strategy {strategy} --devices 2 --batch 32"
     found = figures(capsys, words)
@@ -215,7 +215,7 @@ def test_a_profile_of_blocks_serves_every_command(capsys: pytest.CaptureFixture[
     assert [list(block.rows) for block in profile.blocks] == [[8, 16]] * len(found["blocks"]), "shares of 1 and 2 ranks"
     assert profile.link.to_json() == found["link"], "links are in the file too"
     planned = figures(capsys, f"plan compress {tiny} --profile measured.csv --devices 2")
-    assert len(planned["considered"]) == len(BLOCK_STRATEGIES), "not the recipe's own strategy alone"
+    assert len(planned["considered"]) == len(BLOCKWISE_STRATEGIES), "not the recipe's own strategy alone"
     assert planned["batch"] == 16
     assert figures(capsys, f"simulate compress {tiny} --costs measured.csv")["strategy"] == "balanced"
     _, out, _ = run(capsys, f"plan compress {tiny} --profile measured.csv --memory 1GB")

@@ -22,7 +22,7 @@ from pipestill.model.boundary import (
     Scaled,
     TensorLeaf,
     copied,
-    cut,
+    detached,
     distinct_tensors,
     enter,
     learn,
@@ -233,7 +233,7 @@ def test_cut_gives_gradients_as_they_come() -> None:
     """Leaves of autograd would store the first one contiguously: a sum over it would differ in its last bits."""
     x = torch.randn(5, 32, requires_grad=True)
     start = x * 1.0
-    value, tracked, gradients = cut({"turned": start, "again": start, "unused": x * 2, "plain": torch.ones(3)})
+    value, tracked, gradients = detached({"turned": start, "again": start, "unused": x * 2, "plain": torch.ones(3)})
     assert value["turned"] is value["again"]
     assert value["plain"].requires_grad is False
     (value["turned"].t().contiguous() * 2).sum().backward()
@@ -251,7 +251,7 @@ def test_cut_tensors_may_be_written_to() -> None:
 
 def test_cut_of_what_has_no_graph_changes_nothing() -> None:
     value = {"x": torch.ones(2), "y": [1]}
-    fresh, tracked, gradients = cut(value)
+    fresh, tracked, gradients = detached(value)
     assert fresh["x"] is value["x"]
     assert tracked == gradients == []
 

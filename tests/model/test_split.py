@@ -12,7 +12,7 @@ from support.models import CLASSES, vectors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipestill.model.boundary import cut, distinct_tensors
+from pipestill.model.boundary import detached, distinct_tensors
 from pipestill.model.dry_run import dry_run
 from pipestill.model.split import SplitBlock, start_of, why_whole
 
@@ -162,7 +162,7 @@ def test_halves_are_the_whole(kind: str) -> None:
 
     def forward() -> tuple[list[tuple[Tensor, Tensor]], Tensor | None, list[Tensor | None]]:
         torch.manual_seed(1)
-        value, _, gradients = cut(x)
+        value, _, gradients = detached(x)
         outputs = [t for t in distinct_tensors(block(value)) if t.requires_grad]
         return [(t, torch.cos(t.detach())) for t in outputs], start_of([value]), gradients
 
@@ -191,12 +191,12 @@ def test_gradients_add_up_over_microbatches() -> None:
     block = mlp()
     rows = [torch.randn(4, 8, requires_grad=True) * 1.0 for _ in range(2)]
     for x in rows:
-        block(cut(x)[0]).sin().sum().backward()
+        block(detached(x)[0]).sin().sum().backward()
     expected = [p.grad for p in block.parameters()]
     block.zero_grad()
     halves = []
     for x in rows:
-        value, _, _ = cut(x)
+        value, _, _ = detached(x)
         out = block(value)
         halves.append(SplitBlock(start_of([value])))
         halves[-1].input_half([(out, torch.cos(out.detach()))])

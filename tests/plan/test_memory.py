@@ -11,7 +11,7 @@ from pipestill.costs import BlockCosts, Costs
 from pipestill.errors import PlanError
 from pipestill.plan import Plan, make_plan
 from pipestill.plan.search import fitting, search_pipelines
-from pipestill.schedule.program import Demands
+from pipestill.schedule.schedule import Demands
 
 STUDENT = BlockCosts(
     "s", 1.0, 2.0, parameter_bytes=100, training_bytes=200, stash_bytes=10, output_bytes=3, weight_seconds=1.0

@@ -9,7 +9,7 @@ from pipestill import Plan
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.errors import ConfigError, PlanError
 from pipestill.plan import make_plan
-from pipestill.schedule import STRATEGIES
+from pipestill.schedule import PIPELINE_STRATEGIES
 
 COSTS = Costs(
     tuple(BlockCosts(f"s{i}", 1.0 + i, 2.0, 0.5, 10, 20, 30) for i in range(6)),
@@ -28,7 +28,7 @@ def plan(costs: Costs = COSTS, **changes: Any) -> Plan:
 
 
 @pytest.mark.parametrize("costs", [COSTS, ALONE])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", PIPELINE_STRATEGIES)
 def test_every_strategy(strategy: str, costs: Costs) -> None:
     made = plan(costs, strategy=strategy)
     if strategy == "async" or (strategy == "tspipe" and costs is ALONE):

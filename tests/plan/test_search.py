@@ -2,12 +2,12 @@
 
 import pytest
 
-from pipestill.block_profile import BlockProfile, BlockTimes
 from pipestill.costs import Costs, Link
 from pipestill.errors import PlanError
-from pipestill.plan.blockwise import BLOCK_STRATEGIES
-from pipestill.plan.search import search_blocks, search_pipelines
-from pipestill.schedule.program import Demands
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
+from pipestill.plan.search import search_blockwise, search_pipelines
+from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
+from pipestill.schedule.schedule import Demands
 
 FROZEN = Costs.uniform(4, 1, 1, 2, weight=1)
 MOMENTUM, TWO_VIEWS = Demands(True, 2, 2), Costs.uniform(4, 1, 1, 2, weight=1, views=2)
@@ -96,20 +96,20 @@ def test_slow_links_are_worth_a_stash() -> None:
 
 
 def test_of_blocks_every_strategy_is_considered() -> None:
-    found = search_blocks(UNEVEN, devices=2, batch=16)
-    assert [one.name for one in found.considered] == list(BLOCK_STRATEGIES)
+    found = search_blockwise(UNEVEN, devices=2, batch=16)
+    assert [one.name for one in found.considered] == list(BLOCKWISE_STRATEGIES)
     seconds = {one.name: one.plan.seconds_per_batch for one in found.considered if one.plan is not None}
     assert seconds[found.chosen.name] == pytest.approx(min(seconds.values()), rel=1e-3)
 
 
 def test_memory_refuses_with_numbers_and_chooses_otherwise() -> None:
-    free = search_blocks(UNEVEN, devices=2, batch=16)
+    free = search_blockwise(UNEVEN, devices=2, batch=16)
     most = {one.name: max(one.plan.memory_bytes) for one in free.considered if one.plan is not None}
     limit = sorted(set(most.values()))[1]
-    tight = search_blocks(UNEVEN, devices=2, batch=16, memory_bytes=limit)
+    tight = search_blockwise(UNEVEN, devices=2, batch=16, memory_bytes=limit)
     refused = {one.name: one.refused for one in tight.considered if one.plan is None}
     assert refused
     assert all("MiB" in reason for reason in refused.values())
     assert max(tight.plan.memory_bytes) <= limit
     with pytest.raises(PlanError, match="fits into"):
-        search_blocks(UNEVEN, devices=2, batch=16, memory_bytes=100)
+        search_blockwise(UNEVEN, devices=2, batch=16, memory_bytes=100)

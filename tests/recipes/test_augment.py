@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from pipestill.data import Reader
 from pipestill.recipes.augment import (
     Photographs,
     Scans,
@@ -21,6 +20,7 @@ from pipestill.recipes.augment import (
     view_loader,
 )
 from pipestill.recipes.datasets import DEVIATION, MEAN, Images, image_folders, noise
+from pipestill.train.data import Reader
 
 STILL = Scans(8, window=(1.0, 1.0), moved=0.0, turned=0.0, contrast=0.0, noise=0.0)
 

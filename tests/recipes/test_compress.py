@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from pipestill.errors import ConfigError, DataError
-from pipestill.model.blockwise import block_dry_run
+from pipestill.model.blockwise.task import blockwise_dry_run
 from pipestill.model.tasks import Supervised
 from pipestill.recipes.compress import DATA, SHAPES, Compress
-from pipestill.recipes.phases import evaluate, make_trainer
 from pipestill.recipes.run import run_recipe
-from pipestill.recipes.run_blocks import make_block_trainer
+from pipestill.recipes.run_blockwise import make_block_trainer
 from pipestill.recipes.run_options import Numbers, NumBytes, RunOptions
+from pipestill.recipes.runner import evaluate, make_trainer
 
 TINY = {"widths": Numbers((4, 6)), "depths": Numbers((1, 1)), "student_depths": Numbers((1, 1))}
 
@@ -36,7 +36,7 @@ def test_presets_are_the_published_networks(preset: str, network: str) -> None:
     task = workload.task()
     images, labels = next(iter(workload.train_loader))
     assert images.shape == (2, DATA[preset].channels, DATA[preset].image_size, DATA[preset].image_size)
-    contracts = block_dry_run(task, images)
+    contracts = blockwise_dry_run(task, images)
     assert len(contracts.outputs) == len(recipe.widths) + 1
     assert task.teacher.eval()(images).shape == (2, DATA[preset].num_classes)
     assert int(labels.max()) < DATA[preset].num_classes

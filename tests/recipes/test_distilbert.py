@@ -15,11 +15,11 @@ from pipestill.model.tasks import Supervised
 from pipestill.recipes import language, text
 from pipestill.recipes.distilbert import PRESETS, DistilBert
 from pipestill.recipes.language import Sizes
-from pipestill.recipes.phases import make_trainer
 from pipestill.recipes.run import concluded, preflight, run_recipe
 from pipestill.recipes.run_options import Numbers, RunOptions
-from pipestill.run_directory import RunDirectory
-from pipestill.verify import train_few
+from pipestill.recipes.runner import make_trainer
+from pipestill.train.run_directory import RunDirectory
+from pipestill.verify.pipeline import train_few
 
 pytest.importorskip("transformers")
 

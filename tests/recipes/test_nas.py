@@ -9,19 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import pipestill as ps
-from pipestill.block_profile import BlockProfile, BlockTimes
 from pipestill.cli import main
 from pipestill.costs import Link
 from pipestill.errors import ConfigError
 from pipestill.losses import mse
-from pipestill.model.blockwise import _batch, block_dry_run, learn_block
-from pipestill.model.measure_blocks import measure_blocks
+from pipestill.model.blockwise.profile import measure_blocks
+from pipestill.model.blockwise.task import _batch, blockwise_dry_run, learn_block
 from pipestill.model.seeding import derive
 from pipestill.recipes import RECIPES
+from pipestill.recipes.architecture_search import Alternating, SearchSteps, WithFlops, weights_and_alphas
 from pipestill.recipes.nas import PRESETS, Nas
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import Numbers, RunOptions
-from pipestill.recipes.search import Alternating, SearchSteps, WithFlops, weights_and_alphas
 from pipestill.recipes.supernet import (
     SKIP,
     Cell,
@@ -37,8 +36,9 @@ from pipestill.recipes.supernet import (
     search_stages,
     supernet,
 )
-from pipestill.runtime.block_worker import BlockWorker
-from pipestill.verify_blocks import verify_blocks
+from pipestill.runtime.blockwise.worker import BlockwiseWorker
+from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
+from pipestill.verify.blockwise import verify_blockwise
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -102,7 +102,7 @@ def test_published_configurations_at_an_eighth_of_their_width(preset: str) -> No
     )  # fmt: skip
     made = recipe.workload(0)
     task, inputs = made.task(), next(iter(made.of_blocks()))[0]
-    block_dry_run(task, inputs)  # every block of the supernet has the form of the teacher's
+    blockwise_dry_run(task, inputs)  # every block of the supernet has the form of the teacher's
     assert task.num_blocks == 6
     for stage in search_stages(supernet_of(task)):
         for place, cell in enumerate(stage.choices()):
@@ -288,8 +288,8 @@ def test_paths_move_on_their_batches_only_and_weights_on_the_others() -> None:
     task = made.task()
     trainer = trainer_of(made, task)
     inputs = next(iter(made.of_blocks()))[0]
-    contracts = block_dry_run(task, inputs)
-    worker = BlockWorker(task, contracts, device=CPU, seed=0, optimizer=trainer.make_optimizer, lr_factor=lambda _: 1.0)
+    contracts = blockwise_dry_run(task, inputs)
+    worker = BlockwiseWorker(task, contracts, device=CPU, seed=0, optimizer=trainer.make_optimizer, lr_factor=lambda _: 1.0)
     worker.hold(range(3), range(3))
     value = task.teacher_blocks.blocks[0].call(inputs).detach()
     target = worker.teach(1, value)
@@ -463,7 +463,7 @@ def test_shared_rows_differ_by_rounding(strategy: str, tmp_path: Path) -> None:
     options = RunOptions(
         strategy=strategy, devices=devices, profile=str(tmp_path / "profile.csv"), timeout_seconds=60.0
     )
-    result = verify_blocks(tiny(), options, steps=5, transports=("in-process",), device_type="cpu")
+    result = verify_blockwise(tiny(), options, steps=5, transports=("in-process",), device_type="cpu")
     assert result["rows_split"]
     assert result["problems"] == []
 
@@ -488,7 +488,7 @@ def test_times_are_measured_over_many_paths() -> None:
         if isinstance(module, MBConv):
             module.register_forward_hook(lambda *_, name=name: seen.add(name))  # type: ignore[misc]
     measure_blocks(
-        task, block_dry_run(task, inputs), inputs, batch=16, devices=1, optimizer=trainer_of(made, task).make_optimizer
+        task, blockwise_dry_run(task, inputs), inputs, batch=16, devices=1, optimizer=trainer_of(made, task).make_optimizer
     )
     cells = {name.partition(".paths")[0] for name in seen if ".paths" in name}
     assert len([name for name in seen if ".paths" in name]) > len(cells)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from pipestill import verify
 from pipestill.errors import ConfigError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.dry_run import dry_run
@@ -20,12 +19,13 @@ from pipestill.recipes.byol import Byol
 from pipestill.recipes.dino import PRESETS as DINO_PRESETS
 from pipestill.recipes.dino import Dino
 from pipestill.recipes.moco_v3 import MocoV3
-from pipestill.recipes.phases import load_into
 from pipestill.recipes.recipe import MomentumWorkload, cosine, towards, warmed_up, without_decay
 from pipestill.recipes.run import run_recipe
 from pipestill.recipes.run_options import RunOptions
+from pipestill.recipes.runner import load_into
 from pipestill.recipes.self_supervised import Chain, Perceptron
-from pipestill.run_directory import RunDirectory
+from pipestill.train.run_directory import RunDirectory
+from pipestill.verify import pipeline as verify
 
 SMALL: dict[str, Any] = {
     "byol": Byol(width=4, hidden=8, projection=4, batch_size=10),

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipestill.errors import ConfigError, DataError
 from pipestill.recipes.datasets import read_classes
 from pipestill.recipes.estimate import form_of
-from pipestill.recipes.phases import make_trainer
 from pipestill.recipes.run import run_recipe
 from pipestill.recipes.run_options import RunOptions
+from pipestill.recipes.runner import make_trainer
 from pipestill.recipes.soft_target import SoftTarget, steps
 
 REDUCED: dict[str, Any] = {

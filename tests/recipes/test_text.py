@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from pipestill import losses
-from pipestill.data import Reader
 from pipestill.errors import ConfigError, DataError
 from pipestill.recipes import text
 from pipestill.recipes.text import ByLengthSampler, Corpus, Masking, Sequences, Tokens
+from pipestill.train.data import Reader
 
 pytest.importorskip("tokenizers")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipestill.costs import Costs, Link, StageCosts
 from pipestill.errors import ScheduleError
-from pipestill.schedule import STRATEGIES, Action, Op, Role, Schedule, check, generate
+from pipestill.schedule import PIPELINE_STRATEGIES, Action, Op, Role, Schedule, check, generate
 
 positive = st.integers(1, 9).map(float) | st.floats(1e-3, 1e3)
 maybe_zero = st.just(0.0) | positive
@@ -43,7 +43,7 @@ class Task:
 
 @st.composite
 def tasks(
-    draw: st.DrawFn, strategies: Collection[str] = STRATEGIES, most_stages: int = 4, most_units: int = 10
+    draw: st.DrawFn, strategies: Collection[str] = PIPELINE_STRATEGIES, most_stages: int = 4, most_units: int = 10
 ) -> Task:
     """Every strategy with everything that it allows, of at most `most_units` units a step."""
     strategy = draw(st.sampled_from(sorted(strategies)))

@@ -10,11 +10,11 @@ from schedule.tasks import assert_refused, places, rows_of, swapped, with_row
 
 from pipestill.costs import StageCosts
 from pipestill.errors import ScheduleError
-from pipestill.schedule import Action, Kind, Op, Role, Schedule, Structure, check, generate
+from pipestill.schedule import Action, Kind, Op, PipelineStructure, Role, Schedule, check, generate
 from pipestill.schedule.check import deadlock, examine, never_stuck
 from pipestill.schedule.comms import connect
-from pipestill.schedule.gpipe import forward_only
 from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.pipeline.gpipe import forward_only
 from pipestill.schedule.simulate import simulate
 
 VALID = {
@@ -165,7 +165,7 @@ def test_data_told_for_another_step_than_is_read() -> None:
 
 def test_data_read_no_sooner_than_its_own_step() -> None:
     """A period starts by asking for its batch, which must have been read by then."""
-    structure = Structure((0,), (), 1)
+    structure = PipelineStructure((0,), (), 1)
     schedule = Schedule("late", structure, rows_of("S0D@0 S0F0@0 S0L0@0 S0B0@0 S0U@0"), (1,), run_ahead=0)
     assert examine(schedule).problems == ("rank 0: S0D@0 is of step 0, expected step 1 of the data on every rank",)
 
@@ -173,7 +173,7 @@ def test_data_read_no_sooner_than_its_own_step() -> None:
 # ---------------------------------------------------------------- the order is wrong
 
 
-def same_lane(a: Action, b: Action, structure: Structure, rank: int) -> bool:
+def same_lane(a: Action, b: Action, structure: PipelineStructure, rank: int) -> bool:
     if a.computes or a.kind is not b.kind or a.peer is None or a.peer != b.peer:
         return False
     destination = a.peer if a.kind is Kind.SEND else rank
@@ -209,7 +209,7 @@ def test_swap_of_two_microbatches(schedule: Schedule) -> None:
 
 def test_gradients_in_reverse_order() -> None:
     """Nothing is missing and no rank gets stuck: only the sum would round differently."""
-    structure = Structure((0,), (), 3)
+    structure = PipelineStructure((0,), (), 3)
     rows = rows_of("S0F0@0 S0F1@0 S0F2@0 S0L0@0 S0L1@0 S0L2@0 S0B2@0 S0B1@0 S0B0@0 S0U@0")
     problems = examine(connect("reverse", structure, rows, (3,), run_ahead=0)).problems
     assert "rank 0: S0B1@0 runs after S0B2@0; a stage takes microbatches in order" in problems
@@ -270,7 +270,7 @@ def test_teacher_that_moves_before_the_student() -> None:
 
 def test_exact_teacher_that_starts_a_batch_before_it_moved() -> None:
     """As with a frozen teacher: no rank gets stuck on its own, but the weights are old ones."""
-    structure = Structure((0,), (0,), 1, momentum=True)
+    structure = PipelineStructure((0,), (0,), 1, momentum=True)
     rows = rows_of("S0F0@0 T0F0@1 S0L0@0 S0B0@0 S0U@0 T0E@0")
     problems = examine(connect("early", structure, rows, (1,), run_ahead=9)).problems
     assert "rank 0: T0F0@1 reads teacher version 0, expected version 1" in problems
@@ -278,7 +278,7 @@ def test_exact_teacher_that_starts_a_batch_before_it_moved() -> None:
 
 def test_stale_teacher_that_moves_before_its_last_forward() -> None:
     """TSPipe's promise is one step stale: a batch split over two versions is neither exact nor stale."""
-    structure = Structure((0,), (0,), 2, momentum=True, staleness=1)
+    structure = PipelineStructure((0,), (0,), 2, momentum=True, staleness=1)
     rows = rows_of("S0F0@0 S0L0@0 S0B0@0 T0F0@1 S0F1@0 S0L1@0 S0B1@0 S0U@0 T0E@0 T0F1@1")
     problems = examine(connect("half", structure, rows, (1,), run_ahead=9)).problems
     assert problems == ("rank 0: T0F1@1 reads teacher version 1, expected version 0",)
@@ -305,7 +305,7 @@ def test_exact_teacher_declared_stale() -> None:
 
 def by_hand(*rows: str, teacher_ranks: tuple[int, ...] = (1, 0)) -> Schedule:
     """Two student stages and a teacher that runs the other way round, one microbatch."""
-    structure = Structure((0, 1), teacher_ranks, 1)
+    structure = PipelineStructure((0, 1), teacher_ranks, 1)
     return Schedule("by hand", structure, rows_of(*rows), (1, 1), run_ahead=1)
 
 
@@ -362,7 +362,7 @@ def shuffled(draw: st.DrawFn) -> Schedule:
     students = draw(st.lists(rank, min_size=1, max_size=3))
     teachers = draw(st.lists(rank, max_size=3))
     gaps = {r: i for i, r in enumerate(sorted({*students, *teachers}))}
-    structure = Structure(
+    structure = PipelineStructure(
         tuple(gaps[r] for r in students),
         tuple(gaps[r] for r in teachers),
         draw(st.integers(1, 2)),
@@ -429,7 +429,7 @@ def test_gpipe_order_within_the_stash_of_1f1b() -> None:
 
 
 def test_stash_is_held_until_the_weight_gradient() -> None:
-    structure = Structure((0,), (), 2, split=True)
+    structure = PipelineStructure((0,), (), 2, split=True)
     rows = rows_of("S0F0@0 S0L0@0 S0I0@0 S0F1@0 S0L1@0 S0I1@0 S0W0@0 S0W1@0 S0U@0")
     late = connect("late", structure, rows, (1,), run_ahead=0)
     assert examine(late).stash_peak == (2,)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule.tasks import Task, lists_of, tasks, texts_of
 
-from pipestill.schedule import Action, Kind, Lane, Op, Schedule, Structure, check, generate
+from pipestill.schedule import Action, Kind, Lane, Op, PipelineStructure, Schedule, check, generate
 from pipestill.schedule.check import crossings, never_stuck
 from pipestill.schedule.comms import connect, edges
 from pipestill.schedule.needs import lane, needs
@@ -19,13 +19,13 @@ def schedules() -> st.SearchStrategy[Schedule]:
 
 def test_one_rank_needs_no_transfer() -> None:
     row = lists_of("S0F0@0 S0L0@0 S0B0@0 S0U@0")
-    assert texts_of(connect("x", Structure((0,), (), 1), row, (1,), 0).rows) == ["S0D@1 S0F0@0 S0L0@0 S0B0@0 S0U@0"]
+    assert texts_of(connect("x", PipelineStructure((0,), (), 1), row, (1,), 0).rows) == ["S0D@1 S0F0@0 S0L0@0 S0B0@0 S0U@0"]
 
 
 def test_two_ranks() -> None:
     """A send follows its work; a receive is posted one action before the work that needs it."""
     rows = lists_of("S0F0@0 S0F1@0 S0B0@0 S0B1@0 S0U@0", "S1F0@0 S1L0@0 S1B0@0 S1F1@0 S1L1@0 S1B1@0 S1U@0")
-    assert texts_of(connect("x", Structure((0, 1), (), 2), rows, (2, 1), 0).rows) == [
+    assert texts_of(connect("x", PipelineStructure((0, 1), (), 2), rows, (2, 1), 0).rows) == [
         "S0D@2 S0D@2>1 S0F0@0 S0F0@0>1 S1B0@0<1 S0F1@0 S0F1@0>1 S1B1@0<1 S0B0@0 S0B1@0 S0U@0",
         "S0D@2<0 S1F0@0 S1L0@0 S0F1@0<0 S1B0@0 S1B0@0>0 S1F1@0 S1L1@0 S1B1@0 S1B1@0>0 S0F0@1<0 S1U@0",
     ]
@@ -33,7 +33,7 @@ def test_two_ranks() -> None:
 
 def test_a_result_goes_once_to_each_rank_that_needs_it() -> None:
     """The last teacher stage feeds the loss on rank 0 and, in serial order, the student's start on rank 1."""
-    structure = Structure(student_ranks=(1, 0), teacher_ranks=(2,), num_microbatches=1, serial=True)
+    structure = PipelineStructure(student_ranks=(1, 0), teacher_ranks=(2,), num_microbatches=1, serial=True)
     rows = lists_of("S1F0@0 S1L0@0 S1B0@0 S1U@0", "S0F0@0 S0B0@0 S0U@0", "T0F0@0")
     schedule = connect("x", structure, rows, (1, 1, 0), 9)
     check(schedule)
@@ -100,7 +100,7 @@ def test_receives_are_posted_before_the_work_that_needs_them(schedule: Schedule)
 
 
 def test_crossings_are_each_named_once() -> None:
-    structure = Structure((0, 1), (0, 1), 1)
+    structure = PipelineStructure((0, 1), (0, 1), 1)
     assert [(str(a), source, destination) for a, source, destination in crossings(structure)] == [
         ("S0D@0", 0, 1),
         ("T0F0@0", 0, 1),
@@ -110,7 +110,7 @@ def test_crossings_are_each_named_once() -> None:
 
 
 def test_norms_go_to_every_other_stage() -> None:
-    structure = Structure((0, 1, 2), (), 1, clip=True)
+    structure = PipelineStructure((0, 1, 2), (), 1, clip=True)
     norms = [(str(a), source, to) for a, source, to in crossings(structure) if a.op is Op.NORM]
     assert sorted(norms) == [
         *[("S0N@0", 0, 1), ("S0N@0", 0, 2), ("S1N@0", 1, 0)],
@@ -120,7 +120,7 @@ def test_norms_go_to_every_other_stage() -> None:
 
 def test_two_ranks_with_norms_and_momentum() -> None:
     """All norms leave before any is waited for; the teacher's weights move without a word to anyone."""
-    structure = Structure((0, 1), (0, 1), 1, momentum=True, clip=True)
+    structure = PipelineStructure((0, 1), (0, 1), 1, momentum=True, clip=True)
     rows = lists_of("T0F0@0 S0F0@0 S0B0@0 S0N@0 S0U@0 T0E@0", "T1F0@0 S1F0@0 S1L0@0 S1B0@0 S1N@0 S1U@0 T1E@0")
     schedule = connect("x", structure, rows, (1, 1), 1)
     check(schedule)
@@ -132,7 +132,7 @@ def test_two_ranks_with_norms_and_momentum() -> None:
 
 def test_edges_of_a_pipeline() -> None:
     """One channel a lane and direction; targets of the data go to the rank of the loss."""
-    assert edges(Structure((0, 1, 2), (0, 1, 2), 2)) == {
+    assert edges(PipelineStructure((0, 1, 2), (0, 1, 2), 2)) == {
         (0, 1, Lane.TEACHER),
         (1, 2, Lane.TEACHER),
         (0, 1, Lane.ACTIVATION),
@@ -141,23 +141,23 @@ def test_edges_of_a_pipeline() -> None:
         (1, 0, Lane.GRADIENT),
         (0, 2, Lane.TARGET),
     }
-    assert edges(Structure((0, 1), (0, 1), 1, serial=True)) >= {(1, 0, Lane.TOKEN)}
-    assert edges(Structure((0, 1), (), 1, clip=True)) == {
+    assert edges(PipelineStructure((0, 1), (0, 1), 1, serial=True)) >= {(1, 0, Lane.TOKEN)}
+    assert edges(PipelineStructure((0, 1), (), 1, clip=True)) == {
         (0, 1, Lane.ACTIVATION),
         (1, 0, Lane.GRADIENT),
         (0, 1, Lane.NORM),
         (1, 0, Lane.NORM),
         (0, 1, Lane.TARGET),
     }
-    momentum = Structure((0, 1), (0, 1), 1, momentum=True, split=True)  # neither update nor second half leaves its rank
-    assert edges(momentum) == edges(Structure((0, 1), (0, 1), 1))
-    assert edges(Structure((0,), (0,), 4)) == set()
+    momentum = PipelineStructure((0, 1), (0, 1), 1, momentum=True, split=True)  # neither update nor second half leaves its rank
+    assert edges(momentum) == edges(PipelineStructure((0, 1), (0, 1), 1))
+    assert edges(PipelineStructure((0,), (0,), 4)) == set()
 
 
 def test_rows_that_no_transfer_can_save_come_back_to_be_refused() -> None:
     """`connect` gives up on an order that is stuck by itself, and `check` says why."""
     rows = lists_of("S0B0@0 S0F0@0 S0U@0", "S1F0@0 S1L0@0 S1B0@0 S1U@0")
-    schedule = connect("x", Structure((0, 1), (), 1), rows, (1, 1), 0)
+    schedule = connect("x", PipelineStructure((0, 1), (), 1), rows, (1, 1), 0)
     with pytest.raises(Exception, match=r"rank 0: S0B0@0 waits for S0F0@0 for ever \(deadlock with buffered sends\)"):
         check(schedule)
 
@@ -175,6 +175,6 @@ def test_longer_lead_only_where_shorter_gets_stuck() -> None:
 
 
 def test_structure_and_bounds_are_kept() -> None:
-    structure = Structure((0,), (), 1)
+    structure = PipelineStructure((0,), (), 1)
     schedule = connect("name", structure, lists_of("S0F0@0 S0L0@0 S0B0@0 S0U@0"), (7,), 5)
     assert (schedule.strategy, schedule.structure, schedule.stash, schedule.run_ahead) == ("name", structure, (7,), 5)

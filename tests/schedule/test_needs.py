@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipestill.schedule import Action, Lane, Op, Structure
+from pipestill.schedule import Action, Lane, Op, PipelineStructure
 from pipestill.schedule.needs import lane, needs
 
-BOTH = Structure((0, 1, 2), (0, 1, 2), 2)
-ALONE = Structure((0, 1, 2), (), 2)
-SERIAL = Structure((0, 1, 2), (0, 1, 2), 2, serial=True)
-VALIDATION = Structure((0, 1, 2), (), 2, train=False)
+BOTH = PipelineStructure((0, 1, 2), (0, 1, 2), 2)
+ALONE = PipelineStructure((0, 1, 2), (), 2)
+SERIAL = PipelineStructure((0, 1, 2), (0, 1, 2), 2, serial=True)
+VALIDATION = PipelineStructure((0, 1, 2), (), 2, train=False)
 EMA = replace(BOTH, momentum=True)
 STALE = replace(BOTH, momentum=True, staleness=1)
 ASYNC = replace(BOTH, momentum=True, staleness=1, student_staleness=1)
@@ -84,15 +84,15 @@ SERIAL_WHOLE = replace(SERIAL, batch_loss=True)
         (BOTH, "S0D@4<0", ""),
     ],
 )
-def test_needs(structure: Structure, action: str, expected: str) -> None:
+def test_needs(structure: PipelineStructure, action: str, expected: str) -> None:
     assert " ".join(map(str, needs(Action.parse(action), structure))) == expected
 
 
 @st.composite
-def structures(draw: st.DrawFn) -> Structure:
+def structures(draw: st.DrawFn) -> PipelineStructure:
     students = tuple(range(draw(st.integers(1, 4))))
     momentum, views = draw(st.booleans()), draw(st.integers(1, 3))
-    return Structure(
+    return PipelineStructure(
         students,
         students if momentum else tuple(range(draw(st.integers(0, 4)))),
         num_microbatches=draw(st.integers(1, 4)),
@@ -110,8 +110,8 @@ def structures(draw: st.DrawFn) -> Structure:
 
 
 @given(structures())
-def test_a_plain_loop_meets_every_need(structure: Structure) -> None:
-    """The order of `Structure.actions` is one in which every need is met, and the actions are all there is to need."""
+def test_a_plain_loop_meets_every_need(structure: PipelineStructure) -> None:
+    """The order of `PipelineStructure.actions` is one in which every need is met, and the actions are all there is to need."""
     done = set[Action]()
     for step in range(3):
         for action in structure.actions(step):
@@ -122,7 +122,7 @@ def test_a_plain_loop_meets_every_need(structure: Structure) -> None:
 
 
 @given(structures())
-def test_every_result_is_needed(structure: Structure) -> None:
+def test_every_result_is_needed(structure: PipelineStructure) -> None:
     """Nothing is computed in vain: all work leads to the next update, or to the loss of a validation."""
     wanted = {need for step in (0, 1) for action in structure.actions(step) for need in needs(action, structure)}
     ends = {Op.LOSS} if not structure.train else {Op.UPDATE, Op.EMA}

@@ -23,8 +23,8 @@ from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
 from pipestill.schedule import Action, Event, Kind, Lane, Op, Schedule, Trace, check, generate
 from pipestill.schedule.check import examine
-from pipestill.schedule.fill import stash_units
 from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.pipeline.fill import stash_units
 from pipestill.schedule.simulate import simulate, transfer_seconds
 
 KNOBS = {"split_backward", "stash", "staleness"}  # of fill alone
@@ -34,7 +34,7 @@ KNOBS = {"split_backward", "stash", "staleness"}  # of fill alone
 def _short_search() -> Iterator[None]:
     """What holds for every schedule holds for those that a longer search would improve."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipestill.schedule.fill._MOVES", 2000)
+        patch.setattr("pipestill.schedule.pipeline.fill._MOVES", 2000)
         yield
 
 

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipestill.costs import Link, StageCosts
-from pipestill.schedule import Action, Op, Schedule, Structure, Trace, generate
+from pipestill.schedule import Action, Op, PipelineStructure, Schedule, Trace, generate
 from pipestill.schedule.comms import connect
-from pipestill.schedule.gpipe import forward_only
+from pipestill.schedule.pipeline.gpipe import forward_only
 from pipestill.schedule.simulate import action_seconds, simulate, transfer_seconds
 
-BOTH = Structure((0, 1), (0, 1), 1)
+BOTH = PipelineStructure((0, 1), (0, 1), 1)
 
 
 def times(trace: Trace) -> dict[str, tuple[float, float]]:
@@ -133,7 +133,7 @@ def test_seconds_of_what_costs_leave_out() -> None:
 def test_seconds_in_each_view(action: str, seconds: float) -> None:
     """The second view takes three times as long as the first; a teacher that sees one view has a unit a microbatch."""
     costs = StageCosts((1.0,), (2.0,), (9.0,), (5.0,), weight=(0.5,), views=(1.0, 3.0))
-    structure = Structure((0,), (0,), 2, views=2, teacher_views=1)
+    structure = PipelineStructure((0,), (0,), 2, views=2, teacher_views=1)
     assert action_seconds(Action.parse(action), structure, costs) == seconds
     if Action.parse(action).microbatch is not None:  # cut in two, all that is done once a microbatch is half as long
         assert action_seconds(Action.parse(action), replace(structure, pieces=2), costs) == seconds / 2
@@ -145,10 +145,10 @@ def test_seconds_of_a_loss_over_the_batch() -> None:
     """As much as all its microbatches, in however many pieces these are cut."""
     costs = StageCosts((1.0,), (2.0,), (0.0,), loss=0.5)
     loss = Action.parse("S0L0@0")
-    assert action_seconds(loss, Structure((0,), (), 6), costs) == 0.5
-    assert action_seconds(loss, Structure((0,), (), 6, batch_loss=True), costs) == 3.0
-    assert action_seconds(loss, Structure((0,), (), 6, pieces=2), costs) == 0.25
-    assert action_seconds(loss, Structure((0,), (), 6, batch_loss=True, pieces=2), costs) == 1.5
+    assert action_seconds(loss, PipelineStructure((0,), (), 6), costs) == 0.5
+    assert action_seconds(loss, PipelineStructure((0,), (), 6, batch_loss=True), costs) == 3.0
+    assert action_seconds(loss, PipelineStructure((0,), (), 6, pieces=2), costs) == 0.25
+    assert action_seconds(loss, PipelineStructure((0,), (), 6, batch_loss=True, pieces=2), costs) == 1.5
 
 
 def test_momentum_teacher_waits_for_its_own_stage_alone() -> None:
@@ -230,7 +230,7 @@ def test_messages_keep_both_ends_from_their_work() -> None:
 
 
 def test_opposite_directions_do_not_share() -> None:
-    structure = Structure((0, 1), (1, 0), 1)
+    structure = PipelineStructure((0, 1), (1, 0), 1)
     rows = [
         tuple(map(Action.parse, text.split()))
         for text in ("S0F0@0 T1F0@0 S0B0@0 S0U@0", "T0F0@0 S1F0@0 S1L0@0 S1B0@0 S1U@0")
@@ -271,14 +271,14 @@ def test_a_token_carries_nothing() -> None:
 def test_seconds_of_each_kind_of_transfer(action: str, seconds: float) -> None:
     """A gradient is as large as the activation that it belongs to: the one before its stage."""
     costs = StageCosts(*[(1.0,) * 3] * 4, activation_bytes=(1, 2, 3), teacher_bytes=(4, 5, 6), link=Link(0.0, 1.0))
-    assert transfer_seconds(Action.parse(action), Structure((0, 1, 2), (0, 1, 2), 1), costs) == seconds
+    assert transfer_seconds(Action.parse(action), PipelineStructure((0, 1, 2), (0, 1, 2), 1), costs) == seconds
 
 
 def test_seconds_of_a_transfer_in_each_view_and_piece() -> None:
     """A view that takes half as long is half as large."""
     ones = (1.0, 1.0)
     costs = StageCosts(*[ones] * 4, activation_bytes=(8, 8), link=Link(0.25, 1.0), views=(1.0, 0.5))
-    structure = Structure((0, 1), (0, 1), 2, views=2)
+    structure = PipelineStructure((0, 1), (0, 1), 2, views=2)
     seconds = [transfer_seconds(Action.parse(f"S0F{u}@0"), structure, costs) for u in range(4)]
     assert seconds == [8.25, 4.25, 8.25, 4.25]
     halves = replace(structure, pieces=2)

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pipestill as ps
-from pipestill.block_profile import BlockProfile
 from pipestill.losses import cross_entropy
-from pipestill.model.blockwise import block_dry_run
+from pipestill.model.blockwise.task import blockwise_dry_run
 from pipestill.recipes.compress import Compress
-from pipestill.recipes.phases import Runner
 from pipestill.recipes.recipe import BlockwiseWorkload, Training
-from pipestill.recipes.run_blocks import end_to_end
+from pipestill.recipes.run_blockwise import end_to_end
 from pipestill.recipes.run_options import Numbers, RunOptions
-from pipestill.runtime.block_allreduce import measure_allreduces
-from pipestill.runtime.process_group import ProcessGroup
-from pipestill.runtime.transport import Message
+from pipestill.recipes.runner import Runner
+from pipestill.runtime.blockwise.all_reduce import measure_allreduces
+from pipestill.runtime.transport.process_group import ProcessGroup
+from pipestill.runtime.transport.protocol import Message
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Action, Lane, Op, Role
+from pipestill.schedule.blockwise.profile import BlockProfile
 from support.blocks import ROWS, BlockCase, profile_of
 from support.targets import note, rank, strike
 
@@ -66,7 +66,7 @@ def allreduces(optimizer: Any = torch.optim.SGD) -> tuple[BlockProfile, list[boo
     task = case.task()
     before = {name: t.clone() for name, t in (task.student.state_dict() | task.teacher.state_dict()).items()}
     rows = torch.randn(ROWS, 6)
-    contracts = block_dry_run(task, rows)
+    contracts = blockwise_dry_run(task, rows)
     measured = measure_allreduces(
         task, contracts, rows if world.is_main else None, replace(profile_of(4), batch=ROWS), world=world,
         optimizer=lambda parameters: optimizer(parameters.values(), lr=0.1), device=torch.device("cpu"),

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import pipestill as ps
-from pipestill.block_profile import BlockProfile, BlockTimes
 from pipestill.costs import Link
+from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 
 WIDTHS = (6, 8, 8, 10, 5)
 ROWS, BATCHES, EPOCHS = 12, 5, 3  # and a last batch of 5 rows in every epoch

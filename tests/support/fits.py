@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import pipestill as ps
-from pipestill.callbacks import Callback
 from pipestill.costs import BlockCosts, Costs
 from pipestill.schedule import generate
+from pipestill.train.callbacks import Callback
 
 TIMES = ("seconds", "samples_per_second", "bubble", "utilisation")
 
@@ -101,7 +101,7 @@ _generate_once = cache(generate)
 
 def search_less(patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Schedules without the long search for the fastest, and each only once: for tests of what they compute."""
-    fill, plan = (importlib.import_module(f"pipestill.{name}") for name in ("schedule.fill", "plan.plan"))
+    fill, plan = (importlib.import_module(f"pipestill.{name}") for name in ("schedule.pipeline.fill", "plan.plan"))
     patch(fill, "_MOST_WOVEN", 0)
     patch(fill, "_MOVES", 0)
     patch(plan, "generate", _generate_once)

@@ -14,8 +14,8 @@ from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run import check_strategy
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.world import choose_device_type
-from pipestill.verify import TRANSPORTS, verify
-from pipestill.verify_blocks import verify_blocks
+from pipestill.verify.blockwise import verify_blockwise
+from pipestill.verify.pipeline import TRANSPORTS, verify
 
 _SHOWN = 10  # of weights that differ
 
@@ -52,7 +52,7 @@ def run(words: list[str]) -> int:
     workload = recipe.workload(options.seed)
     check_strategy(recipe, workload, options)
     by_blocks = isinstance(workload, BlockwiseWorkload)
-    run_it = verify_blocks if by_blocks else verify
+    run_it = verify_blockwise if by_blocks else verify
     result = run_it(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)
     if wanted.json:
         print(json.dumps(result))

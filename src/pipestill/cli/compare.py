@@ -15,21 +15,21 @@ from rich.console import Console
 from rich.table import Table
 
 from pipestill import draw
-from pipestill.block_compare import compare_blocks
-from pipestill.block_profile import BlockProfile
 from pipestill.cli.measure import CSV, costs_of_recipe, drawable
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.cli.simulate import WITHOUT_RECIPE, uniform, without_recipe
-from pipestill.compare import Comparison, compare
+from pipestill.compare.blockwise import compare_blockwise
+from pipestill.compare.real import Comparison, compare
+from pipestill.compare.virtual import VirtualOptions, compare_virtual
+from pipestill.compare.virtual_blockwise import VirtualBlockwiseOptions, compare_virtual_blockwise
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
-from pipestill.plan.blockwise import BLOCK_STRATEGIES
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run import preflight
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.world import choose_device_type
-from pipestill.virtual_block_compare import VirtualBlockOptions, compare_virtual_blocks
-from pipestill.virtual_compare import VirtualOptions, compare_virtual
+from pipestill.schedule.blockwise.profile import BlockProfile
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ def run(words: list[str]) -> int:
     device_type = choose_device_type(options.device, options.devices)
     if isinstance(recipe.workload(options.seed), BlockwiseWorkload):
         given = any(word.startswith("--strategies") for word in rest)
-        names = _strategies(wanted) if given else [*BLOCK_STRATEGIES]
+        names = _strategies(wanted) if given else [*BLOCKWISE_STRATEGIES]
         return _tell(
-            compare_blocks(recipe, options, names, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type),
+            compare_blockwise(recipe, options, names, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type),
             wanted,
         )
     strategies = _strategies(wanted)
@@ -159,13 +159,13 @@ def _compare_blocks(words: list[str], wanted: VirtualCompareOptions) -> int:
     pipelines = ("microbatches", "uniform", "teacher", "views", "batch_loss", "clip")
     refuse(words, pipelines, "is for pipelines, and a CSV of blocks is for blocks that learn alone; leave it out")
     given = any(word.startswith("--strategies") for word in words)
-    strategies = _strategies(wanted) if given else list(BLOCK_STRATEGIES)
+    strategies = _strategies(wanted) if given else list(BLOCKWISE_STRATEGIES)
     profile = BlockProfile.load(wanted.costs or "")
     batch = wanted.batch or max(block.rows[-1] for block in profile.blocks)
-    options = VirtualBlockOptions(
+    options = VirtualBlockwiseOptions(
         wanted.devices, batch, strategies, wanted.rounds, wanted.steps, timeout_seconds=wanted.timeout_seconds
     )
-    return _tell(compare_virtual_blocks(profile, options), wanted)
+    return _tell(compare_virtual_blockwise(profile, options), wanted)
 
 
 def _strategies(wanted: CompareOptions | VirtualCompareOptions) -> list[str]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipestill.plan import Plan
-from pipestill.plan.blockwise import BlockPlan
+from pipestill.plan.blockwise.plan import BlockwisePlan
 from pipestill.plan.describe import describe
 
 
@@ -57,7 +57,7 @@ def _range(partition: tuple[int, ...], rank: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def block_figures(plan: BlockPlan) -> dict[str, Any]:
+def block_figures(plan: BlockwisePlan) -> dict[str, Any]:
     """What is predicted of blocks that learn alone; a step is one batch for every block."""
     return {
         "strategy": plan.strategy,
@@ -74,7 +74,7 @@ def block_figures(plan: BlockPlan) -> dict[str, Any]:
     }
 
 
-def who_does_what(plan: BlockPlan) -> list[str]:
+def who_does_what(plan: BlockwisePlan) -> list[str]:
     """A line for every rank, or for several that have the same to do."""
     held = [f" ({shown_bytes(size)})" for size in plan.memory_bytes] or [""] * plan.num_devices
     lines, first = [], 0

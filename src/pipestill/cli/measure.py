@@ -8,21 +8,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipestill.block_profile import BlockProfile
 from pipestill.cli.options import parse, recipe_and_rest
 from pipestill.costs import Costs
 from pipestill.draw.boxes import write_bytes
 from pipestill.errors import ConfigError, nearest
-from pipestill.model.blockwise import Blockwise
+from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.devices import Machine
 from pipestill.model.tasks import Task
-from pipestill.plan.blockwise import BLOCK_STRATEGIES
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.recipes.estimate import compute, form_of
 from pipestill.recipes.measure import measure
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, Recipe
 from pipestill.recipes.run_options import RunOptions
-from pipestill.schedule import STRATEGIES
-from pipestill.schedule.program import Demands
+from pipestill.schedule import PIPELINE_STRATEGIES
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.schedule.schedule import Demands
 
 T = TypeVar("T")
 CSV = ".csv"
@@ -113,7 +113,7 @@ def _of_file(file: str, recipe: Recipe, task: Task | Blockwise) -> Costs | Block
 def check_strategy(name: str, costs: Costs | BlockProfile, others: Iterable[str] = ()) -> None:
     """`ConfigError` for a strategy that is not for such costs; `others` are known besides."""
     by_blocks = isinstance(costs, BlockProfile)
-    names: tuple[tuple[str, ...], ...] = ((*STRATEGIES, *others), tuple(BLOCK_STRATEGIES))
+    names: tuple[tuple[str, ...], ...] = ((*PIPELINE_STRATEGIES, *others), tuple(BLOCKWISE_STRATEGIES))
     known, of = names[by_blocks], (_PIPELINES, _BLOCKS)
     if name in known:
         return

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from pipestill.block_profile import BlockProfile
 from pipestill.cli.figures import (
     block_figures,
     milliseconds,
@@ -26,12 +25,13 @@ from pipestill.cli.simulate import FOR_BLOCKS, FOR_PIPELINES, OF_BLOCKS, WITHOUT
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan
-from pipestill.plan.block_json import block_plan_to_json
-from pipestill.plan.blockwise import BlockPlan
-from pipestill.plan.search import Considered, Search, search_blocks, search_pipelines
+from pipestill.plan.blockwise.json import blockwise_plan_to_json
+from pipestill.plan.blockwise.plan import BlockwisePlan
+from pipestill.plan.search import Considered, Search, search_blockwise, search_pipelines
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import NumBytes, RunOptions
-from pipestill.schedule.program import Demands
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.schedule.schedule import Demands
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _listed(partition: tuple[int, ...]) -> str:
 
 
 def _blocks(profile: BlockProfile, batch: int, options: PlanOptions, recipe: str | None) -> int:
-    found = search_blocks(
+    found = search_blockwise(
         profile, devices=options.devices, batch=batch, memory_bytes=options.memory, strategy=options.strategy
     )
     dp = next((one.plan for one in found.considered if one.name == "dp"), None)
@@ -232,7 +232,7 @@ def _blocks(profile: BlockProfile, batch: int, options: PlanOptions, recipe: str
         "considered": [_of_block_plan(one, found, dp) for one in found.considered], "file": options.out,
     }  # fmt: skip
     if options.out is not None:
-        write_json(options.out, block_plan_to_json(found.plan, options.memory))
+        write_json(options.out, blockwise_plan_to_json(found.plan, options.memory))
     if options.json:
         print(json.dumps(figures, allow_nan=False))
         return 0
@@ -259,18 +259,18 @@ def _blocks(profile: BlockProfile, batch: int, options: PlanOptions, recipe: str
 _FEW = 8  # ranks of which every strategy's work is told; above, the chosen one's
 
 
-def _of_block_plan(one: Considered[BlockPlan], found: Search[BlockPlan], dp: BlockPlan | None) -> dict[str, Any]:
+def _of_block_plan(one: Considered[BlockwisePlan], found: Search[BlockwisePlan], dp: BlockwisePlan | None) -> dict[str, Any]:
     if one.plan is None:
         return {"name": one.name, "chosen": False, "refused": one.refused}
     speedup = _speedup(one.plan, dp)
     return {"name": one.name, "chosen": one is found.chosen, **block_figures(one.plan), "speedup": speedup}
 
 
-def _speedup(plan: BlockPlan, dp: BlockPlan | None) -> float | None:
+def _speedup(plan: BlockwisePlan, dp: BlockwisePlan | None) -> float | None:
     return dp.seconds_per_batch / plan.seconds_per_batch if dp is not None and plan.seconds_per_batch else None
 
 
-def _table_of_blocks(found: Search[BlockPlan], dp: BlockPlan | None) -> Any:
+def _table_of_blocks(found: Search[BlockwisePlan], dp: BlockwisePlan | None) -> Any:
     table = plain_table("strategy", "ms a batch", "cost model", "over dp", "busy", "window", "memory", "")
     for one in found.considered:
         plan = one.plan

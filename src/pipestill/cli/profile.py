@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipestill.block_profile import BlockProfile
 from pipestill.cli.figures import milliseconds, plain_table, shown_bytes, wide_console
 from pipestill.cli.measure import CSV, recipe_of, writable, write_json
 from pipestill.cli.options import Helped
@@ -21,6 +20,7 @@ from pipestill.recipes.estimate import compute
 from pipestill.recipes.measure import measure
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload
 from pipestill.recipes.run_options import RunOptions
+from pipestill.schedule.blockwise.profile import BlockProfile
 
 
 @dataclass(frozen=True)

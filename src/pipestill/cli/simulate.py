@@ -14,20 +14,20 @@ from rich.console import Console
 from rich.text import Text
 
 from pipestill import draw
-from pipestill.block_profile import BlockProfile
 from pipestill.cli.figures import block_figures, milliseconds, pipeline_figures, stages_table, who_does_what
 from pipestill.cli.measure import check_strategy, costs_for, drawable, load, recipe_of
 from pipestill.cli.options import Helped, parse, refuse
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan, make_plan
-from pipestill.plan.block_json import block_plan_from_json, is_block_plan
-from pipestill.plan.blockwise import BlockPlan, plan_blocks
+from pipestill.plan.blockwise.json import block_plan_from_json, is_block_plan
+from pipestill.plan.blockwise.plan import BlockwisePlan, make_blockwise_plan
 from pipestill.plan.describe import phase_titles
 from pipestill.plan.search import fitting
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import NumBytes, RunOptions
-from pipestill.schedule.program import Demands
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.schedule.schedule import Demands
 
 WITHOUT_RECIPE = ("teacher", "views", "batch_loss", "clip")
 OF_PIPELINES = ("microbatches", "staleness", "split_backward", "stash", "run_ahead", "uniform", *WITHOUT_RECIPE)
@@ -94,7 +94,7 @@ def run(words: list[str]) -> int:
         plan, options, title = _plan(source, words[1:] if source else words)
     except Helped:
         return 0
-    if isinstance(plan, BlockPlan):
+    if isinstance(plan, BlockwisePlan):
         return _tell_of_blocks(plan, options, title)
     figures, trace, limit = pipeline_figures(plan), plan.prediction, plan.limit_seconds_per_step
     unit: draw.Unit = None if options.uniform else "s"
@@ -129,7 +129,7 @@ def _steps(options: SimulateOptions, usual: int) -> int:
     return usual if options.steps is None else options.steps
 
 
-def _tell_of_blocks(plan: BlockPlan, options: SimulateOptions, title: str) -> int:
+def _tell_of_blocks(plan: BlockwisePlan, options: SimulateOptions, title: str) -> int:
     """The same for blocks that learn alone."""
     figures = block_figures(plan)
     if options.draw:
@@ -159,7 +159,7 @@ def _tell_of_blocks(plan: BlockPlan, options: SimulateOptions, title: str) -> in
     return 0
 
 
-def _plan(source: str | None, words: list[str]) -> tuple[Plan | BlockPlan, SimulateOptions, str]:
+def _plan(source: str | None, words: list[str]) -> tuple[Plan | BlockwisePlan, SimulateOptions, str]:
     """From a plan file, a recipe, a costs file or uniform stages."""
     if source is not None and source.endswith(".json"):
         (options,) = parse("simulate plan.json", words, SimulateOptions)
@@ -190,7 +190,7 @@ def _plan(source: str | None, words: list[str]) -> tuple[Plan | BlockPlan, Simul
     return plan, options, _title(plan)
 
 
-def _of_recipe(words: list[str]) -> tuple[Plan | BlockPlan, SimulateOptions, str]:
+def _of_recipe(words: list[str]) -> tuple[Plan | BlockwisePlan, SimulateOptions, str]:
     """Blocks are measured as a run does; a pipeline's in this process alone, over links that take no time."""
     recipe, options, rest = recipe_of("simulate", words, SimulateOptions)
     drawable(options.draw)
@@ -252,7 +252,7 @@ def _make(
     options: SimulateOptions,
     words: Sequence[str],
     batch: int | None = None,
-) -> Plan | BlockPlan:
+) -> Plan | BlockwisePlan:
     """The plan for such costs; keys of the other kind of training on the command line are refused."""
     if options.strategy == "reference":
         raise ConfigError("'reference' is a plain loop without a schedule; there is nothing to simulate")
@@ -260,7 +260,7 @@ def _make(
         check_strategy(options.strategy, costs)
     if isinstance(costs, BlockProfile):
         refuse(words, OF_PIPELINES, FOR_PIPELINES)
-        return plan_blocks(
+        return make_blockwise_plan(
             costs, strategy=options.strategy or "balanced", devices=options.devices,
             batch=rows_of_batch(costs, options.batch, batch), memory_bytes=options.memory,
         )  # fmt: skip
@@ -285,8 +285,8 @@ def rows_of_batch(profile: BlockProfile, given: int | None, of_recipe: int | Non
     return max(block.rows[-1] for block in profile.blocks) if said is None else said
 
 
-def _title(plan: Plan | BlockPlan) -> str:
-    if isinstance(plan, BlockPlan):
+def _title(plan: Plan | BlockwisePlan) -> str:
+    if isinstance(plan, BlockwisePlan):
         return f"{plan.strategy}, {plan.num_devices} devices"
     knobs = [f"stash {plan.stash}"] if plan.stash is not None else []
     knobs += ["split backward"] if plan.split_backward else []

@@ -14,11 +14,11 @@ from pipestill import draw
 from pipestill.cli.options import Helped, parse
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan
-from pipestill.plan.block_json import block_plan_from_json, is_block_plan
-from pipestill.plan.blockwise import BlockPlan
+from pipestill.plan.blockwise.json import block_plan_from_json, is_block_plan
+from pipestill.plan.blockwise.plan import BlockwisePlan
 from pipestill.plan.describe import describe
-from pipestill.recipes.run_blocks import draw_blocks, trace_names
-from pipestill.run_directory import RunDirectory
+from pipestill.recipes.run_blockwise import draw_blocks, trace_names
+from pipestill.train.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _tell_of_blocks(plan: BlockPlan, directory: RunDirectory, summary: dict[str, Any], options: TraceOptions) -> int:
+def _tell_of_blocks(plan: BlockwisePlan, directory: RunDirectory, summary: dict[str, Any], options: TraceOptions) -> int:
     """The same for a run that trained block by block, whose phases have a trace each."""
     files = [directory / name for name in trace_names(len(plan.phases))]
     traces = [draw.read_chrome_trace(file) for file in files]

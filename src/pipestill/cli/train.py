@@ -16,9 +16,9 @@ from pipestill.cli.options import Helped, parse, recipe_and_rest, vars_of
 from pipestill.errors import PlanError
 from pipestill.recipes.run import preflight, run_recipe
 from pipestill.recipes.run_options import RunOptions
-from pipestill.run_directory import RunDirectory
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import choose_device_type, in_main_process
+from pipestill.train.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def chrome_trace(trace: Trace) -> dict[str, Any]:
         name = work.letter if number is None or action.op is Op.DATA else f"{work.letter}{number}"
         place = {"ph": "X", "pid": 1, "tid": event.rank + 1, "ts": start, "dur": round(end - start, 3)}
         events.append({**place, "name": name, "cat": work.name, "args": args})
-    other = {"cuts": sorted(trace.cuts), "blockwise": trace.blockwise, "window": trace.window}
+    other = {"cuts": sorted(trace.interruptions), "blockwise": trace.blockwise, "window": trace.window}
     return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": other}
 
 

@@ -21,8 +21,8 @@ from pipestill.draw.boxes import (
     window,
 )
 from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.blocks import BlockStructure
-from pipestill.schedule.program import AnyStructure, Schedule
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.schedule import Schedule, Structure
 from pipestill.schedule.trace import Trace
 
 _Style = tuple[Work, int] | None
@@ -96,9 +96,9 @@ def schedule_table(schedule: Schedule, *, transfers: bool = False) -> str:
     return "".join(lines)
 
 
-def _name_of(structure: AnyStructure) -> Callable[[Action], str]:
+def _name_of(structure: Structure) -> Callable[[Action], str]:
     """What the work of a table is called."""
-    if isinstance(structure, BlockStructure):
+    if isinstance(structure, BlockwiseStructure):
         shared = {(role, i) for role in Role for i, shares in enumerate(structure.shares(role)) if len(shares) > 1}
         return lambda action: block_label(action, shared)
     several = any(len(structure.stages_of(rank, role)) > 1 for rank in range(structure.num_ranks) for role in Role)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from pipestill.arguments import shown
 from pipestill.errors import ModelError, nearest
-from pipestill.model.adapters import known_blocks
+from pipestill.model.families.known import known_blocks
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,7 @@ def enter(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]
     return list(entered), gradients
 
 
-def cut(value: Any) -> tuple[Any, list[Tensor], list[Tensor | None]]:
+def detached(value: Any) -> tuple[Any, list[Tensor], list[Tensor | None]]:
     """The same nest (aliases kept) as the start of a new graph; its tensors that carry the old one; their gradients.
 
     The backward of the new graph fills the last list (see `enter`).

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from pipestill.costs import Costs
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import cut, distinct_tensors
+from pipestill.model.boundary import detached, distinct_tensors
 from pipestill.model.devices import Machine
 from pipestill.model.profile import Seconds, assemble, microbatch_of, stashes
 from pipestill.model.split import SplitBlock, Unsplittable, start_of
@@ -186,7 +186,7 @@ def _weight_shares(model: BlockModel, outputs: list[Any], machine: Machine) -> l
     """Of each block's backward in two halves, the second's share; all of the first block's, whose input has no gradient."""
     shares = [1.0]
     for i in range(1, len(model)):
-        entered, _, _ = cut(outputs[i - 1])
+        entered, _, _ = detached(outputs[i - 1])
         start = start_of([tensor for tensor in distinct_tensors(entered) if tensor.requires_grad])
         value = model.blocks[i].call(entered)
         roots = [(tensor, torch.empty_like(tensor)) for tensor in distinct_tensors(value) if tensor.requires_grad]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import copied, cut, distinct_tensors, rows_of
+from pipestill.model.boundary import copied, detached, distinct_tensors, rows_of
 from pipestill.model.dry_run import Contracts
 from pipestill.model.split import SplitBlock, start_of
 from pipestill.model.stepwise import stepwise, untouched
@@ -192,7 +192,7 @@ def _weight_shares(model: BlockModel, outputs: list[Any], contracts: Contracts) 
     for i in range(1, len(model)):
         halves: list[tuple[float, float]] = []
         for _ in range(0 if i in contracts.unsplit else 3):
-            entered, _, _ = cut(copied(outputs[i - 1]))
+            entered, _, _ = detached(copied(outputs[i - 1]))
             start = start_of([tensor for tensor in distinct_tensors(entered) if tensor.requires_grad])
             value = model.blocks[i].call(entered)
             roots = [(tensor, torch.ones_like(tensor)) for tensor in distinct_tensors(value) if tensor.requires_grad]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from pipestill.model.boundary import copied, cut, distinct_tensors
+from pipestill.model.boundary import copied, detached, distinct_tensors
 
 Roots = list[tuple[Tensor, Tensor]]
 """Outputs of a block and the gradients that came back for them."""
@@ -152,7 +152,7 @@ def why_whole(call: Callable[[Any], Any], parameters: Sequence[nn.Parameter], va
 
     def forward() -> tuple[Roots, Tensor | None, list[Tensor | None]]:
         torch.manual_seed(0)
-        entered, _, gradients = cut(copied(value))
+        entered, _, gradients = detached(copied(value))
         start = start_of([tensor for tensor in distinct_tensors(entered) if tensor.requires_grad])
         outputs = [tensor for tensor in distinct_tensors(call(entered)) if tensor.requires_grad]
         torch.manual_seed(1)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import cut, distinct_tensors
+from pipestill.model.boundary import detached, distinct_tensors
 from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
 
@@ -107,7 +107,7 @@ def _learn(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> _
         forward.inputs.append([(tensor, tensor._version) for tensor in distinct_tensors(value)])
         forward.outputs.append(_call("student", model, i, value))
         done("student", i)
-        value, tracked, gradients = cut(forward.outputs[-1])
+        value, tracked, gradients = detached(forward.outputs[-1])
         forward.cuts.append((tracked, gradients))
     forward.last = value
     return forward

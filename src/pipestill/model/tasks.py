@@ -13,7 +13,7 @@ from pipestill.arguments import a_loss, one_of, raise_problems, real_number, who
 from pipestill.errors import DataError, ModelError
 from pipestill.losses import DistillationLoss, LossValue, MomentumLoss, SupervisedLoss
 from pipestill.model.blocks import Block, BlockModel
-from pipestill.schedule.program import Demands
+from pipestill.schedule.schedule import Demands
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from pipestill.plan.blockwise import BlockPlan, Phase
+from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
 from pipestill.schedule import Role
-from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 
 
-def describe(plan: BlockPlan) -> list[str]:
+def describe(plan: BlockwisePlan) -> list[str]:
     """One line a rank: `teacher 0-1, 2-3:1/4; student 0, 1:2/3` has a quarter of the rows of teacher blocks 2 and 3 each, and
     two thirds of student block 1's, counted over a window of batches; phases are separated by `then`.
     """
@@ -20,7 +20,7 @@ def describe(plan: BlockPlan) -> list[str]:
     return lines
 
 
-def phase_titles(plan: BlockPlan) -> list[str]:
+def phase_titles(plan: BlockwisePlan) -> list[str]:
     """What each phase trains, for pictures: nothing more than the plan's strategy where there is one phase."""
     on = f"{plan.strategy} on {plan.num_devices} {'device' if plan.num_devices == 1 else 'devices'}"
     if len(plan.phases) == 1:
@@ -36,7 +36,7 @@ def phase_titles(plan: BlockPlan) -> list[str]:
 
 def _of_rank(phase: Phase, rank: int) -> str:
     structure = phase.schedule.structure
-    assert isinstance(structure, BlockStructure)
+    assert isinstance(structure, BlockwiseStructure)
     parts = []
     for role, name in ((Role.TEACHER, "teacher"), (Role.STUDENT, "student")):
         held = []

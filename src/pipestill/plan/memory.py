@@ -9,10 +9,10 @@ from math import ceil
 from pipestill.costs import BlockCosts, Costs, StageCosts
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.needs import lane
-from pipestill.schedule.program import Schedule, Structure
+from pipestill.schedule.schedule import PipelineStructure, Schedule
 from pipestill.schedule.simulate import unit_scale
 
-_SENDS_KEPT = 32  # messages of a rank, as in runtime/process_group.py: a send is not known to have arrived before
+_SENDS_KEPT = 32  # messages of a rank, as in runtime/transport/process_group.py: a send is not known to have arrived before
 _VALUES = frozenset((Lane.TEACHER, Lane.ACTIVATION, Lane.GRADIENT))  # other transfers are a few numbers, or labels
 
 
@@ -44,7 +44,7 @@ def _stages(blocks: tuple[BlockCosts, ...], partition: Sequence[int]) -> list[tu
     return [blocks[end - size : end] for end, size in zip(ends, partition, strict=True)]
 
 
-def _peak(rank: int, row: Sequence[Action], structure: Structure, costs: StageCosts, stash: Sequence[int]) -> int:
+def _peak(rank: int, row: Sequence[Action], structure: PipelineStructure, costs: StageCosts, stash: Sequence[int]) -> int:
     """The most that values take on a rank, over enough steps for every order that its row can produce."""
     held, sent, most = dict[Action, int](), deque[tuple[Action, int]](maxlen=_SENDS_KEPT), 0
     for action in row:
@@ -66,7 +66,7 @@ def _peak(rank: int, row: Sequence[Action], structure: Structure, costs: StageCo
     return most
 
 
-def _value_bytes(action: Action, structure: Structure, costs: StageCosts) -> int:
+def _value_bytes(action: Action, structure: PipelineStructure, costs: StageCosts) -> int:
     """Of what a forward gives to the stage behind it, or a backward to the one before."""
     if action.op is Op.FORWARD:
         sizes, boundary = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes, action.stage
@@ -75,7 +75,7 @@ def _value_bytes(action: Action, structure: Structure, costs: StageCosts) -> int
     return int(sizes[boundary] * unit_scale(action, structure, costs)) if sizes and boundary >= 0 else 0
 
 
-def _done(action: Action, structure: Structure) -> Iterator[Action]:
+def _done(action: Action, structure: PipelineStructure) -> Iterator[Action]:
     """The values, by what made them, that are gone once an action has ended."""
     role, stage, unit, step = action.role, action.stage, action.microbatch, action.step
     last = len(structure.teacher_ranks) - 1

@@ -13,8 +13,8 @@ from pipestill.costs import Costs, StageCosts
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.plan.balance import balance
 from pipestill.plan.memory import memory_bytes_of
-from pipestill.schedule import STRATEGIES, Proof, Schedule, Trace, check, generate
-from pipestill.schedule.program import Demands
+from pipestill.schedule import PIPELINE_STRATEGIES, Proof, Schedule, Trace, check, generate
+from pipestill.schedule.schedule import Demands
 from pipestill.schedule.simulate import simulate
 
 _VERSION = 1
@@ -38,10 +38,10 @@ class Plan:
     def __post_init__(self) -> None:
         """Raises `PlanError` when counts, partitions or the strategy's name make no sense."""
         problems = []
-        if self.strategy not in STRATEGIES:
-            known = ", ".join(STRATEGIES)
+        if self.strategy not in PIPELINE_STRATEGIES:
+            known = ", ".join(PIPELINE_STRATEGIES)
             problems.append(
-                f"no strategy '{self.strategy}'{nearest(str(self.strategy), STRATEGIES)}; there are {known}"
+                f"no strategy '{self.strategy}'{nearest(str(self.strategy), PIPELINE_STRATEGIES)}; there are {known}"
             )
         counts = {"microbatches": self.microbatches}
         counts |= {n: v for n, v in (("run_ahead", self.run_ahead), ("staleness", self.staleness)) if v is not None}

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from pipestill.block_profile import BlockProfile
 from pipestill.costs import Costs
 from pipestill.errors import PlanError, nearest
-from pipestill.plan.blockwise import BLOCK_STRATEGIES, BlockPlan, plan_blocks
+from pipestill.plan.blockwise.costs import Problem, mebibytes
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
 from pipestill.plan.plan import Plan, level, make_plan
-from pipestill.plan.stages import Problem, mebibytes
-from pipestill.schedule.program import Demands
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.schedule.schedule import Demands
 
-P = TypeVar("P", Plan, BlockPlan)
+P = TypeVar("P", Plan, BlockwisePlan)
 _ALIKE = 1.001  # steps that differ by less take equally long, as far as costs can tell
 _NEAR = 1.1  # plans that take no more than that many times as long as the fastest may be faster when cut in another way
 _SPLIT, _STALE = {"split_backward": True}, {"staleness": 1}
@@ -128,7 +128,7 @@ def _is_near(one: Considered[Plan], best: Plan) -> bool:
     return one.plan is not None and one.plan.prediction.seconds_per_step <= _NEAR * best.prediction.seconds_per_step
 
 
-def search_blocks(
+def search_blockwise(
     profile: BlockProfile,
     *,
     devices: int,
@@ -136,15 +136,15 @@ def search_blocks(
     memory_bytes: float | None = None,
     strategy: str | None = None,
     speeds: Sequence[float] | None = None,
-) -> Search[BlockPlan]:
+) -> Search[BlockwisePlan]:
     """Every strategy for blocks that learn alone, or `strategy` only; of those whose ranks hold at most `memory_bytes` the
     fastest is chosen, and of equally fast ones the simplest. Raises `PlanError` when none fits.
     """
-    if strategy is not None and strategy not in BLOCK_STRATEGIES:
-        raise PlanError(_unknown(strategy, BLOCK_STRATEGIES))
+    if strategy is not None and strategy not in BLOCKWISE_STRATEGIES:
+        raise PlanError(_unknown(strategy, BLOCKWISE_STRATEGIES))
     Problem(profile, batch, devices, speeds, memory_bytes)  # or what is wrong with it
-    make = partial(plan_blocks, profile, devices=devices, batch=batch, memory_bytes=memory_bytes, speeds=speeds)
-    names = BLOCK_STRATEGIES if strategy is None else [strategy]
+    make = partial(make_blockwise_plan, profile, devices=devices, batch=batch, memory_bytes=memory_bytes, speeds=speeds)
+    names = BLOCKWISE_STRATEGIES if strategy is None else [strategy]
     considered = [_tried(name, partial(make, strategy=name)) for name in names]
     return _best(considered, lambda plan: plan.seconds_per_batch, lambda plan: ())
 

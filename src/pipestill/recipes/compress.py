@@ -12,7 +12,7 @@ import torch
 
 from pipestill import losses
 from pipestill.errors import ConfigError
-from pipestill.model.blockwise import Blockwise
+from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images
 from pipestill.recipes.networks import Shape, network

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from pipestill.costs import Costs
-from pipestill.data import inputs_and_targets
 from pipestill.errors import ConfigError
 from pipestill.model.boundary import distinct_tensors, num_rows
 from pipestill.model.devices import Machine
 from pipestill.model.estimate import estimate, task_without_memory
 from pipestill.model.tasks import Task
-from pipestill.recipes.phases import make_trainer
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, EndToEndWorkload, Workload
 from pipestill.recipes.run_options import RunOptions
+from pipestill.recipes.runner import make_trainer
+from pipestill.train.data import inputs_and_targets
 
 _BATCHES = 16  # to find a long one among
 

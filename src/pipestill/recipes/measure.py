@@ -7,17 +7,17 @@ import math
 
 import torch
 
-from pipestill.block_profile import BlockProfile
 from pipestill.costs import Costs
-from pipestill.data import inputs_and_targets
-from pipestill.model.blockwise import block_dry_run
+from pipestill.model.blockwise.task import blockwise_dry_run
 from pipestill.model.boundary import num_rows
-from pipestill.recipes.phases import make_trainer
 from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
-from pipestill.recipes.run_blocks import make_block_trainer
+from pipestill.recipes.run_blockwise import make_block_trainer
 from pipestill.recipes.run_options import RunOptions
+from pipestill.recipes.runner import make_trainer
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import choose_device_type, join_world
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.train.data import inputs_and_targets
 
 
 def measure(recipe: Recipe, options: RunOptions) -> Costs | BlockProfile:
@@ -48,7 +48,7 @@ def _measure(recipe: Recipe, options: RunOptions) -> Costs | BlockProfile:
     if isinstance(workload, BlockwiseWorkload):
         task = workload.task()
         by_blocks = make_block_trainer(task, workload, dataclasses.replace(options, strategy="balanced"))
-        return by_blocks.measure(world, block_dry_run(task, inputs), inputs, rows)
+        return by_blocks.measure(world, blockwise_dry_run(task, inputs), inputs, rows)
     trainer = make_trainer(workload.task(), workload, workload.student_training, options)
     contracts = trainer.dry_run(inputs, targets)
     return trainer.measure(world, contracts, (inputs, targets), math.ceil(rows / options.microbatches))

@@ -14,14 +14,9 @@ from torch.utils.data import Subset
 
 from pipestill import losses
 from pipestill.errors import ConfigError
-from pipestill.model.blockwise import Blockwise
+from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.seeding import derive
-from pipestill.recipes.compress import BLOCK_LOSSES
-from pipestill.recipes.datasets import Images, choose_images
-from pipestill.recipes.phases import num_parameters
-from pipestill.recipes.recipe import BlockwiseWorkload, Training, cosine, filled
-from pipestill.recipes.run_options import Numbers
-from pipestill.recipes.search import (
+from pipestill.recipes.architecture_search import (
     Alternating,
     Interleaved,
     SearchSteps,
@@ -30,6 +25,11 @@ from pipestill.recipes.search import (
     rows_apart,
     weights_and_alphas,
 )
+from pipestill.recipes.compress import BLOCK_LOSSES
+from pipestill.recipes.datasets import Images, choose_images
+from pipestill.recipes.recipe import BlockwiseWorkload, Training, cosine, filled
+from pipestill.recipes.run_options import Numbers
+from pipestill.recipes.runner import num_parameters
 from pipestill.recipes.supernet import (
     MobileShape,
     Network,

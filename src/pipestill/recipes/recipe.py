@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pipestill.errors import ConfigError
 from pipestill.losses import DistillationLoss, Metric, SupervisedLoss
-from pipestill.model.blockwise import Blockwise
+from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.tasks import Distillation, Momentum
 from pipestill.optim import LARS
 from pipestill.recipes.run_options import Numbers

@@ -12,15 +12,15 @@ from torch import nn
 from pipestill import draw
 from pipestill.errors import ConfigError, nearest
 from pipestill.model.tasks import Distillation, Supervised
-from pipestill.plan.blockwise import BLOCK_STRATEGIES
-from pipestill.recipes.phases import Runner, evaluate, export, load_into, make_trainer, num_parameters, own_device
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, MomentumWorkload, Recipe, Workload
-from pipestill.recipes.run_blocks import preflight_blocks, run_blocks
+from pipestill.recipes.run_blockwise import preflight_blocks, run_blocks
 from pipestill.recipes.run_options import RunOptions
-from pipestill.result import REFERENCE, Result
-from pipestill.run_directory import RunDirectory
+from pipestill.recipes.runner import Runner, evaluate, export, load_into, make_trainer, num_parameters, own_device
 from pipestill.runtime.world import in_main_process
-from pipestill.schedule import STRATEGIES
+from pipestill.schedule import PIPELINE_STRATEGIES
+from pipestill.train.result import REFERENCE, Result
+from pipestill.train.run_directory import RunDirectory
 
 
 def preflight(recipe: Recipe, options: RunOptions) -> None:
@@ -42,7 +42,7 @@ def preflight(recipe: Recipe, options: RunOptions) -> None:
 def check_strategy(recipe: Recipe, workload: AnyWorkload, options: RunOptions) -> None:
     """`ConfigError` for a strategy, or a knob, of the other kind of training."""
     by_blocks = isinstance(workload, BlockwiseWorkload)
-    ways, names = ("end to end", "block by block"), ((REFERENCE, *STRATEGIES), (REFERENCE, *BLOCK_STRATEGIES))
+    ways, names = ("end to end", "block by block"), ((REFERENCE, *PIPELINE_STRATEGIES), (REFERENCE, *BLOCKWISE_STRATEGIES))
     known, name, problems = names[by_blocks], options.strategy, []
     if name not in known:
         what = f"no strategy '{name}'{nearest(name, known)}"

@@ -21,7 +21,7 @@ class Recorder:
     def __init__(self, rank: int, device: torch.device, num_steps: int = 48) -> None:
         self.rank, self.device, self.num_steps = rank, device, num_steps
         self._steps: deque[tuple[int, list[tuple[Action, object, object]]]] = deque(maxlen=num_steps)
-        self._cuts: deque[int] = deque(maxlen=num_steps)
+        self._interruptions: deque[int] = deque(maxlen=num_steps)
         self.busy_seconds = 0.0
         self._origin = (time.perf_counter(), _cuda_event(device))
 
@@ -45,13 +45,13 @@ class Recorder:
         if isinstance(start, float) and isinstance(end, float):
             self.busy_seconds += end - start
 
-    def cut(self, step: int) -> None:
+    def interrupted_after(self, step: int) -> None:
         """Note that something else than the next step followed `step`."""
-        self._cuts.append(step)
+        self._interruptions.append(step)
 
-    def cuts(self) -> frozenset[int]:
+    def interruptions(self) -> frozenset[int]:
         """The steps that something else followed."""
-        return frozenset(self._cuts)
+        return frozenset(self._interruptions)
 
     def events(self) -> list[Event]:
         """The recorded events in seconds of the host's monotonic clock, in the order in which they started."""

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import ConfigError, DeviceError
-from pipestill.runtime.executor import Waiting
-from pipestill.runtime.neighbours import connect
-from pipestill.runtime.process_group import ProcessGroup
-from pipestill.runtime.shared_memory import SharedMemory
-from pipestill.runtime.transport import InProcess, Message, Transport
+from pipestill.runtime.pipeline.executor import Waiting
+from pipestill.runtime.transport.process_group import ProcessGroup
+from pipestill.runtime.transport.protocol import InProcess, Message, Transport
+from pipestill.runtime.transport.same_machine import connect
+from pipestill.runtime.transport.shared_memory import SharedMemory
 from pipestill.schedule import Lane
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class World(Protocol):
     def drive(self, runs: Sequence[Waiting]) -> None:
         """Run the local ranks' generators to their end."""
 
-    def share(self, value: T | None, rank: int = 0) -> T:
+    def broadcast(self, value: T | None, rank: int = 0) -> T:
         """The value of `rank`, everywhere."""
 
     def gather(self, values: Sequence[T]) -> list[T]:
@@ -96,7 +96,7 @@ class OneProcess:
                 )
                 raise RuntimeError(f"no rank can go on: {stuck}")
 
-    def share(self, value: T | None, rank: int = 0) -> T:
+    def broadcast(self, value: T | None, rank: int = 0) -> T:
         assert value is not None
         return value
 
@@ -147,7 +147,7 @@ class Processes:
             for message in run:
                 raise AssertionError(f"the transport of a process waits itself, but {message} was left to us")
 
-    def share(self, value: T | None, rank: int = 0) -> T:
+    def broadcast(self, value: T | None, rank: int = 0) -> T:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=rank, group=self.group)
         shared: T = box[0]

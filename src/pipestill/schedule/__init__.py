@@ -2,21 +2,21 @@
 
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.check import Proof, check
-from pipestill.schedule.generate import STRATEGIES, generate
-from pipestill.schedule.program import Schedule, Structure
+from pipestill.schedule.pipeline.generate import PIPELINE_STRATEGIES, generate
+from pipestill.schedule.schedule import PipelineStructure, Schedule
 from pipestill.schedule.trace import Event, Trace
 
 __all__ = [
-    "STRATEGIES",
+    "PIPELINE_STRATEGIES",
     "Action",
     "Event",
     "Kind",
     "Lane",
     "Op",
+    "PipelineStructure",
     "Proof",
     "Role",
     "Schedule",
-    "Structure",
     "Trace",
     "check",
     "generate",

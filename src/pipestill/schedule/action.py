@@ -33,7 +33,7 @@ class Op(str, Enum):
     A backward is one `BACKWARD`, or an `INPUT` (the gradient of the stage's input, which the stage before waits for) and
     later a `WEIGHT` (those of its weights, which only the update waits for). `NORM` sums up a stage's squared gradients for
     clipping by their global norm. `EMA` is the update of a momentum teacher. Where blocks train alone (see
-    `BlockStructure`), a student's `BACKWARD` is its forward, loss and backward, which nothing separates, and `REDUCE` adds up
+    `BlockwiseStructure`), a student's `BACKWARD` is its forward, loss and backward, which nothing separates, and `REDUCE` adds up
     the gradients of ranks that share a batch.
     """
 
@@ -103,8 +103,8 @@ class Action:
     """Smallest scheduled work; prints and parses (see the module docstring).
 
     `microbatch` is None for work done once a step; where samples have several views, it counts pairs of a microbatch and a
-    view (see `Structure`), and for a `LOSS` what it is evaluated on. `peer` is the other rank of a transfer. In the rows of a
-    `Schedule`, `step` counts from the period's own step; in unrolled rows and traces it is absolute.
+    view (see `PipelineStructure`), and for a `LOSS` what it is evaluated on. `peer` is the other rank of a transfer. In the
+    rows of a `Schedule`, `step` counts from the period's own step; in unrolled rows and traces it is absolute.
     """
 
     role: Role

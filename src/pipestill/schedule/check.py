@@ -8,9 +8,9 @@ from graphlib import CycleError, TopologicalSorter
 
 from pipestill.errors import ScheduleError
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.needs import lane, meets, needs
-from pipestill.schedule.program import AnyStructure, Schedule, Structure
+from pipestill.schedule.schedule import PipelineStructure, Schedule, Structure
 
 _READS_WEIGHTS = (Op.FORWARD, Op.BACKWARD, Op.INPUT, Op.WEIGHT)
 
@@ -57,11 +57,11 @@ def examine(schedule: Schedule, num_steps: int = 3) -> Proof:
     rows = schedule.unroll(num_steps + schedule.lookahead)
     problems += _lane_problems(rows, schedule.structure)
     problems += _order_problems(rows)
-    if isinstance(schedule.structure, BlockStructure):
+    if isinstance(schedule.structure, BlockwiseStructure):
         problems += _collective_problems(rows, schedule.structure)
     if complete and not never_stuck(schedule):
         problems += _stuck_ranks(schedule)
-    if isinstance(schedule.structure, BlockStructure):
+    if isinstance(schedule.structure, BlockwiseStructure):
         return _proof_of_blocks(problems, num_steps, schedule)
     versions, version_problems = _versions(rows, schedule.structure)
     problems += version_problems
@@ -121,7 +121,7 @@ def _transfer_problems(schedule: Schedule) -> list[str]:
     ]
 
 
-def crossings(structure: AnyStructure) -> list[tuple[Action, int, int]]:
+def crossings(structure: Structure) -> list[tuple[Action, int, int]]:
     """(work, its rank, a rank that needs its result), once each, in the order of a plain loop's consumers."""
     seen: dict[tuple[Action, int, int], None] = {}
     for consumer in structure.actions():
@@ -133,7 +133,7 @@ def crossings(structure: AnyStructure) -> list[tuple[Action, int, int]]:
     return list(seen)
 
 
-def _lane_problems(rows: list[list[Action]], structure: AnyStructure) -> list[str]:
+def _lane_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
     """On each lane, sends and receives stand in the same order."""
     sent = defaultdict[tuple[int, int, Lane], list[Action]](list)
     received = defaultdict[tuple[int, int, Lane], list[Action]](list)
@@ -155,7 +155,7 @@ def _lane_problems(rows: list[list[Action]], structure: AnyStructure) -> list[st
     return problems
 
 
-def _collective_problems(rows: list[list[Action]], structure: BlockStructure) -> list[str]:
+def _collective_problems(rows: list[list[Action]], structure: BlockwiseStructure) -> list[str]:
     """Ranks that add up gradients together do so in the same order: a process group tells its collectives by their order."""
     met = defaultdict[tuple[Op, tuple[int, ...]], dict[int, list[Action]]](lambda: defaultdict(list))
     known = set(structure.actions())
@@ -271,7 +271,7 @@ def _stuck_ranks(schedule: Schedule) -> list[str]:
         num_steps *= 2
 
 
-def deadlock(rows: list[list[Action]], structure: AnyStructure, *, rendezvous: bool) -> list[str]:
+def deadlock(rows: list[list[Action]], structure: Structure, *, rendezvous: bool) -> list[str]:
     """One line a stuck rank when the rows cannot all run to their end, else nothing.
 
     A receive only posts a buffer and never blocks on the message itself; work blocks until its inputs are
@@ -330,7 +330,7 @@ def _proof_of_blocks(problems: list[str], num_steps: int, schedule: Schedule) ->
     return Proof(tuple(problems), tuple(steps), (0,) * len(schedule.rows), schedule.lookahead, 0)
 
 
-def _versions(rows: list[list[Action]], structure: Structure) -> tuple[tuple[Versions, ...], list[str]]:
+def _versions(rows: list[list[Action]], structure: PipelineStructure) -> tuple[tuple[Versions, ...], list[str]]:
     """The versions that each step's forwards read, and where they are not what the structure declares.
 
     Step k reads student version k, and a teacher version of 0 when it is frozen, of k when it moves; less the declared

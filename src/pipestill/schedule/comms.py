@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from pipestill.schedule.action import Action, Lane, Op, Role
-from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.check import crossings, never_stuck
 from pipestill.schedule.needs import lane, meets, needs
-from pipestill.schedule.program import AnyStructure, Row, Schedule
+from pipestill.schedule.schedule import Row, Schedule, Structure
 
 
 def connect(
-    strategy: str, structure: AnyStructure, rows: Sequence[Sequence[Action]], stash: tuple[int, ...], run_ahead: int
+    strategy: str, structure: Structure, rows: Sequence[Sequence[Action]], stash: tuple[int, ...], run_ahead: int
 ) -> Schedule:
     """Rows of work without transfers -> a schedule with its data reads, sends and receives.
 
@@ -34,7 +34,7 @@ def connect(
 
 def _connect(
     strategy: str,
-    structure: AnyStructure,
+    structure: Structure,
     rows: Sequence[Sequence[Action]],
     stash: tuple[int, ...],
     run_ahead: int,
@@ -60,7 +60,7 @@ def _connect(
 def _with_transfers(
     row: Sequence[Action],
     rank: int,
-    structure: AnyStructure,
+    structure: Structure,
     destinations: dict[Action, list[int]],
     lead: int,
     order: dict[Action, tuple[int, int]],
@@ -75,7 +75,7 @@ def _with_transfers(
     out = []
     for index, action in enumerate(row):
         receives = before[index]  # of blocks these are in the order of their lanes
-        if not isinstance(structure, BlockStructure):
+        if not isinstance(structure, BlockwiseStructure):
             # A period's own receives come after those of later periods that wrapped into it: lanes keep their order.
             receives = sorted(receives, key=lambda receive: receive.step)
         out += receives
@@ -85,7 +85,7 @@ def _with_transfers(
 
 
 def _posted(
-    row: Sequence[Action], rank: int, structure: AnyStructure, lead: int, order: dict[Action, tuple[int, int]]
+    row: Sequence[Action], rank: int, structure: Structure, lead: int, order: dict[Action, tuple[int, int]]
 ) -> dict[Action, int]:
     """When each result of another rank is announced, counted in actions of `row` from the start of its own period:
     `lead` before its first use, in its own period at the latest, and in the order in which its lane brings it.
@@ -96,7 +96,7 @@ def _posted(
             if need.op is not Op.DATA and structure.rank_of(need) != rank:
                 moment = min(index - need.step * len(row) - lead, len(row) - 1)
                 moments[need.at(0)] = min(moment, moments.get(need.at(0), moment))
-    if isinstance(structure, BlockStructure):
+    if isinstance(structure, BlockwiseStructure):
         lanes = defaultdict[tuple[int, Lane], list[Action]](list)
         for need in sorted(moments, key=order.__getitem__):
             source = structure.rank_of(need)
@@ -117,14 +117,14 @@ def _in_turn(
     return {need: min(turns[need], first + period - 1) - ahead[need] for need in needed}
 
 
-def edges(structure: AnyStructure) -> set[tuple[int, int, Lane]]:
+def edges(structure: Structure) -> set[tuple[int, int, Lane]]:
     """Every directed edge and lane on which tensors of a model or targets travel."""
     used = set[tuple[int, int, Lane]]()
     for payload, source, destination in crossings(structure):
         on = lane(payload.receive_from(source), destination, structure)
         if on is not Lane.DATA:
             used.add((source, destination, on))
-        elif isinstance(structure, BlockStructure):
+        elif isinstance(structure, BlockwiseStructure):
             if structure.reads_samples(destination):
                 used.add((source, destination, Lane.INPUT))
         elif destination == structure.student_ranks[structure.last]:

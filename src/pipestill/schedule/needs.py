@@ -6,11 +6,11 @@ from functools import lru_cache
 from itertools import pairwise
 
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.blocks import BlockStructure
-from pipestill.schedule.program import AnyStructure, Structure
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.schedule import PipelineStructure, Structure
 
 
-def needs(action: Action, structure: AnyStructure) -> list[Action]:
+def needs(action: Action, structure: Structure) -> list[Action]:
     """The work whose results `action` uses directly, in the order in which a plain loop would do it.
 
     A receive waits for its step's data, since a batch's rows size the buffer; a send for the work it carries.
@@ -25,7 +25,7 @@ def needs(action: Action, structure: AnyStructure) -> list[Action]:
 
     if action.op is Op.DATA:
         return [data.at(step - 1)]
-    if isinstance(structure, BlockStructure):
+    if isinstance(structure, BlockwiseStructure):
         return _block_needs(action, structure)
     if action.op is Op.FORWARD:
         assert m is not None
@@ -69,7 +69,7 @@ def needs(action: Action, structure: AnyStructure) -> list[Action]:
     return [*gradients, action.at(step - 1)] if structure.student_staleness else gradients
 
 
-def _block_needs(action: Action, structure: BlockStructure) -> list[Action]:
+def _block_needs(action: Action, structure: BlockwiseStructure) -> list[Action]:
     """Of blocks that train alone."""
     step, share = action.step, structure.share_of(action)
     if action.op is Op.REDUCE:
@@ -98,13 +98,13 @@ def meets(action: Action) -> bool:
     return action.op is Op.REDUCE
 
 
-def _gradients_before(action: Action, structure: Structure) -> list[Action]:
+def _gradients_before(action: Action, structure: PipelineStructure) -> list[Action]:
     """The update that takes what the step before has added up on a stage. Elsewhere, forwards need it anyway."""
     stale = structure.student_staleness and structure.train
     return [Action(Role.STUDENT, action.stage, Op.UPDATE, None, action.step - 1)] if stale else []
 
 
-def _pass_before(action: Action, structure: Structure) -> list[Action]:
+def _pass_before(action: Action, structure: PipelineStructure) -> list[Action]:
     """For the first action of a pass in a serial structure: the last of the pass before it in the step, if any."""
     if not structure.serial:
         return []
@@ -120,17 +120,17 @@ def _pass_before(action: Action, structure: Structure) -> list[Action]:
 
 
 @lru_cache(maxsize=16)
-def _order(structure: Structure) -> dict[tuple[Role, Op, int], tuple[Role, Op, int]]:
+def _order(structure: PipelineStructure) -> dict[tuple[Role, Op, int], tuple[Role, Op, int]]:
     """For each pass of a step, the one before it; the loss belongs to the backward, which needs it anyway."""
     passes = [p for p in structure.passes() if p[1] is not Op.LOSS]
     return {after: before for before, after in pairwise(passes)}
 
 
-def lane(transfer: Action, destination: int, structure: AnyStructure) -> Lane:
+def lane(transfer: Action, destination: int, structure: Structure) -> Lane:
     """The channel of the edge to rank `destination` on which `transfer` (a send or a receive) travels."""
     if transfer.op is Op.DATA:
         return Lane.DATA
-    if isinstance(structure, BlockStructure):
+    if isinstance(structure, BlockwiseStructure):
         key = transfer.payload.at(0), destination
         return Lane.TEACHER if key in structure.relays else Lane.STATE if key in structure.moves else Lane.TOKEN
     if transfer.op is Op.NORM:

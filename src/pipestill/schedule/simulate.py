@@ -10,10 +10,10 @@ from itertools import count
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.block_costs import BlockwiseCosts
-from pipestill.schedule.blocks import BlockStructure
+from pipestill.schedule.blockwise.costs import BlockwiseCosts
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.needs import lane, meets, needs
-from pipestill.schedule.program import AnyStructure, Schedule, Structure
+from pipestill.schedule.schedule import PipelineStructure, Schedule, Structure
 from pipestill.schedule.trace import Event, Trace
 
 AnyCosts = StageCosts | BlockwiseCosts
@@ -33,27 +33,27 @@ def simulate(schedule: Schedule, costs: AnyCosts, num_steps: int | None = None) 
     return _Simulation(schedule, costs, num_steps).run()
 
 
-def work_seconds(action: Action, structure: AnyStructure, costs: AnyCosts) -> float:
+def work_seconds(action: Action, structure: Structure, costs: AnyCosts) -> float:
     """How long `action` computes when no other rank disturbs it, in either kind of structure."""
-    if isinstance(structure, BlockStructure):
+    if isinstance(structure, BlockwiseStructure):
         assert isinstance(costs, BlockwiseCosts)
         return costs.action_seconds(action, structure)
     assert isinstance(costs, StageCosts)
     return action_seconds(action, structure, costs)
 
 
-def message_seconds(action: Action, destination: int, structure: AnyStructure, costs: AnyCosts) -> float:
+def message_seconds(action: Action, destination: int, structure: Structure, costs: AnyCosts) -> float:
     """How long the result of `action` takes to arrive at rank `destination`, in either kind of structure."""
     if lane(action, destination, structure) is Lane.TOKEN:
         return costs.link.latency_seconds
-    if isinstance(structure, BlockStructure):
+    if isinstance(structure, BlockwiseStructure):
         assert isinstance(costs, BlockwiseCosts)
         return costs.transfer_seconds(action, destination, structure)
     assert isinstance(costs, StageCosts)
     return transfer_seconds(action, structure, costs)
 
 
-def action_seconds(action: Action, structure: Structure, costs: StageCosts) -> float:
+def action_seconds(action: Action, structure: PipelineStructure, costs: StageCosts) -> float:
     """How long `action` computes when no other rank disturbs it."""
     if action.op is Op.DATA:
         return costs.data
@@ -75,7 +75,7 @@ def action_seconds(action: Action, structure: Structure, costs: StageCosts) -> f
     return seconds * unit_scale(action, structure, costs)
 
 
-def transfer_seconds(action: Action, structure: Structure, costs: StageCosts) -> float:
+def transfer_seconds(action: Action, structure: PipelineStructure, costs: StageCosts) -> float:
     """How long the result of `action` takes to arrive at another rank: a boundary's activations or their gradients."""
     if action.microbatch is None:
         return costs.link.seconds(0)
@@ -86,7 +86,7 @@ def transfer_seconds(action: Action, structure: Structure, costs: StageCosts) ->
     return costs.link.seconds(sizes[boundary] * unit_scale(action, structure, costs) if sizes else 0)
 
 
-def unit_scale(action: Action, structure: Structure, costs: StageCosts) -> float:
+def unit_scale(action: Action, structure: PipelineStructure, costs: StageCosts) -> float:
     """How much longer a forward or a backward takes than the costs' microbatch in a view that costs 1."""
     assert action.microbatch is not None
     views = structure.views if action.role is Role.STUDENT else structure.teacher_views
@@ -105,7 +105,7 @@ class _Todo:
     needed: tuple[tuple[int, int], ...]  # results, and the step that each is of, counted from the period's own
 
 
-def _first_uses(row: Sequence[Action], structure: AnyStructure) -> dict[Action, int]:
+def _first_uses(row: Sequence[Action], structure: Structure) -> dict[Action, int]:
     """Where in a period each result that a rank receives is used first: of uses in several periods, in the earliest."""
     uses = dict[Action, tuple[int, int]]()
     received = {action.payload.at(0) for action in row if action.kind is Kind.RECEIVE}
@@ -184,7 +184,7 @@ class _Simulation:
                 todo, period = row[self.position[rank]]
                 stuck = todo.action.at(period + todo.action.step)
                 raise RuntimeError(f"rank {rank} never runs {stuck}: the schedule deadlocks")
-        if isinstance(self.structure, BlockStructure):
+        if isinstance(self.structure, BlockwiseStructure):
             return Trace(self.num_ranks, tuple(self.events), blockwise=True, window=self.structure.window)
         return Trace(self.num_ranks, tuple(self.events))
 

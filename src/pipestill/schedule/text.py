@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from fractions import Fraction
 
-from pipestill.schedule.blocks import WHOLE, BlockStructure, Share
+from pipestill.schedule.blockwise.structure import WHOLE, BlockwiseStructure, Share
 
 Fields = dict[str, str]
 """The lines by what stands before their colon; what is read is taken out."""
@@ -23,7 +23,7 @@ _SHARE = re.compile(
 )
 
 
-def block_lines(structure: BlockStructure) -> list[str]:
+def block_lines(structure: BlockwiseStructure) -> list[str]:
     """The structure, as `parse_blocks` reads it."""
     roles = (("teacher", structure.teacher), ("student", structure.student))
     return [
@@ -44,11 +44,11 @@ def of_blocks(fields: Fields) -> bool:
     return "student ranks" not in fields and "teacher ranks" not in fields and any(key in fields for key in _OF_BLOCKS)
 
 
-def parse_blocks(fields: Fields) -> BlockStructure:
+def parse_blocks(fields: Fields) -> BlockwiseStructure:
     """Read back `block_lines`. `KeyError` is a line that is missing, `ValueError` says what is wrong."""
     named = [re.fullmatch(f"(?:teacher|student) ({_NUMBER})", key) for key in fields]
     blocks = range(1 + max((int(match[1]) for match in named if match), default=0))  # in which the first gap raises
-    return BlockStructure(
+    return BlockwiseStructure(
         num_ranks=parse_number("ranks", fields),
         window=parse_number("window", fields),
         teacher=tuple(_shares(f"teacher {i}", fields) for i in blocks),

@@ -28,12 +28,12 @@ class Trace:
     """Everything that ranks computed, in the order of each rank.
 
     All figures are of the steady state: the middle third of the steps, which leaves out warm-up and cool-down, and
-    without the intervals after `cuts`, steps that something else followed (a validation).
+    without the intervals after `interruptions`, steps that something else followed (a validation).
     """
 
     num_ranks: int
     events: tuple[Event, ...]
-    cuts: frozenset[int] = frozenset()
+    interruptions: frozenset[int] = frozenset()
     blockwise: bool = False
     """Work is told apart by its block, not by its microbatch."""
     window: int = 1
@@ -65,9 +65,9 @@ class Trace:
         return [ends[k + 1] - ends[k] for k in self._steady()]
 
     def _steady(self) -> list[int]:
-        """The steps k whose interval, end of k to end of k + 1, is steady: the middle third of them, without cuts."""
+        """The steps k whose interval, end of k to end of k + 1, is steady: the middle third of them, without interruptions."""
         full = self._updates()[1]
-        steps = [k for k in self.steps()[:-1] if k not in self.cuts and k + 1 in full]
+        steps = [k for k in self.steps()[:-1] if k not in self.interruptions and k + 1 in full]
         skip = len(steps) // 3
         return steps[skip : len(steps) - skip]
 

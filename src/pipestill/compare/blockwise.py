@@ -1,0 +1,153 @@
+"""Measures strategies of blockwise training side by side in one run, beside what the machine itself can do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from pipestill.compare.real import Comparison, barrier, rank_here, slowest
+from pipestill.errors import ConfigError, nearest
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, make_blockwise_plan
+from pipestill.plan.describe import describe
+from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
+from pipestill.recipes.run_blockwise import make_block_trainer
+from pipestill.recipes.run_options import RunOptions
+from pipestill.runtime.launch import launch
+from pipestill.runtime.world import OneProcess
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.train.blockwise import BlockResult
+from pipestill.train.result import REFERENCE
+
+_FEWEST_WINDOWS = 7
+ONE_PASS = "relay-dpu"  # on one rank: every block's teacher forward and student step once a batch
+
+
+def compare_blockwise(
+    recipe: Recipe, options: RunOptions, strategies: Sequence[str], *, rounds: int, steps: int, device_type: str
+) -> Comparison:
+    """Train `steps` batches with each strategy in turn, `rounds` times over, on `options.devices` processes.
+
+    Times are of training every block on one batch. Every round also measures the machine's own ceiling: how long one
+    pass of all the work takes in one process alone, and in as many independent processes at once as there are devices.
+    `speedup` is over the first strategy, as the median of the rounds' own ratios; spreads are the least and the largest.
+    Predictions are from the blocks' profile, scaled to what one pass takes while all processes compute. Raises
+    `ConfigError` for an unknown strategy.
+    """
+    known = (REFERENCE, *BLOCKWISE_STRATEGIES)
+    for name in strategies:
+        if name not in known or (name == REFERENCE and options.devices > 1):
+            raise ConfigError(
+                f"no strategy '{name}' for blocks{nearest(name, known)}; there are {', '.join(known[1:])}"
+            )
+    arguments = (recipe, options, tuple(strategies), rounds, steps)
+    if options.devices == 1:
+        return _measure(*arguments)
+    measured: Comparison = launch(
+        _measure, arguments, options.devices, device_type=device_type, threads=options.threads or 1,
+        timeout_seconds=options.timeout_seconds,
+    )  # fmt: skip
+    return measured
+
+
+def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], rounds: int, steps: int) -> Comparison:
+    """On every rank of the run; the result is complete on rank 0."""
+    if options.devices == 1:
+        torch.set_num_threads(options.threads or 1)
+    workload = recipe.workload(options.seed)
+    assert isinstance(workload, BlockwiseWorkload)
+    _one_pass(workload, options, steps)  # the first run pays for imports and for memory from the system
+    alone, together, runs = list[float](), list[float](), {name: list[BlockResult]() for name in strategies}
+    profile: BlockProfile | None = None
+    for _ in range(rounds):
+        alone.append(_one_pass(workload, options, steps, only_rank_0=True))
+        together.append(_one_pass(workload, options, steps))
+        if profile is None:
+            measured = _train(workload, dataclasses.replace(options, strategy=ONE_PASS), 2, None)
+            assert measured.plan is not None
+            profile = measured.plan.costs.profile
+        for name in strategies:
+            barrier()
+            runs[name].append(_train(workload, dataclasses.replace(options, strategy=name), steps, profile))
+    assert profile is not None
+    return _figures(options, runs, alone, together, profile)
+
+
+def _one_pass(workload: BlockwiseWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
+    """Seconds a batch of all work once: the slowest process's, in all of them at once or in rank 0's alone."""
+    barrier()
+    seconds = 0.0
+    if not only_rank_0 or rank_here() == 0:
+        one = dataclasses.replace(options, devices=1, strategy=ONE_PASS)
+        trainer = make_block_trainer(workload.task(), workload, one)
+        seconds = trainer.fit(workload.of_blocks(), steps=steps, world=OneProcess(1)).seconds_per_batch
+    return slowest(seconds)
+
+
+def _train(workload: BlockwiseWorkload, options: RunOptions, steps: int, profile: BlockProfile | None) -> BlockResult:
+    """For `steps` batches, or as many windows of them as show a steady state."""
+    trainer = make_block_trainer(workload.task(), workload, options, profile=profile)
+    if profile is not None and profile.batch is not None:
+        plan = trainer.plan_for(profile, profile.batch)
+        steps = max(steps, _FEWEST_WINDOWS * max(phase.window for phase in plan.phases))
+    return trainer.fit(workload.of_blocks(), steps=steps)
+
+
+def _figures(
+    options: RunOptions,
+    runs: dict[str, list[BlockResult]],
+    alone: list[float],
+    together: list[float],
+    profile: BlockProfile,
+) -> Comparison:
+    ceilings = [options.devices * a / t for a, t in zip(alone, together, strict=True)]
+    first = next(iter(runs.values()))
+    results, traces = [], {}
+    for name, rounds in runs.items():
+        seconds = [r.seconds_per_batch for r in rounds]
+        ratios = [base.seconds_per_batch / r.seconds_per_batch for base, r in zip(first, rounds, strict=True)]
+        shares = [a / s / c for a, s, c in zip(alone, seconds, ceilings, strict=True)]
+        figures: dict[str, Any] = {
+            "strategy": name,
+            "seconds_per_step": median(seconds),
+            "seconds_per_step_spread": [min(seconds), max(seconds)],
+            "speedup": median(ratios),
+            "speedup_spread": [min(ratios), max(ratios)],
+            "share_of_ceiling": median(shares),
+            "share_of_ceiling_spread": [min(shares), max(shares)],
+            "peak_memory_bytes": rounds[-1].peak_memory_bytes,
+            "utilisation": median(r.utilisation for r in rounds),
+        }
+        plan = rounds[-1].plan
+        if plan is not None:
+            batch = plan.costs.batch
+            one_pass = sum(block.teacher(batch) + block.student(batch) for block in profile.blocks)
+            now = profile.scaled(median(together) / one_pass)
+            expected = make_blockwise_plan(
+                now, strategy=name, devices=options.devices, batch=batch, memory_bytes=options.memory
+            )
+            figures |= {
+                "predicted_seconds_per_step": expected.seconds_per_batch,
+                "limit_seconds_per_step": expected.limit_seconds_per_batch,
+                "window": max(phase.window for phase in plan.phases),
+                "memory_bytes": list(plan.memory_bytes),
+                "plan": describe(plan),
+            }
+            traces[name] = rounds[-1].traces[-1]
+        results.append(figures)
+    calibration = {
+        "blocks": len(profile.blocks),
+        "devices": options.devices,
+        "rounds": len(alone),
+        "alone_seconds_per_step": median(alone),
+        "together_seconds_per_step": median(together),
+        "ceiling": median(ceilings),
+        "ceiling_spread": [min(ceilings), max(ceilings)],
+        "link": profile.link.to_json(),
+        "allreduce_ranks": list(profile.blocks[0].allreduce_ranks),
+        "allreduce_seconds": [list(block.allreduce_seconds) for block in profile.blocks],
+    }
+    return Comparison({"calibration": calibration, "results": results}, traces)

@@ -1,0 +1,1 @@
+"""Student blocks that train alone against their teacher blocks."""

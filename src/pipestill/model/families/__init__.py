@@ -1,0 +1,1 @@
+"""Model families that are cut into blocks as they are."""

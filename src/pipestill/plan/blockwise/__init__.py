@@ -1,0 +1,1 @@
+"""Plans for blocks that train alone."""

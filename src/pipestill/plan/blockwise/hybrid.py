@@ -1,0 +1,165 @@
+"""Blocks and ranks -> stages of consecutive blocks on groups of consecutive ranks, by exact search.
+
+The strategies are those of Pipe-BD (Jang et al., DATE 2023), whose own search tries every candidate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from pipestill.plan.blockwise.costs import Problem, Speeds, Stage, most_rows
+from pipestill.schedule.blockwise.generate import AHEAD
+from pipestill.schedule.blockwise.profile import BlockProfile
+
+_Table = npt.NDArray[np.float64]  # [first block, end] of a stage
+_ROUNDING = 1 + 1e-12  # sums that differ by less are equal
+
+
+@dataclass(frozen=True, slots=True)
+class Hybrid:
+    """Stages in order, the predicted seconds of each for one batch, and how many candidates the choice was from.
+
+    `memory_bytes` is what each rank holds at most; empty when the profile does not say what blocks hold.
+    """
+
+    stages: tuple[Stage, ...]
+    stage_seconds: tuple[float, ...]
+    num_candidates: int
+    memory_bytes: tuple[int, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Of one batch in the steady state: the slowest stage's."""
+        return max(self.stage_seconds)
+
+
+def hybrid(
+    profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None
+) -> Hybrid:
+    """The stages with the least seconds on the slowest stage, over all cuts of blocks and of ranks in order.
+
+    Every rank is used; a group is as slow as its slowest member. A stage that needs more than `memory_bytes` on a rank
+    is no candidate. Of equally good answers the one with the fewest seconds summed over ranks, then the smallest groups and
+    the fewest blocks first.
+
+    Exact, by two dynamic programmes over (ranks, blocks) in O(blocks^2 * ranks^2): the least possible slowest stage, then
+    the least sum among stages that are no slower. Raises `PlanError` when nothing fits, with what the least would be.
+    """
+    problem = Problem(profile, batch, devices, speeds, memory_bytes)
+    num_candidates = math.comb(devices + len(profile.blocks) - 2, devices - 1)
+    return _search(problem, range(devices), devices, num_candidates)
+
+
+def relay(
+    profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None
+) -> Hybrid:
+    """As `hybrid`, with one rank for every stage. With fewer blocks than ranks, the slowest of the ranks stay idle."""
+    problem = Problem(profile, batch, devices, speeds, memory_bytes)
+    num_blocks = len(profile.blocks)
+    fastest = sorted(range(devices), key=lambda rank: -problem.pace[rank])[:num_blocks]
+    return _search(problem, sorted(fastest), 1, math.comb(num_blocks - 1, len(fastest) - 1))
+
+
+def exhaustive(
+    profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None
+) -> Hybrid:
+    """What `hybrid` finds, by trying each of the C(devices + blocks - 2, devices - 1) candidates: for small searches."""
+    problem = Problem(profile, batch, devices, speeds, memory_bytes)
+    every = list(_candidates(len(profile.blocks), devices))
+    fitting = [stages for stages in every if problem.fits(stages)]
+    if not fitting:
+        raise problem.nothing_fits(min(max(map(problem.bytes_of, stages)) for stages in every))
+    costs = [(tuple(map(problem.seconds_of, stages)), stages) for stages in fitting]
+    worst = min(max(seconds) for seconds, _ in costs) * _ROUNDING
+    costs = [(seconds, stages) for seconds, stages in costs if max(seconds) <= worst]
+    sums = [sum(s * len(stage.ranks) for s, stage in zip(seconds, stages, strict=True)) for seconds, stages in costs]
+    best = [stages for total, (_, stages) in zip(sums, costs, strict=True) if total <= min(sums) * _ROUNDING]
+    return _answer(problem, min(best, key=lambda stages: [(len(s.ranks), s.end) for s in stages]), len(every))
+
+
+def _candidates(num_blocks: int, num_ranks: int) -> Iterator[tuple[Stage, ...]]:
+    for num_stages in range(1, min(num_blocks, num_ranks) + 1):
+        for cuts in combinations(range(1, num_blocks), num_stages - 1):
+            for bounds in combinations(range(1, num_ranks), num_stages - 1):
+                blocks, ranks = pairwise((0, *cuts, num_blocks)), pairwise((0, *bounds, num_ranks))
+                yield tuple(Stage(*held, tuple(range(*group))) for held, group in zip(blocks, ranks, strict=True))
+
+
+def _answer(problem: Problem, stages: tuple[Stage, ...], num_candidates: int) -> Hybrid:
+    held = {rank: problem.bytes_of(stage) for stage in stages for rank in stage.ranks}
+    memory = tuple(held.get(rank, 0) for rank in range(problem.devices)) if problem.profile.memory_known else ()
+    return Hybrid(stages, tuple(map(problem.seconds_of, stages)), num_candidates, memory)
+
+
+def _search(problem: Problem, ranks: Sequence[int], largest_group: int, num_candidates: int) -> Hybrid:
+    """The best stages that use all of `ranks`, in groups of at most `largest_group`."""
+    num_blocks = len(problem.profile.blocks)
+    shares = [_share(problem, k) for k in range(1, largest_group + 1)]
+    groups = [(start, end) for end in range(len(ranks) + 1) for start in range(max(0, end - largest_group), end)]
+
+    def cost(start: int, end: int) -> _Table:
+        work, rest, _ = shares[end - start - 1]
+        return work / min(problem.pace[rank] for rank in ranks[start:end]) + rest
+
+    def least_worst(cost: Callable[[int, int], _Table]) -> float:
+        worst = np.full((len(ranks) + 1, num_blocks + 1), math.inf)  # when the first ranks hold the first blocks
+        worst[0, 0] = 0.0
+        for start, end in groups:
+            through = np.maximum(worst[start, :-1, None], cost(start, end)).min(axis=0)
+            np.minimum(worst[end], through, out=worst[end])
+        return float(worst[-1, -1])
+
+    limit = least_worst(cost) * _ROUNDING
+    if limit == math.inf:
+        raise problem.nothing_fits(least_worst(lambda start, end: shares[end - start - 1][2]))
+    total = np.full((len(ranks) + 1, num_blocks + 1), math.inf)  # when ranks from one on hold blocks from one on
+    total[-1, -1] = 0.0
+
+    def totals(start: int, end: int) -> _Table:
+        table = cost(start, end)
+        return np.asarray(np.where(table <= limit, table * (end - start), math.inf) + total[end])
+
+    for start, end in sorted(groups, reverse=True):
+        np.minimum(total[start, :-1], totals(start, end).min(axis=1), out=total[start, :-1])
+    stages: list[Stage] = []
+    rank = block = 0
+    while rank < len(ranks):
+        ways = ((end, totals(rank, end)[block]) for start, end in groups if start == rank)
+        group_end, sums = next((end, sums) for end, sums in ways if sums.min() <= total[rank, block] * _ROUNDING)
+        stages.append(
+            Stage(block, int((sums <= total[rank, block] * _ROUNDING).argmax()), tuple(ranks[rank:group_end]))
+        )
+        rank, block = group_end, stages[-1].end
+    return _answer(problem, tuple(stages), num_candidates)
+
+
+def _share(problem: Problem, k: int) -> tuple[_Table, _Table, _Table]:
+    """Of every stage on k ranks: work at speed 1, all other seconds (infinite where there is no such stage or it does
+    not fit), and bytes on a rank: the terms of `stage_seconds` and `stage_memory_bytes`.
+    """
+    profile, rows, share = problem.profile, problem.batch / k, most_rows(problem.batch, k)
+    blocks, num_blocks = profile.blocks, len(profile.blocks)
+
+    def over_stages(values: Sequence[float], collect: np.ufunc) -> _Table:
+        table = np.zeros((num_blocks, num_blocks + 1))
+        table[:, 1:] = collect.accumulate(np.triu(np.broadcast_to(values, (num_blocks, num_blocks))), axis=1)
+        return table
+
+    work = over_stages([block.teacher(rows) + block.student(rows) for block in blocks], np.add)
+    rest = over_stages([profile.allreduce_seconds(block, k) for block in range(num_blocks)], np.add)
+    rest += [[profile.relay_seconds(first, problem.batch, k) if first else 0.0] for first in range(num_blocks)]
+    held = over_stages([b.teacher_bytes + b.state_bytes + share * b.input_bytes_per_row for b in blocks], np.add)
+    held += over_stages([share * block.activation_bytes_per_row for block in blocks], np.maximum)
+    held += [[share * block.input_bytes_per_row if first else 0] for first, block in enumerate(blocks)]
+    waits = [1 + AHEAD] * (num_blocks - 1) + [1]
+    held[:, 1:] += [share * profile.output_bytes_per_row(block) * count for block, count in enumerate(waits)]
+    no_stage = np.tri(num_blocks, num_blocks + 1, dtype=bool)
+    held[no_stage] = math.inf
+    rest[no_stage if problem.memory_bytes is None else held > problem.memory_bytes] = math.inf
+    return work, rest, held

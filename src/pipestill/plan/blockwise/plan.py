@@ -1,0 +1,177 @@
+"""Plans of blockwise training: which ranks train which blocks when, and how long that should take."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipestill.errors import PlanError, nearest
+from pipestill.plan.blockwise.balanced import balanced
+from pipestill.plan.blockwise.costs import Problem, dp_seconds, ls, mebibytes
+from pipestill.plan.blockwise.hybrid import Hybrid, hybrid, relay
+from pipestill.plan.blockwise.memory import memory_bytes_of
+from pipestill.schedule import Schedule, Trace, check
+from pipestill.schedule.blockwise.costs import BlockwiseCosts
+from pipestill.schedule.blockwise.generate import alone, staged
+from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
+from pipestill.schedule.simulate import simulate
+
+BLOCKWISE_STRATEGIES = {
+    "dp": "one block after the other, each on all ranks' rows and with all of the teacher before it (baseline)",
+    "ls": "whole blocks as tasks of single ranks, each with all of the teacher before it (baseline)",
+    "relay": "consecutive blocks on each rank, the teacher's outputs passed on; every step ends together",
+    "relay-dpu": "the same, and every block updates as soon as it can",
+    "hybrid": "groups of ranks share the rows of consecutive blocks; the best such plan, found exactly",
+    "balanced": "blocks move between ranks within a window of batches, or are shared unequally: loads are level",
+}
+"""Strategies of blockwise training, each with a line of help."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Blocks that are trained together, over all of the data, by `ranks`; the schedule counts these from 0."""
+
+    ranks: tuple[int, ...]
+    blocks: tuple[int, ...]
+    schedule: Schedule
+
+    @property
+    def window(self) -> int:
+        """Batches of a step of the schedule."""
+        return self.schedule.structure.num_microbatches
+
+
+@dataclass(frozen=True)
+class BlockwisePlan:
+    """Everything that fixes who does what when. A rank goes through its phases in order."""
+
+    strategy: str
+    num_devices: int
+    costs: BlockwiseCosts
+    phases: tuple[Phase, ...]
+    chosen: Hybrid | None = None
+    """The stages of relay and hybrid, and their seconds in Pipe-BD's cost model."""
+
+    @cached_property
+    def predictions(self) -> tuple[Trace, ...]:
+        """What the simulator expects of each phase."""
+        return tuple(simulate(phase.schedule, self.costs.on(phase.ranks)) for phase in self.phases)
+
+    @cached_property
+    def memory_bytes(self) -> tuple[int, ...]:
+        """What each rank holds at most; empty where the profile does not say what blocks hold.
+
+        Blocks that another phase trains are taken not to be on the device.
+        """
+        if not self.costs.profile.memory_known:
+            return ()
+        most = [0] * self.num_devices
+        for phase in self.phases:
+            for rank, held in zip(phase.ranks, memory_bytes_of(phase.schedule, self.costs), strict=True):
+                most[rank] = max(most[rank], held)
+        return tuple(most)
+
+    @property
+    def seconds_per_batch(self) -> float:
+        """Predicted time of training every block on one batch, in the steady state."""
+        return self.total([trace.seconds_per_step for trace in self.predictions])
+
+    def total(self, seconds_per_step: Sequence[float]) -> float:
+        """Seconds of a step of each phase -> seconds a batch of the rank that is busy longest."""
+        busy = defaultdict[int, float](float)
+        for phase, seconds in zip(self.phases, seconds_per_step, strict=True):
+            for rank in phase.ranks:
+                busy[rank] += seconds / phase.window
+        return max(busy.values())
+
+    @property
+    def utilisation(self) -> float:
+        """Predicted busy share of rank-time, over all phases."""
+        busy = sum(
+            sum(t.busy_seconds_per_step()) / p.window for t, p in zip(self.predictions, self.phases, strict=True)
+        )
+        seconds = self.num_devices * self.seconds_per_batch
+        return min(1.0, busy / seconds) if seconds else 0.0
+
+    @property
+    def window(self) -> int:
+        """Batches of the longest step of a phase's schedule."""
+        return max(phase.window for phase in self.phases)
+
+    @property
+    def cost_model_seconds_per_batch(self) -> float | None:
+        """What Pipe-BD's cost model says; None for `balanced`, which that has no terms for."""
+        profile, batch, speeds = self.costs.profile, self.costs.batch, self.costs.speeds or None
+        if self.strategy == "dp":
+            return dp_seconds(profile, batch, self.num_devices, speeds=speeds)
+        if self.strategy == "ls":
+            return ls(profile, batch, self.num_devices, speeds=speeds).seconds
+        return self.chosen.seconds if self.chosen else None
+
+    @property
+    def limit_seconds_per_batch(self) -> float:
+        """All work once, shared out evenly, on as many rows at a time as are cheapest: no plan can be faster."""
+        costs, pace = self.costs, sum(self.costs.speeds) or self.num_devices
+        return sum(_least_seconds(block, costs.batch, self.num_devices) for block in costs.profile.blocks) / pace
+
+
+def _least_seconds(block: BlockTimes, batch: int, num_ranks: int) -> float:
+    """A batch through a teacher block and its student block, in parts of any size from a row or an equal share up.
+
+    Seconds lie on lines between measured points, and on one line a row costs least at an end of it.
+    """
+    fewest = min(1.0, batch / num_ranks)
+    rows = [fewest, batch, *(rows for rows in block.rows if fewest < rows < batch)]
+    return sum(min(seconds(r) * batch / r for r in rows) for seconds in (block.teacher, block.student))
+
+
+def make_blockwise_plan(
+    profile: BlockProfile,
+    *,
+    strategy: str,
+    devices: int,
+    batch: int,
+    memory_bytes: float | None = None,
+    speeds: Sequence[float] | None = None,
+) -> BlockwisePlan:
+    """The plan of a strategy for batches of `batch` rows, from a profile of the blocks.
+
+    `memory_bytes` limits what a rank may hold; hybrid and balanced choose accordingly. Raises `PlanError` for an unknown
+    strategy, for counts below 1, and when nothing fits.
+    """
+    if strategy not in BLOCKWISE_STRATEGIES:
+        known = ", ".join(BLOCKWISE_STRATEGIES)
+        raise PlanError(f"no strategy '{strategy}' for blocks{nearest(strategy, BLOCKWISE_STRATEGIES)}; there are {known}")
+    Problem(profile, batch, devices, speeds, memory_bytes)  # or what is wrong with it
+    blocks, everybody = range(len(profile.blocks)), tuple(range(devices))
+    costs = BlockwiseCosts(profile, batch, tuple(speeds or ()))
+    chosen: Hybrid | None = None
+    if strategy == "dp":
+        phases = [Phase(everybody, (block,), alone("dp", block, devices)) for block in blocks]
+    elif strategy == "ls":
+        assignment = ls(profile, batch, devices, speeds=speeds).assignment
+        phases = [Phase((r,), (block,), alone("ls", block, 1)) for r, mine in enumerate(assignment) for block in mine]
+    elif strategy == "balanced":
+        schedule, ranks = balanced(costs, devices, memory_bytes)
+        phases = [Phase(ranks, tuple(blocks), schedule)]
+    else:
+        search = hybrid if strategy == "hybrid" else relay
+        chosen = search(profile, batch, devices, memory_bytes=memory_bytes, speeds=speeds)
+        groups = [(range(stage.first, stage.end), stage.ranks) for stage in chosen.stages]
+        used = sorted(rank for _, ranks in groups for rank in ranks)
+        local = {rank: i for i, rank in enumerate(used)}
+        groups = [(held, tuple(local[rank] for rank in ranks)) for held, ranks in groups]
+        schedule = staged(strategy, groups, barrier=strategy == "relay")
+        phases = [Phase(tuple(used), tuple(blocks), schedule)]
+    for phase in phases:
+        check(phase.schedule)
+    plan = BlockwisePlan(strategy, devices, costs, tuple(phases), chosen)
+    if memory_bytes is not None and max(plan.memory_bytes) > memory_bytes:
+        most = max(plan.memory_bytes)
+        raise PlanError(
+            f"'{strategy}' holds {mebibytes(most)} on rank {plan.memory_bytes.index(most)}, more than the "
+            f"{mebibytes(memory_bytes)} that it may; use a batch of fewer rows than {batch}, or 'hybrid'"
+        )
+    return plan

@@ -1,0 +1,1 @@
+"""Runs the schedules of blocks that train alone."""

@@ -1,0 +1,1 @@
+"""Runs the schedules of models that are trained end to end."""

@@ -1,0 +1,137 @@
+"""Measures what messages between two ranks take, over a transport such as runs have."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from pipestill.costs import Link
+from pipestill.model.boundary import FEW, MORE, Form
+from pipestill.runtime.transport.protocol import Message, Transport
+from pipestill.runtime.world import World
+from pipestill.schedule import Action, Lane, Op, Role
+
+_LOAD_BYTES = 4_000_000
+_MESSAGE_BYTES = 500_000
+_ROWS = 10
+_ROUNDS = 30
+_DEADLINE_SECONDS = 60.0
+
+
+def measure_link(world: World, work_seconds: float, device: torch.device) -> Link:
+    """The link between ranks 0 and 1, for tensors on `device`; free where all ranks share a process. On all of them together.
+
+    Latency and bandwidth are those of round trips of 1 byte and of `_LOAD_BYTES`. For work of about `work_seconds` on the CPU (0:
+    for work elsewhere), taking turns at such work tells what it takes a rank to wake up for it, and work of both at once with
+    messages between tells what these keep a rank from it.
+    """
+    if len(world.ranks) == world.num_ranks:
+        return Link()
+    (rank,) = world.ranks
+    return _Probe(world, rank).link(work_seconds, device)
+
+
+class _Probe:
+    """Ranks 0 and 1 with messages between them; the others wait."""
+
+    def __init__(self, world: World, rank: int) -> None:
+        self.world, self.rank, self.takes_part = world, rank, rank < 2
+        self.transport = world.transport(rank, (), _DEADLINE_SECONDS)
+
+    def link(self, work_seconds: float, device: torch.device) -> Link:
+        sizes = (1, 1, _LOAD_BYTES)  # the first transfer connects
+        _, latency, loaded = (self._turn_seconds(torch.zeros(size, dtype=torch.uint8, device=device)) for size in sizes)
+        wake, handling, copying = 0.0, 0.0, float("inf")
+        if work_seconds > 0:
+            repeats = max(1, round(work_seconds / _seconds_of_work(1)))
+            handling, large = self._handling_seconds(repeats)
+            copying = _MESSAGE_BYTES / max(large - handling, 1e-9)
+            gap = self._turn_seconds(torch.zeros(1), repeats) - _seconds_of_work(repeats)
+            wake = max(0.0, gap - latency - 2 * handling)
+        measured = Link(latency, _LOAD_BYTES / max(loaded - latency, 1e-9), wake, handling, copying)
+        return self.world.broadcast(measured if self.world.is_main else None)
+
+    def _handling_seconds(self, repeats: int) -> tuple[float, float]:
+        """What a message of a few bytes keeps either end from its work, and one of `_MESSAGE_BYTES`, packed and unpacked.
+
+        Ranks 0 and 1 work all the time, and give each other a message after every piece of work, which the other announced
+        two pieces before, and takes one piece later: what a message takes while both cores are busy is several times what it
+        takes by itself. Medians, of sending on the one hand and of announcing and taking on the other; of the rank for which
+        that is less, since the one with the faster core waits for the other.
+        """
+        self.world.barrier()
+        count, ahead, device = 2 * _ROUNDS, 2, torch.device("cpu")
+        ends: list[tuple[list[float], list[float], list[float]]] = [([], [], []), ([], [], [])]  # send, announce, take
+        mine, theirs = ([_message(source, n) for n in range(count)] for source in (self.rank, 1 - self.rank))
+        tensors = [torch.zeros(_ROWS, size // _ROWS, dtype=torch.uint8) for size in (_ROWS, _MESSAGE_BYTES)]
+        forms = [Form.between(tensor[:FEW].clone(), tensor[:MORE].clone()) for tensor in tensors]
+        for n in range(-ahead, count + 1 if self.takes_part else -ahead):
+            if n + ahead < count:
+                start = time.perf_counter()
+                self.transport.post(theirs[n + ahead], [forms[n % 2].empty(_ROWS, device)])
+                ends[n % 2][1].append(time.perf_counter() - start)
+            if 0 <= n < count:
+                _work(repeats)
+                start = time.perf_counter()
+                self.transport.send(mine[n], [forms[n % 2].pack(tensors[n % 2], _ROWS)])
+                ends[n % 2][0].append(time.perf_counter() - start)
+            if n > 0:
+                start = time.perf_counter()
+                (packed,) = _receive(self.transport, theirs[n - 1])
+                forms[(n - 1) % 2].unpack(packed, _ROWS)
+                ends[(n - 1) % 2][2].append(time.perf_counter() - start)
+        if self.takes_part:
+            self.transport.flush(0)
+        self.world.barrier()
+        mine_of_both = [sum(median(seconds or [0.0]) for seconds in size) / 2 for size in ends]
+        small, large = min(self.world.gather([mine_of_both])[:2], default=mine_of_both)
+        return small, large
+
+    def _turn_seconds(self, tensor: Tensor, repeats: int = 0) -> float:
+        """Mean seconds of a turn, where ranks 0 and 1 in turn work and give `tensor` to the other."""
+        self.world.barrier()
+        start = time.perf_counter()
+        for n in range(_ROUNDS if self.takes_part else 0):
+            for sender in (0, 1):
+                if self.rank == sender:
+                    _work(repeats)
+                    self.transport.send(_message(self.rank, n), [tensor])
+                else:
+                    self.transport.post(_message(sender, n), [torch.empty_like(tensor)])
+                    _receive(self.transport, _message(sender, n))
+                if tensor.is_cuda:
+                    torch.cuda.synchronize(tensor.device)
+        if self.takes_part:
+            self.transport.flush(0)
+        seconds = time.perf_counter() - start
+        self.world.barrier()
+        return seconds / (2 * _ROUNDS)
+
+
+def _message(source: int, number: int) -> Message:
+    """The message with a number from one of the two ranks to the other."""
+    return Message(Lane.ACTIVATION, Action(Role.STUDENT, source, Op.FORWARD, 0, number), source, 1 - source)
+
+
+def _receive(transport: Transport, message: Message) -> list[Tensor]:
+    transport.arrived(message)
+    return transport.take(message)
+
+
+def _work(repeats: int) -> None:
+    """Some arithmetic that leaves nothing else in a core's own caches, as blocks do."""
+    inputs, weights = torch.ones(16, 1024), torch.ones(1024, 1024)
+    for _ in range(repeats):
+        torch.mm(inputs, weights)
+
+
+def _seconds_of_work(repeats: int) -> float:
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        _work(repeats)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)

@@ -1,0 +1,1 @@
+"""Schedules of models that are trained end to end."""

@@ -1,0 +1,32 @@
+"""GPipe: all forwards, then all backwards; the teacher's forwards first.
+
+rank 0   T0 T1 F0 F1 .. .. B0 B1 U
+rank 1   .. T0 T1 F0 F1 B0 B1 U        (time runs right; here all work takes equally long)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipestill.schedule.action import Action, Role
+from pipestill.schedule.comms import connect
+from pipestill.schedule.pipeline.one_f_one_b import student_order, teacher_order
+from pipestill.schedule.schedule import Schedule, pipeline
+
+
+def gpipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+    """Every rank runs all teacher forwards, all student forwards, all backwards, then updates (GPipe, Huang et al.)."""
+    structure = pipeline(num_stages, num_microbatches, teacher=teacher, **work)
+    units = structure.num_units(Role.STUDENT)
+    rows = [teacher_order(stage, structure) + student_order(stage, structure, units) for stage in range(num_stages)]
+    run_ahead = structure.num_units(Role.TEACHER) if teacher else 0
+    return connect("gpipe", structure, rows, (units,) * num_stages, run_ahead)
+
+
+def forward_only(num_stages: int, num_microbatches: int) -> Schedule:
+    """The student's forwards and the loss action of each microbatch, without gradients: what validation runs."""
+    structure = pipeline(num_stages, num_microbatches, teacher=False, train=False)
+    rows: list[list[Action]] = [[] for _ in range(num_stages)]
+    for action in list(structure.actions())[1:]:
+        rows[structure.rank_of(action)].append(action)
+    return connect("forward-only", structure, rows, (0,) * num_stages, run_ahead=0)

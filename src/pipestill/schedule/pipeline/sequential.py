@@ -1,0 +1,26 @@
+"""Plain inter-layer model parallelism: one device works at a time.
+
+rank 0   T0 .. F0 .. .. B0 T1 .. F1 .. .. B1 U
+rank 1   .. T0 .. F0 B0 .. .. T1 .. F1 B1 U        (time runs right; here all work takes equally long)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipestill.schedule.action import Action, Role
+from pipestill.schedule.comms import connect
+from pipestill.schedule.schedule import Schedule, pipeline
+
+
+def sequential(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+    """Each microbatch runs through the whole teacher, the whole student and back before the next one starts.
+
+    A loss over the whole batch comes between all forwards and all backwards. `work`: fields of the `PipelineStructure`.
+    """
+    structure = pipeline(num_stages, num_microbatches, teacher=teacher, serial=True, **work)
+    rows: list[list[Action]] = [[] for _ in range(num_stages)]
+    for action in list(structure.actions())[1:]:
+        rows[structure.rank_of(action)].append(action)
+    stash = (len(structure.units_of_loss(0, Role.STUDENT)),) * num_stages
+    return connect("sequential", structure, rows, stash, run_ahead=structure.teacher_views if teacher else 0)

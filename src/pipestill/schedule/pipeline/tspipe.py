@@ -1,0 +1,64 @@
+"""TSPipe's own schedule, and the asynchronous one that it is compared with (Lim et al., ICML 2022).
+
+rank 0   F0 F1 t0 t1 B0 B1 U        (time runs right; t: the teacher's forward of the next batch; equally long work)
+rank 1   .. F0 F1 B0 B1 t0 t1 U
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipestill.costs import StageCosts
+from pipestill.errors import PlanError
+from pipestill.schedule.action import Op, Role
+from pipestill.schedule.check import never_stuck
+from pipestill.schedule.comms import connect
+from pipestill.schedule.pipeline.greedy import Greedy
+from pipestill.schedule.pipeline.one_f_one_b import least_stash, student_order, teacher_order, warm_up
+from pipestill.schedule.schedule import Schedule, pipeline
+
+
+def tspipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+    """All student forwards; the first 2 (n - 1 - stage) teacher forwards of the next batch; all backwards; the rest.
+
+    Backwards run in units of half a microbatch, and so does everything else here: a forward of the paper is two of these,
+    one right after the other. (In the released code the second half's gradients were dropped.) A momentum teacher is one
+    step stale; the first two steps both read its initial weights. `work`: fields of the `PipelineStructure`. PAPERS.md, section
+    1.2. Raises `PlanError` without a teacher.
+    """
+    if not teacher:
+        raise PlanError("'tspipe' fills a student's bubbles with a teacher's work; this task has none; use '1f1b'")
+    momentum = bool(work.get("momentum"))
+    structure = pipeline(num_stages, 2 * num_microbatches, staleness=int(momentum), pieces=2, **work)
+    units = structure.num_units(Role.STUDENT)
+    rows = []
+    for stage in range(num_stages):
+        order = student_order(stage, structure, units)
+        following = [action.at(1) for action in teacher_order(stage, structure)]
+        early = min(structure.pieces * 2 * (num_stages - 1 - stage), len(following))
+        end = 1 + max(i for i, action in enumerate(order) if action.op is Op.BACKWARD)
+        rows.append([*order[:units], *following[:early], *order[units:end], *following[early:], *order[end:]])
+    return connect("tspipe", structure, rows, (units,) * num_stages, 2 * structure.num_units(Role.TEACHER))
+
+
+def asynchronous(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+    """No step waits for the update of the one before: teacher and student read weights that are one step old.
+
+    Raises `PlanError` without a momentum teacher: of a frozen one, nothing is stale.
+    """
+    if not teacher or not work.get("momentum"):
+        raise PlanError("'async' is an ablation of momentum teachers; use 'fill', which is exact")
+    structure = pipeline(num_stages, num_microbatches, staleness=1, student_staleness=1, **work)
+    ones = (1.0,) * num_stages
+    costs = StageCosts(ones, (2.0,) * num_stages, (0.0,) * num_stages, ones, views=(1.0,) * structure.views)
+    stash = warm_up(structure, least_stash(structure) + num_stages - 1)
+    taught = structure.num_units(Role.TEACHER)
+    rows = Greedy(structure, costs, stash, 2 * taught).rows()
+    if rows is None or not never_stuck(connect("async", structure, rows, stash, 2 * taught)):
+        # Too few microbatches to settle: each step by itself, with the teacher's next batch in its end.
+        rows = []
+        for stage in range(num_stages):
+            order = student_order(stage, structure, stash[stage])
+            end = 1 + max(i for i, action in enumerate(order) if action.op is Op.BACKWARD)
+            rows.append([*order[:end], *(a.at(1) for a in teacher_order(stage, structure)), *order[end:]])
+    return connect("async", structure, rows, stash, 2 * taught)

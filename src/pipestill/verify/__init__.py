@@ -1,0 +1,1 @@
+"""A strategy's weights compared with those of the plain loop."""

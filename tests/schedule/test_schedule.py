@@ -1,0 +1,292 @@
+"""What a step computes, and schedules as rows and as text."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from schedule.tasks import Task, rows_of, tasks, texts_of
+
+from pipestill.schedule import Action, Op, PipelineStructure, Role, Schedule, generate
+from pipestill.schedule.pipeline.gpipe import forward_only
+
+
+def schedules() -> st.SearchStrategy[Schedule]:
+    training = tasks(most_stages=3, most_units=4).map(Task.schedule)
+    return training | st.builds(forward_only, st.integers(1, 4), st.integers(1, 5))
+
+
+# ---------------------------------------------------------------- structure
+
+
+def test_actions_stand_in_the_order_of_a_plain_loop() -> None:
+    structure = PipelineStructure((0, 1), (1, 0), 2)
+    assert " ".join(map(str, structure.actions(step=3))) == (
+        "S0D@3 "
+        "T0F0@3 T1F0@3 S0F0@3 S1F0@3 S1L0@3 S1B0@3 S0B0@3 "
+        "T0F1@3 T1F1@3 S0F1@3 S1F1@3 S1L1@3 S1B1@3 S0B1@3 "
+        "S0U@3 S1U@3"
+    )
+
+
+def test_forward_only_has_no_gradients() -> None:
+    structure = PipelineStructure((0, 1), (), 1, train=False)
+    assert " ".join(map(str, structure.actions())) == "S0D@0 S0F0@0 S1F0@0 S1L0@0"
+
+
+def test_placement() -> None:
+    structure = PipelineStructure(student_ranks=(2, 0), teacher_ranks=(1, 0, 0), num_microbatches=1)
+    assert structure.num_ranks == 3
+    assert structure.last == 1
+    assert structure.rank_of(Action.parse("S0B0@0")) == 2
+    assert structure.rank_of(Action.parse("T0F0@0>2")) == 1
+    assert structure.stages_of(0, Role.TEACHER) == [1, 2]
+    assert structure.stages_of(0, Role.STUDENT) == [1]
+    assert structure.stages_of(1, Role.STUDENT) == []
+
+
+@pytest.mark.parametrize(("ranks", "microbatches"), [((), 1), ((0,), 0), ((0,), -2)])
+def test_structure_without_work(ranks: tuple[int, ...], microbatches: int) -> None:
+    with pytest.raises(ValueError, match="at least one student stage and one microbatch"):
+        PipelineStructure(ranks, (), microbatches)
+
+
+def test_backwards_in_two_halves() -> None:
+    structure = PipelineStructure((0, 1), (), 1, split=True)
+    assert (
+        " ".join(map(str, structure.actions())) == "S0D@0 S0F0@0 S1F0@0 S1L0@0 S1I0@0 S1W0@0 S0I0@0 S0W0@0 S0U@0 S1U@0"
+    )
+    assert structure.backward_ops == (Op.INPUT, Op.WEIGHT)
+    assert PipelineStructure((0,), (), 1).backward_ops == (Op.BACKWARD,)
+
+
+def test_what_ends_a_step_of_a_momentum_teacher() -> None:
+    structure = PipelineStructure((0, 1), (0, 1), 1, momentum=True, clip=True)
+    assert " ".join(map(str, structure.actions(step=2))) == (
+        "S0D@2 T0F0@2 T1F0@2 S0F0@2 S1F0@2 S1L0@2 S1B0@2 S0B0@2 S0N@2 S1N@2 S0U@2 T0E@2 S1U@2 T1E@2"
+    )
+
+
+def test_views_of_a_microbatch_share_its_loss() -> None:
+    structure = PipelineStructure((0,), (0,), 2, views=2, teacher_views=1)
+    assert texts_of([list(structure.actions())]) == [
+        "S0D@0 T0F0@0 S0F0@0 S0F1@0 S0L0@0 S0B0@0 S0B1@0 T0F1@0 S0F2@0 S0F3@0 S0L1@0 S0B2@0 S0B3@0 S0U@0"
+    ]
+    assert (structure.num_units(Role.STUDENT), structure.num_units(Role.TEACHER), structure.num_losses) == (4, 2, 2)
+    assert [structure.loss_of_unit(u) for u in range(4)] == [0, 0, 1, 1]
+    assert structure.units_of_loss(1, Role.STUDENT) == range(2, 4)
+    assert structure.units_of_loss(1, Role.TEACHER) == range(1, 2)
+
+
+def test_a_loss_over_the_batch_comes_once() -> None:
+    structure = PipelineStructure((0,), (0,), 2, views=2, teacher_views=1, batch_loss=True)
+    assert texts_of([list(structure.actions())]) == [
+        "S0D@0 T0F0@0 S0F0@0 S0F1@0 T0F1@0 S0F2@0 S0F3@0 S0L0@0 S0B0@0 S0B1@0 S0B2@0 S0B3@0 S0U@0"
+    ]
+    assert structure.num_losses == 1
+    assert {structure.loss_of_unit(u) for u in range(4)} == {0}
+    assert structure.units_of_loss(0, Role.TEACHER) == range(2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pieces": 2}, "3 microbatches are not cut into 2 pieces each"),
+        ({"pieces": 0}, "3 microbatches are not cut into 0 pieces each"),
+        ({"views": 0}, "a teacher that sees 1 of 0 views; expected 1 to all"),
+        ({"views": 2, "teacher_views": 3}, "a teacher that sees 3 of 2 views; expected 1 to all"),
+        ({"teacher_views": 0}, "a teacher that sees 0 of 1 views; expected 1 to all"),
+        ({"teacher_ranks": (1, 0), "momentum": True}, "a momentum teacher's stages sit where the student's do"),
+        ({"teacher_ranks": (), "momentum": True}, "a momentum teacher's stages sit where the student's do"),
+        ({"momentum": True, "staleness": 2}, "staleness 2 and 0; expected 0 or 1"),
+        ({"momentum": True, "student_staleness": -1}, "staleness 0 and -1; expected 0 or 1"),
+        ({"staleness": 1}, "only a momentum teacher's weights, and then the student's, can be stale"),
+        ({"student_staleness": 1}, "only a momentum teacher's weights, and then the student's, can be stale"),
+    ],
+)
+def test_impossible_structure(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PipelineStructure(**{"student_ranks": (0, 1), "teacher_ranks": (0, 1), "num_microbatches": 3, **fields})
+
+
+@pytest.mark.parametrize("ranks", [(1,), (0, 2), (-1, 0)])
+def test_ranks_have_no_gaps(ranks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"ranks \[.*\] are not 0 to"):
+        PipelineStructure(ranks, (), 1)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_unrolled_rows_leave_out_steps_before_the_first_and_after_the_last() -> None:
+    schedule = generate("fill", 1, 1)
+    (row,) = schedule.rows
+    written = [str(a) for a in row]
+    assert written == ["S0D@1", "T0F0@0", "S0F0@0", "S0L0@0", "S0B0@0", "S0U@0"]
+    ahead = replace(schedule, rows=(tuple(map(Action.parse, ["S0D@2", "S0F0@0", "T0F0@1", *written[3:]])),))
+    assert ahead.lookahead == 2
+    assert [" ".join(map(str, r)) for r in ahead.unroll(2)] == [
+        "S0D@0 S0D@1 T0F0@0 S0F0@0 T0F0@1 S0L0@0 S0B0@0 S0U@0 S0F0@1 S0L0@1 S0B0@1 S0U@1"
+    ]
+
+
+@given(schedules(), st.integers(0, 5))
+@settings(max_examples=30, deadline=None)
+def test_unrolled_rows_hold_every_work_of_every_step(schedule: Schedule, num_steps: int) -> None:
+    done = [a for row in schedule.unroll(num_steps) for a in row if a.computes]
+    assert len(done) == len(set(done))
+    assert set(done) == {a for step in range(num_steps) for a in schedule.structure.actions(step)}
+
+
+def test_a_run_of_no_steps_is_empty() -> None:
+    assert generate("1f1b", 2, 2).unroll(0) == [[], []]
+
+
+def test_one_row_and_one_bound_a_rank() -> None:
+    schedule = generate("1f1b", 2, 2)
+    with pytest.raises(ValueError, match="1 rows and 2 stash bounds for 2 ranks"):
+        replace(schedule, rows=schedule.rows[:1])
+    with pytest.raises(ValueError, match="2 rows and 3 stash bounds for 2 ranks"):
+        replace(schedule, stash=(1, 1, 1))
+
+
+def test_work_of_a_step_before_its_period_is_refused() -> None:
+    """Unrolling would leave out such work of the last step without a word."""
+    schedule = generate("1f1b", 1, 1)
+    row = tuple(a.at(-1) if a.op is Op.UPDATE else a for a in schedule.rows[0])
+    with pytest.raises(ValueError, match=r"count from 0, its oldest step; got S0U@-1"):
+        replace(schedule, rows=(row,))
+
+
+# ---------------------------------------------------------------- text
+
+
+@given(schedules())
+@settings(max_examples=30, deadline=None)
+def test_text_round_trip(schedule: Schedule) -> None:
+    assert Schedule.from_text(schedule.to_text()) == schedule
+
+
+def test_text() -> None:
+    text = generate("sequential", 1, 1).to_text()
+    assert text == (
+        "pipestill schedule 1\n"
+        "strategy: sequential\n"
+        "student ranks: 0\n"
+        "teacher ranks: 0\n"
+        "microbatches: 1\n"
+        "views: 1\n"
+        "teacher views: 1\n"
+        "staleness: 0\n"
+        "student staleness: 0\n"
+        "pieces: 1\n"
+        "serial: yes\n"
+        "train: yes\n"
+        "batch loss: no\n"
+        "momentum: no\n"
+        "split: no\n"
+        "clip: no\n"
+        "stash: 1\n"
+        "run ahead: 1\n"
+        "rank 0: S0D@1 T0F0@0 S0F0@0 S0L0@0 S0B0@0 S0U@0\n"
+    )
+
+
+def test_text_of_everything_else() -> None:
+    structure = PipelineStructure(
+        student_ranks=(0,),
+        teacher_ranks=(0,),
+        num_microbatches=2,
+        views=3,
+        teacher_views=2,
+        batch_loss=True,
+        momentum=True,
+        staleness=1,
+        student_staleness=1,
+        split=True,
+        clip=True,
+        pieces=2,
+    )
+    schedule = Schedule("mine", structure, rows_of("S0D@1 S0I4@0 S0W4@0 S0N@0 S0U@0 T0E@0"), (6,), 9)
+    assert schedule.to_text() == (
+        "pipestill schedule 1\n"
+        "strategy: mine\n"
+        "student ranks: 0\n"
+        "teacher ranks: 0\n"
+        "microbatches: 2\n"
+        "views: 3\n"
+        "teacher views: 2\n"
+        "staleness: 1\n"
+        "student staleness: 1\n"
+        "pieces: 2\n"
+        "serial: no\n"
+        "train: yes\n"
+        "batch loss: yes\n"
+        "momentum: yes\n"
+        "split: yes\n"
+        "clip: yes\n"
+        "stash: 6\n"
+        "run ahead: 9\n"
+        "rank 0: S0D@1 S0I4@0 S0W4@0 S0N@0 S0U@0 T0E@0\n"
+    )
+    assert Schedule.from_text(schedule.to_text()) == schedule
+
+
+@given(schedules(), st.data())
+@settings(max_examples=30, deadline=None)
+def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) -> None:
+    lines = schedule.to_text().splitlines()
+    gone = lines.pop(data.draw(st.integers(0, len(lines) - 1)))
+    with pytest.raises(ValueError, match="schedule") as error:
+        Schedule.from_text("\n".join(lines))
+    assert gone.split(":")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("pipestill schedule 1", "pipestill schedule 2", "expected the first line to be 'pipestill schedule 1'"),
+        ("train: yes", "train: maybe", "'train: maybe' in a schedule: expected yes or no"),
+        ("serial: no", "serial:", "'serial: ' in a schedule: expected yes or no"),
+        ("microbatches: 2", "microbatches: two", "'microbatches: two' in a schedule: expected a whole number"),
+        ("microbatches: 2", "microbatches: -2", "'microbatches: -2' in a schedule: expected a whole number"),
+        ("microbatches: 2", "microbatches: 1_0", "'microbatches: 1_0' in a schedule: expected a whole number"),
+        ("microbatches: 2", "microbatches: 0", "at least one student stage and one microbatch"),
+        ("run ahead: 2", "run ahead: ", "'run ahead: ' in a schedule: expected a whole number"),
+        ("stash: 2 1", "stash: 2 x", "'stash: 2 x' in a schedule: expected whole numbers with spaces between"),
+        ("stash: 2 1", "stash:", "'stash: ' in a schedule: expected whole numbers"),
+        ("stash: 2 1", "stash: 2", "2 rows and 1 stash bounds for 2 ranks"),
+        ("student ranks: 0 1", "student ranks: none", "at least one student stage"),
+        ("student ranks: 0 1", "student ranks: 0 3", r"ranks \[0, 1, 3\] are not 0 to 2"),
+        ("strategy: 1f1b", "strategy: 1f1b\nstrategy: gpipe", "a second one of its kind: 'strategy: gpipe'"),
+        ("strategy: 1f1b", "strategy: 1f1b\nnonsense", "not a line of a schedule.*'nonsense'"),
+        ("strategy: 1f1b", "strategy: 1f1b\nrank 2: S0U@0", "lines that mean nothing: rank 2"),
+        ("rank 1:", "rank 7:", "the schedule lacks the line 'rank 1'"),
+        ("\nviews: 1", "\nviews: 0", "a teacher that sees 1 of 0 views; expected 1 to all"),
+        ("teacher views: 1", "teacher views: 2", "a teacher that sees 2 of 1 views; expected 1 to all"),
+        ("\nstaleness: 0", "\nstaleness: yes", "'staleness: yes' in a schedule: expected a whole number"),
+        ("\nstaleness: 0", "\nstaleness: 1", "only a momentum teacher's weights, and then the student's, can be stale"),
+        ("pieces: 1", "pieces: 3", "2 microbatches are not cut into 3 pieces each"),
+        ("clip: no", "clip: 1", "'clip: 1' in a schedule: expected yes or no"),
+        ("S1U@0", "S1X@0", "'S1X@0' is not an action"),
+        ("S1U@0", "S1F@0", "'S1F@0' is not an action: op FORWARD needs microbatch"),
+    ],
+)
+def test_malformed_text(old: str, new: str, message: str) -> None:
+    text = generate("1f1b", 2, 2).to_text()
+    assert text.count(old) == 1
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "S0F0@0"])
+def test_text_of_something_else(text: str) -> None:
+    with pytest.raises(ValueError, match="not a schedule"):
+        Schedule.from_text(text)
+
+
+def test_text_may_be_indented_and_spaced() -> None:
+    schedule = generate("gpipe", 2, 1)
+    text = "\n\n".join("    " + line for line in schedule.to_text().splitlines())
+    assert Schedule.from_text(text) == schedule

@@ -1,0 +1,301 @@
+"""Blocks that learn alone: every strategy gives what training each block by a plain loop gives."""
+
+import math
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from support.blocks import BATCHES, EPOCHS, OPTIMIZERS, ROWS, BlockCase, Chain, Outcome, profile_of
+from torch import Tensor, nn
+
+import pipestill as ps
+from pipestill.errors import ConfigError, DataError, ModelError, PlanError, TrainingError
+from pipestill.model.blockwise.task import blockwise_dry_run
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, Phase
+from pipestill.runtime.blockwise.rank import BlockwiseRank
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
+
+KINDS = ("plain", "norm", "thin", "frozen", "library")
+
+
+@cache
+def reference(case: BlockCase) -> Outcome:
+    return case.run("reference", 1)
+
+
+def assert_same(got: Outcome, expected: Outcome) -> None:
+    assert got.student.keys() == expected.student.keys()
+    different = [name for name, t in expected.student.items() if not torch.equal(t, got.student[name])]
+    assert not different
+
+
+def assert_close(got: Outcome, expected: Outcome) -> None:
+    """Sums of rows in another order, and nothing else."""
+    for name, tensor in expected.student.items():
+        torch.testing.assert_close(got.student[name], tensor, rtol=1e-10, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def splits_rows(outcome: Outcome) -> bool:
+    return outcome.result.summary()["exact"] is not True
+
+
+def moves(outcome: Outcome) -> bool:
+    """Whether a block goes from one rank to another."""
+    assert outcome.result.plan is not None
+    structures = [phase.schedule.structure for phase in outcome.result.plan.phases]
+    return any(isinstance(s, BlockwiseStructure) and s.moves for s in structures)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("strategy", BLOCKWISE_STRATEGIES)
+def test_every_strategy_trains_like_each_block_alone(strategy: str, devices: int) -> None:
+    case = BlockCase()
+    got, expected = case.run(strategy, devices), reference(case)
+    (assert_close if splits_rows(got) else assert_same)(got, expected)
+    if strategy in ("dp", "ls", "relay", "relay-dpu"):
+        assert splits_rows(got) == (strategy == "dp" and devices > 1)
+    assert all(torch.equal(t, got.teacher[name]) for name, t in case.task().teacher.state_dict().items())
+    assert (got.result.batches, got.result.samples) == (EPOCHS * (BATCHES + 1), EPOCHS * (ROWS * BATCHES + 5))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_that_move_stay_exact(kind: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, buffers, adapters, candidates and what optimizers remember go along, also where an epoch ends in a window."""
+    case = BlockCase(kind, optimizer)
+    for devices, window in ((2, 2), (3, 4), (2, 16)):
+        monkeypatch.setattr("pipestill.plan.blockwise.balanced._WINDOWS", (window,))
+        got = case.run("balanced", devices, profile=profile_of(4, growth=3 - devices))
+        assert moves(got) and not splits_rows(got)
+        assert_same(got, reference(case))
+
+
+@pytest.mark.parametrize("kind", ["plain", "thin", "frozen", "library"])
+def test_rows_that_are_shared_add_up(kind: str) -> None:
+    """More ranks than rows in the last batch too."""
+    case = BlockCase(kind, "adamw")
+    for strategy, devices in (("dp", 4), ("hybrid", 3), ("dp", 7)):
+        got = case.run(strategy, devices, profile=profile_of(4, 1e-5) if strategy == "hybrid" else profile_of(4))
+        assert_close(got, reference(case))
+
+
+def test_statistics_of_shares_are_those_of_their_rows() -> None:
+    """So batch norm is exact only where batches stay whole: said in the summary."""
+    case = BlockCase("norm")
+    assert case.run("relay-dpu", 4).result.summary()["exact"] is True
+    assert case.run("dp", 2).result.summary()["exact"] == "rows of a batch are split over ranks"
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("dp", 2), ("ls", 3), ("relay", 2), ("hybrid", 3), ("balanced", 3)])
+def test_processes_train_like_each_block_alone(strategy: str, devices: int) -> None:
+    case = BlockCase("plain", "adamw")
+    got = ps.launch(case.run, (strategy, devices), devices, threads=1, timeout_seconds=60.0)
+    (assert_close if splits_rows(got) else assert_same)(got, reference(case))
+    assert len(got.result.peak_memory_bytes) == devices
+    assert not any(map(math.isnan, got.result.losses))
+
+
+def test_processes_move_blocks_with_their_buffers() -> None:
+    """Among 16 batches of a window and 6 of an epoch, some windows end before the block has moved back."""
+    case = BlockCase("norm", "adamw")
+    got = ps.launch(case.run, ("balanced", 2), 2, threads=1, timeout_seconds=60.0)
+    assert moves(got)
+    assert_same(got, reference(case))
+
+
+def test_uneven_group_of_processes_adds_up() -> None:
+    case = BlockCase("library", "sgd")
+    got = ps.launch(case.run, ("dp", 3), 3, threads=1, timeout_seconds=60.0)
+    assert_close(got, reference(case))
+
+
+def test_single_precision_is_within_its_own_rounding() -> None:
+    case = BlockCase(dtype=torch.float32)
+    for name, tensor in reference(case).student.items():
+        torch.testing.assert_close(case.run("dp", 3).student[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_rank_without_tasks_left_takes_over_those_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profile says that the last block takes as long as all others together, and that is not so."""
+    taken: list[tuple[int, int]] = []
+    run_phase = BlockwiseRank._phase
+
+    def noted(self: BlockwiseRank, number: int, phase: Phase) -> Any:
+        taken.append((self.rank, number))
+        return run_phase(self, number, phase)
+
+    monkeypatch.setattr(BlockwiseRank, "_phase", noted)
+    case = BlockCase("norm")
+    got = case.run("ls", 2, profile=profile_of(4, growth=10))
+    assert got.result.plan is not None
+    owners = [phase.ranks[0] for phase in got.result.plan.phases]
+    assert sorted(number for _, number in taken) == [0, 1, 2, 3]
+    assert [rank for rank, number in taken if rank != owners[number]]
+    assert_same(got, reference(case))
+
+
+def test_steps_end_in_the_middle_of_a_window() -> None:
+    case = BlockCase("norm", "adamw")
+    expected = case.run("reference", 1, steps=8)
+    got = case.run("balanced", 2, steps=8)
+    assert moves(got)
+    assert got.result.batches == 8
+    assert_same(got, expected)
+
+
+def test_student_that_is_its_teacher_has_no_loss() -> None:
+    def model() -> Chain:
+        torch.manual_seed(3)
+        return Chain([nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
+
+    task = ps.Blockwise(model(), model())
+    result = ps.BlockwiseTrainer(task, lr=0.0, devices=2, strategy="relay", profile=profile_of(3)).fit(
+        [torch.randn(8, 6)]
+    )
+    assert result.losses == [0.0, 0.0, 0.0]
+
+
+def test_profile_is_measured_where_none_is_given() -> None:
+    got = BlockCase().run("hybrid", 2, profile=None, epochs=1)
+    assert got.result.plan is not None
+    profile = got.result.plan.costs.profile
+    assert [block.rows for block in profile.blocks] == [(6, 12)] * 4
+    assert profile.memory_known
+    assert profile.blocks[1].input_bytes_per_row == 8 * 8  # eight numbers of eight bytes
+    assert profile.blocks[1].parameter_bytes == (8 * 8 + 8) * 8
+    assert profile.blocks[1].state_bytes == 3 * (8 * 8 + 8) * 8  # weights, gradients, momentum
+    assert profile.blocks[1].activation_bytes_per_row > 0
+
+
+def test_nest_crosses_between_blocks() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lift = nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> Any:
+            x = x if isinstance(x, dict) else {"a": x, "b": x * 2, "n": 3}
+            return {"a": self.lift(x["a"]), "b": x["b"] + x["a"], "n": 3}
+
+    def loss(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
+        return ps.losses.mse(student["a"], teacher["a"]) + ps.losses.mse(student["b"], teacher["b"])
+
+    def trained(strategy: str, devices: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        task = ps.Blockwise(
+            Chain([Pair() for _ in range(3)]).double(), Chain([Pair() for _ in range(3)]).double(), loss=loss
+        )
+        data = [torch.randn(rows, 4, dtype=torch.float64) for rows in (6, 6, 5)]
+        trainer = ps.BlockwiseTrainer(task, devices=devices, strategy=strategy, profile=profile_of(3, 1e-5), lr=0.05)
+        trainer.fit(data, epochs=3)
+        return task.student.state_dict()
+
+    torch.manual_seed(7)
+    expected = trained("reference", 1)
+    for strategy, devices in (("relay-dpu", 3), ("hybrid", 4), ("dp", 2)):
+        torch.manual_seed(7)
+        for name, tensor in trained(strategy, devices).items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def chain(*widths: int) -> Chain:
+    return Chain([nn.Linear(a, b) for a, b in pairwise(widths)])
+
+
+def test_numbers_of_blocks_that_differ() -> None:
+    with pytest.raises(ModelError, match="the student has 2 blocks, the teacher 3; cut both into as many"):
+        ps.Blockwise(chain(4, 4, 4, 4), chain(4, 4, 4))
+
+
+def test_everything_wrong_with_a_task_is_told_at_once() -> None:
+    with pytest.raises(ModelError) as error:
+        ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4), loss=[ps.losses.mse], adapters={5: nn.Linear(1, 1)})
+    assert "1 losses for 2 blocks" in str(error.value)
+    assert "adapters of block 5; there are blocks 0 to 1" in str(error.value)
+
+
+def test_shared_parameter_is_refused() -> None:
+    teacher, student = chain(4, 4), chain(4, 4)
+    student.b0.weight = teacher.b0.weight  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="share a parameter or buffer"):
+        ps.Blockwise(teacher, student)
+
+
+def test_weight_tied_between_student_blocks_is_refused() -> None:
+    student = chain(4, 4, 4)
+    student.b1.weight = student.b0.weight  # type: ignore[assignment]
+    with pytest.raises(ModelError, match="shared by student stages 0 and 1"):
+        ps.Blockwise(chain(4, 4, 4), student)
+
+
+@pytest.mark.parametrize(
+    ("student", "more", "message"),
+    [
+        (
+            chain(4, 3, 4),
+            {},
+            r"student block 0 \('b0'\) cannot take float32\[2, 4\] and learn float32\[2, 5\].*adapters",
+        ),
+        (chain(3, 5, 4), {}, r"student block 0 \('b0'\) cannot take .*give adapters"),
+        (chain(4, 5, 4), {"loss": lambda s, t: s}, "the loss of block 0 gave a tensor of shape .* expected a scalar"),
+        (
+            chain(4, 5, 4),
+            {"loss": lambda s, t: t.sum()},
+            "the loss of block 0 does not depend on any trained parameter",
+        ),
+    ],
+)
+def test_blocks_that_do_not_fit_are_named(student: Chain, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        blockwise_dry_run(ps.Blockwise(chain(4, 5, 4), student, **more), torch.randn(3, 4))
+
+
+def test_boundary_without_rows_is_refused() -> None:
+    class Sum(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.sum(0)
+
+    with pytest.raises(ModelError, match=r"teacher block 0 \('b0'\) gives .* give tensors of one row a sample"):
+        blockwise_dry_run(ps.Blockwise(Chain([Sum()]), chain(4, 4)), torch.randn(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"strategy": "relais"}, ConfigError, "no strategy 'relais' for blocks.*'relay'"),
+        ({"strategy": "fill"}, ConfigError, "no strategy 'fill' for blocks"),
+        ({"devices": 0}, PlanError, "devices is 0; expected at least 1"),
+        ({"strategy": "reference", "devices": 2}, PlanError, "runs on one device, not 2"),
+        ({"profile": profile_of(3)}, PlanError, "the profile is of 3 blocks, the models have 2"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ps.BlockwiseTrainer(ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4)), **options)
+
+
+def test_memory_that_no_plan_fits_is_told_before_training() -> None:
+    with pytest.raises(PlanError, match="fits into"):
+        BlockCase().run("hybrid", 2, profile=None, memory_bytes=100.0)
+
+
+def test_loss_that_is_not_finite_ends_the_run() -> None:
+    data = [torch.randn(8, 4) for _ in range(6)]
+    data[3][0, 0] = float("nan")
+    for strategy, devices in (("reference", 1), ("relay", 2)):
+        task = ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4))
+        trainer = ps.BlockwiseTrainer(task, strategy=strategy, devices=devices, profile=profile_of(2), log_every=1)
+        with pytest.raises(TrainingError, match=r"the loss is not finite by batch 4 \(block 0: nan"):
+            trainer.fit(data)
+
+
+def test_loader_without_batches_is_refused() -> None:
+    trainer = ps.BlockwiseTrainer(ps.Blockwise(chain(4, 4), chain(4, 4)), profile=BlockProfile(profile_of(1).blocks))
+    with pytest.raises(DataError, match="gave no batch"):
+        trainer.fit([])
