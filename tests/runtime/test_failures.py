@@ -119,7 +119,7 @@ def start_script() -> tuple["subprocess.Popen[str]", list[int]]:
         stderr=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])},
     )
     assert process.stdout is not None
     return process, [int(process.stdout.readline().split()[1]) for _ in range(2)]
