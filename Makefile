@@ -7,10 +7,11 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
 
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 ROUNDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test fuzz lint types imports format check clean
+.PHONY: help install train test slow fuzz lint types imports format check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' Makefile | expand -t 18
@@ -27,8 +28,11 @@ $(STAMP): pyproject.toml constraints.txt
 train: $(STAMP)  ## distil a small network on the digits over two devices, to see it work
 	$(BIN)/pipestill train soft-target --devices 2
 
-test: $(STAMP)  ## the tests, on all cores
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
+test: $(STAMP)  ## the tests, on all cores; those marked slow are left out
+	$(PYTEST) -m 'not slow'
+
+slow: $(STAMP)  ## the tests marked slow
+	$(PYTEST) -m slow
 
 fuzz: $(STAMP)  ## the property tests on new random examples, ROUNDS times over (20)
 	for round in $$(seq $(ROUNDS)); do $(BIN)/pytest -q -m hypothesis --hypothesis-profile fuzz || exit; done
@@ -42,7 +46,7 @@ types: $(STAMP)  ## mypy, strict
 imports: $(STAMP)  ## import-linter: the arrows between modules
 	$(BIN)/lint-imports --no-logo
 
-check: lint types imports test  ## all four; green before every commit
+check: lint types imports test slow  ## all five; what CI runs
 
 format: $(STAMP)  ## mend what ruff can mend, and lay the code out
 	$(BIN)/ruff check --fix
