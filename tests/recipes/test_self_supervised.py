@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipestill.errors import ConfigError
+from pipestill.lr_schedules import cosine
 from pipestill.model.blocks import BlockModel
 from pipestill.model.dry_run import dry_run
 from pipestill.model.profile import profile
@@ -19,7 +20,7 @@ from pipestill.recipes.byol import Byol
 from pipestill.recipes.dino import PRESETS as DINO_PRESETS
 from pipestill.recipes.dino import Dino
 from pipestill.recipes.moco_v3 import MocoV3
-from pipestill.recipes.recipe import MomentumWorkload, cosine, towards, warmed_up, without_decay
+from pipestill.recipes.recipe import MomentumWorkload, warmed_up, without_decay
 from pipestill.recipes.run import run_recipe
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import load_into
@@ -45,12 +46,12 @@ def _own_random_numbers() -> Iterator[None]:
 
 
 def test_warm_up_rises_evenly_to_the_top_of_the_cosine() -> None:
-    factor = warmed_up(0.25)(40)
+    factor = warmed_up(cosine, 0.25)(40)
     assert [factor(step) for step in range(10)] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert [factor(step) for step in range(10, 41)] == [cosine(30)(step) for step in range(31)]
     assert factor(40) == 0.0
-    assert [warmed_up(0.0)(8)(step) for step in range(9)] == [cosine(8)(step) for step in range(9)]
-    assert [warmed_up(1.0)(4)(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [warmed_up(cosine, 0.0)(8)(step) for step in range(9)] == [cosine(8)(step) for step in range(9)]
+    assert [warmed_up(cosine, 1.0)(4)(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_weight_decay_grows_along_a_cosine_on_weights_alone() -> None:
@@ -60,7 +61,7 @@ def test_weight_decay_grows_along_a_cosine_on_weights_alone() -> None:
     assert factor is not None
     assert (factor(0), factor(10 * training.epochs)) == (1.0, pytest.approx(10.0))
     assert factor(5 * training.epochs) == pytest.approx(5.5)
-    assert towards(3.0)(4)(2) == pytest.approx(2.0)
+    assert cosine(4, end=3.0)(2) == pytest.approx(2.0)
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     groups = without_decay(dict(model.named_parameters()))
     assert [(len(group["params"]), group.get("weight_decay")) for group in groups] == [(1, None), (3, 0.0)]

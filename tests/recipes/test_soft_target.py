@@ -15,7 +15,7 @@ from pipestill.recipes.estimate import form_of
 from pipestill.recipes.run import run_recipe
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import make_trainer
-from pipestill.recipes.soft_target import SoftTarget, steps
+from pipestill.recipes.soft_target import SoftTarget, tenths
 
 REDUCED: dict[str, Any] = {
     "preset": "imagenet100", "data": "noise", "image_size": 32, "teacher_width": 32, "teacher_depth": 2, "student_width": 4,
@@ -46,7 +46,7 @@ def test_the_published_pair_is_tspipes() -> None:
     training = workload.student_training
     assert training.optimizer is torch.optim.SGD and training.lr == 0.1
     assert training.optimizer_options == {"weight_decay": 1e-4, "momentum": 0.9, "nesterov": True}
-    factor = steps(200)
+    factor = tenths(200)
     assert [factor(step) for step in (0, 99, 100, 149, 150, 199)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     task = form_of(workload)
     assert task.teacher_blocks is not None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipestill.errors import ConfigError
 from pipestill.losses import byol
+from pipestill.lr_schedules import cosine
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View, view_loader
@@ -123,7 +124,7 @@ class Byol:
             train_loader=loader,
             student_training=training_of(
                 self.epochs, self.optimizer, self.lr, self.weight_decay, self.sgd_momentum,
-                lr_schedule=warmed_up(self.warm_up_epochs / self.epochs),
+                lr_schedule=warmed_up(cosine, self.warm_up_epochs / self.epochs),
             ),
         )  # fmt: skip
 

@@ -12,11 +12,12 @@ import torch
 
 from pipestill import losses
 from pipestill.errors import ConfigError
+from pipestill.lr_schedules import cosine
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images
 from pipestill.recipes.networks import Shape, network
-from pipestill.recipes.recipe import OPTIMIZERS, BlockwiseWorkload, Training, cosine, filled
+from pipestill.recipes.recipe import OPTIMIZERS, BlockwiseWorkload, Training, filled
 from pipestill.recipes.run_options import Numbers
 
 BLOCK_LOSSES: dict[str, losses.BlockLoss] = {

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from pipestill import losses
 from pipestill.errors import ConfigError
+from pipestill.lr_schedules import cosine
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View, view_loader
 from pipestill.recipes.byol import cnn
 from pipestill.recipes.datasets import Images
 from pipestill.recipes.evaluate_features import FeatureQuality
-from pipestill.recipes.recipe import MomentumWorkload, filled, towards, warmed_up, without_decay
+from pipestill.recipes.recipe import MomentumWorkload, filled, warmed_up, without_decay
 from pipestill.recipes.self_supervised import (
     Chain,
     encoder_of,
@@ -162,8 +164,9 @@ class Dino:
             evaluate=FeatureQuality(images, encoder_of, workers=self.workers),
             train_loader=loader,
             student_training=training_of(
-                self.epochs, "adamw", self.lr, self.weight_decay, 0.0, lr_schedule=warmed_up(self.warm_up_epochs / self.epochs),
-                weight_decay_schedule=towards(grown), param_groups=without_decay,
+                self.epochs, "adamw", self.lr, self.weight_decay, 0.0,
+                lr_schedule=warmed_up(cosine, self.warm_up_epochs / self.epochs),
+                weight_decay_schedule=partial(cosine, end=grown), param_groups=without_decay,
             ),
         )  # fmt: skip
 

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 
 from pipestill import losses
 from pipestill.errors import ConfigError
+from pipestill.lr_schedules import linear
 from pipestill.model.seeding import derive
 from pipestill.recipes import language
 from pipestill.recipes.language import Sizes
-from pipestill.recipes.recipe import Training, Workload, linear
+from pipestill.recipes.recipe import Training, Workload, warmed_up
 from pipestill.recipes.text import (
     ByLengthSampler,
     Masking,
@@ -287,7 +288,8 @@ class DistilBert:
         )
 
     def _training(self, epochs: int, lr: float) -> Training:
-        return Training(epochs, torch.optim.AdamW, lr, _ADAM, linear(self.warm_up), partial(_groups, self.weight_decay))
+        schedule, groups = warmed_up(linear, self.warm_up), partial(_groups, self.weight_decay)
+        return Training(epochs, torch.optim.AdamW, lr, _ADAM, schedule, groups)
 
     def _teacher(self, sizes: Sizes, published: bool, common: Mapping[str, Any], seed: int) -> nn.Module:
         if self.teacher_model is not None:

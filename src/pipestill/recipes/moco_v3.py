@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from pipestill.errors import ConfigError
 from pipestill.losses import InfoNCE
+from pipestill.lr_schedules import cosine
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import view_loader
@@ -131,7 +132,7 @@ class MocoV3:
             train_loader=loader,
             student_training=training_of(
                 self.epochs, self.optimizer, self.lr, self.weight_decay, self.sgd_momentum,
-                lr_schedule=warmed_up(self.warm_up_epochs / self.epochs),
+                lr_schedule=warmed_up(cosine, self.warm_up_epochs / self.epochs),
             ),
         )  # fmt: skip
 

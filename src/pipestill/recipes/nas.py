@@ -14,6 +14,7 @@ from torch.utils.data import Subset
 
 from pipestill import losses
 from pipestill.errors import ConfigError
+from pipestill.lr_schedules import cosine
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.seeding import derive
 from pipestill.recipes.architecture_search import (
@@ -27,7 +28,7 @@ from pipestill.recipes.architecture_search import (
 )
 from pipestill.recipes.compress import BLOCK_LOSSES
 from pipestill.recipes.datasets import Images, choose_images
-from pipestill.recipes.recipe import BlockwiseWorkload, Training, cosine, filled
+from pipestill.recipes.recipe import BlockwiseWorkload, Training, filled
 from pipestill.recipes.run_options import Numbers
 from pipestill.recipes.runner import num_parameters
 from pipestill.recipes.supernet import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pipestill.errors import ConfigError
 from pipestill.losses import DistillationLoss, Metric, SupervisedLoss
+from pipestill.lr_schedules import LrSchedule
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.tasks import Distillation, Momentum
 from pipestill.optim import LARS
@@ -43,20 +43,20 @@ class Training:
     optimizer: type[torch.optim.Optimizer]
     lr: float
     optimizer_options: Mapping[str, Any] = field(default_factory=dict)
-    lr_schedule: Callable[[int], Callable[[int], float]] | None = None
+    lr_schedule: Callable[[int], LrSchedule] | None = None
     param_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None = None
-    weight_decay_schedule: Callable[[int], Callable[[int], float]] | None = None
+    weight_decay_schedule: Callable[[int], LrSchedule] | None = None
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of some of the model's parameters."""
         made: Callable[..., torch.optim.Optimizer] = self.optimizer
         return made(parameters, lr=self.lr, **self.optimizer_options)
 
-    def factor(self, loader: Sized) -> Callable[[int], float] | None:
+    def factor(self, loader: Sized) -> LrSchedule | None:
         """The rate's factor per step for training on `loader`."""
         return self.lr_schedule(self.epochs * len(loader)) if self.lr_schedule else None
 
-    def decay_factor(self, loader: Sized) -> Callable[[int], float] | None:
+    def decay_factor(self, loader: Sized) -> LrSchedule | None:
         """The weight decay's factor per step."""
         return self.weight_decay_schedule(self.epochs * len(loader)) if self.weight_decay_schedule else None
 
@@ -188,53 +188,14 @@ def end_to_end(recipe: Recipe, seed: int, num_samples: int | None = None, *, wha
     return workload
 
 
-def cosine(total_steps: int) -> Callable[[int], float]:
-    """From 1 at the first step down to 0 after the last, along half a cosine."""
-    return Cosine(1.0, 0.0, total_steps)
-
-
-def towards(end: float) -> Callable[[int], Callable[[int], float]]:
-    """A schedule from 1 at the first step to `end` after the last, along half a cosine."""
-    return lambda total_steps: Cosine(1.0, end, total_steps)
-
-
-def warmed_up(share: float) -> Callable[[int], Callable[[int], float]]:
-    """A schedule that rises to 1 evenly over that share of all steps, then falls to 0 after the last along half a cosine."""
-
-    def schedule(total_steps: int) -> Callable[[int], float]:
-        warm_up_steps = min(round(share * total_steps), total_steps)
-        falling = cosine(max(1, total_steps - warm_up_steps))
-        return lambda step: (step + 1) / warm_up_steps if step < warm_up_steps else falling(step - warm_up_steps)
-
-    return schedule
-
-
-def linear(warm_up: float) -> Callable[[int], Callable[[int], float]]:
-    """A schedule that rises to 1 evenly over that share of all steps, then falls evenly to 0 after the last."""
-
-    def schedule(total_steps: int) -> Callable[[int], float]:
-        rising = min(round(warm_up * total_steps), total_steps)
-        return lambda step: (
-            (step + 1) / rising if step < rising else max(0.0, (total_steps - step) / max(1, total_steps - rising))
-        )
-
-    return schedule
+def warmed_up(schedule: Callable[..., LrSchedule], fraction: float) -> Callable[[int], LrSchedule]:
+    """Make a function from the number of steps to `schedule`, which is that of cosine or linear, with a warm-up over that
+    fraction of them.
+    """
+    return lambda total_steps: schedule(total_steps, warm_up_steps=min(round(fraction * total_steps), total_steps))
 
 
 def without_decay(parameters: dict[str, nn.Parameter]) -> list[dict[str, Any]]:
     """Groups for an optimizer: weights, and what has at most one dimension (biases, norms), which does not decay."""
     decayed, plain = ([p for p in parameters.values() if (p.dim() > 1) is weights] for weights in (True, False))
     return [group for group in ({"params": decayed}, {"params": plain, "weight_decay": 0.0}) if group["params"]]
-
-
-@dataclass(frozen=True)
-class Cosine:
-    """From `start` at the first step to `end` after `total_steps`, along half a cosine."""
-
-    start: float
-    end: float
-    total_steps: int
-
-    def __call__(self, step: int) -> float:
-        left = 0.5 * (1.0 + math.cos(math.pi * min(step, self.total_steps) / self.total_steps))
-        return self.end + (self.start - self.end) * left

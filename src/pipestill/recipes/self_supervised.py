@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipestill.lr_schedules import LrSchedule, cosine
 from pipestill.model.blocks import Block, BlockModel
 from pipestill.recipes.datasets import Images, choose_images
-from pipestill.recipes.recipe import OPTIMIZERS, Cosine, Training
+from pipestill.recipes.recipe import OPTIMIZERS, Training
 
 PAGE = "docs/momentum.md"
 
@@ -61,9 +62,9 @@ class Perceptron(nn.Module):
         return self.layers(x)  # type: ignore[no-any-return]
 
 
-def rising(start: float, total_steps: int) -> Callable[[int], float]:
+def rising(start: float, total_steps: int) -> LrSchedule:
     """The teacher's momentum: from `start` at the first step to 1 after the last, along half a cosine (BYOL, section 3.3)."""
-    return Cosine(start, 1.0, total_steps)
+    return cosine(total_steps, start=start, end=1.0)
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:

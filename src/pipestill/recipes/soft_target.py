@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from pipestill import lr_schedules
 from pipestill.errors import ConfigError, nearest
 from pipestill.losses import SoftTarget as SoftTargetLoss
 from pipestill.losses import accuracy, cross_entropy
@@ -18,7 +18,7 @@ from pipestill.model.families.vision import LIBRARIES, load_model
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images, digits
 from pipestill.recipes.networks import RESNETS, network
-from pipestill.recipes.recipe import OPTIMIZERS, Training, Workload, cosine, filled
+from pipestill.recipes.recipe import OPTIMIZERS, Training, Workload, filled
 from pipestill.recipes.vit import VIT_B, VIT_L, VIT_S, vit
 
 CLASSES = 10
@@ -243,12 +243,12 @@ class SoftTarget:
         return Training(epochs, OPTIMIZERS[self.optimizer], lr, options, SCHEDULES[self.schedule])
 
 
-def steps(total_steps: int) -> Callable[[int], float]:
-    """1 up to half of all steps, then a tenth, and a hundredth from three quarters on (He et al. 2016)."""
-    return lambda step: 0.1 ** ((2 * step >= total_steps) + (4 * step >= 3 * total_steps))
+def tenths(total_steps: int) -> lr_schedules.LrSchedule:
+    """The factor 1 up to half of all steps, then a tenth, and a hundredth from three quarters on."""
+    return lr_schedules.steps((-(-total_steps // 2), -(-3 * total_steps // 4)))
 
 
-SCHEDULES = {"cosine": cosine, "steps": steps}
+SCHEDULES = {"cosine": lr_schedules.cosine, "steps": tenths}
 
 
 class Convolution(nn.Module):
