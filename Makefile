@@ -11,7 +11,7 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 ROUNDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test slow fuzz lint types imports format check clean
+.PHONY: help install setup train test slow fuzz lint types imports format check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' Makefile | expand -t 18
@@ -24,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) $(TORCH) numpy
 	$(PIP) -e '.[recipes,text,dev]'
 	touch $@
+
+setup: $(STAMP)  ## for developers: install, and the checks that git runs before each commit
+	$(BIN)/pre-commit install
 
 train: $(STAMP)  ## distil a small network on the digits over two devices, to see it work
 	$(BIN)/pipestill train soft-target --devices 2

@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shlex
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
 
 import pipestill as ps
 from pipestill.cli import main
@@ -61,6 +67,19 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors_of(target)):
             dead.append(link)
     assert dead == []
+
+
+def test_the_sdist_holds_whatever_pages_link_to() -> None:
+    """A page in the sdist links to nothing that only the repository has."""
+    project = tomllib.loads(text_of("pyproject.toml"))
+    held = {ROOT / name.lstrip("/") for name in project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]}
+    assert all(map(Path.exists, held))
+    held |= {ROOT / "README.md", ROOT / "pyproject.toml"}  # always in it
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s#]+)", text_of(page)):
+            if not re.match(r"[a-z]+:", link):
+                target = (page.parent / link).resolve()
+                assert held & {target, *target.parents}, f"{page.name}: {link} is not in the sdist"
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
@@ -199,7 +218,8 @@ def test_table_of_strategies_is_what_the_simulator_gives(capsys: pytest.CaptureF
         return max(m * (t + f + b), path) if strategy == "fill" else m * t + path
 
     rows = table_after("docs/schedules.md", "Simulated and by formula")
-    assert [row[0] for row in rows] == [name for name in PIPELINE_STRATEGIES if name not in ("tspipe", "async")]  # of momentum
+    for_momentum = ("tspipe", "async")
+    assert [row[0] for row in rows] == [name for name in PIPELINE_STRATEGIES if name not in for_momentum]
     for strategy, *cells in rows:
         for (n, m), cell in zip(((4, 8), (8, 16), (8, 8)), cells, strict=True):
             figures = simulated(capsys, "--devices", str(n), "--microbatches", str(m), "--strategy", strategy)
