@@ -23,8 +23,8 @@ import torch
 from blockwise import SixAlike
 
 from pipestill.costs import Link
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
-from pipestill.model.blockwise.task import blockwise_dry_run
 from pipestill.model.live_bytes import LiveBytes
 from pipestill.plan.describe import describe
 from pipestill.recipes.compress import Compress

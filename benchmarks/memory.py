@@ -36,7 +36,7 @@ from pipestill import Distillation, Trainer, launch
 from pipestill.costs import BlockCosts, Costs
 from pipestill.losses import SoftTarget
 from pipestill.model.blocks import ranges
-from pipestill.model.boundary import cut
+from pipestill.model.boundary import detached
 from pipestill.model.split import SplitBlock, start_of
 from pipestill.recipes.soft_target import CLASSES, cnn
 from pipestill.runtime.memory import peak_bytes, reset_peak
@@ -87,7 +87,7 @@ def unit_bytes(rows: int, size: int) -> list[UnitBytes]:
         halves: list[tuple[SplitBlock, Any, list[Tensor | None]]] = []
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             for i in stage:
-                value, _, gradients = cut(value)
+                value, _, gradients = detached(value)
                 start = start_of([value] if value.requires_grad else [])
                 value = blocks.blocks[i].call(value)
                 halves.append((SplitBlock(start), value, gradients))

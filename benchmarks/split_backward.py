@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.costs import Costs
-from pipestill.model.boundary import cut
+from pipestill.model.boundary import detached
 from pipestill.model.split import SplitBlock, start_of, why_whole
 from pipestill.plan import make_plan
 from pipestill.recipes.soft_target import Convolution
@@ -86,7 +86,7 @@ def seconds_of(run: Callable[[], Any]) -> tuple[float, Any]:
 
 def once(layer: Layer, gradient: Tensor, split: bool) -> dict[str, float]:
     """Seconds of one forward and its backward, whole or in halves."""
-    entered, _, _ = cut(layer.value)
+    entered, _, _ = detached(layer.value)
     start = start_of([entered] if entered.requires_grad else [])
     forward, output = seconds_of(lambda: layer.module(entered))
     if not split:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipestill import losses
     from pipestill.errors import PipestillError, RankFailure, UserError
-    from pipestill.model.blocks import Block, BlockModel
-    from pipestill.model.blockwise.task import Blockwise, batch_number
+    from pipestill.model.block import Block
+    from pipestill.model.blocks import BlockModel
+    from pipestill.model.blockwise.task import Blockwise
+    from pipestill.model.blockwise.training import batch_number
     from pipestill.model.tasks import Distillation, Momentum, Supervised
     from pipestill.plan import Plan
     from pipestill.runtime.launch import launch
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 __version__ = version("pipestill")
 
 _HOMES = {
-    "Block": "pipestill.model.blocks",
+    "Block": "pipestill.model.block",
     "BlockModel": "pipestill.model.blocks",
     "BlockProfile": "pipestill.schedule.blockwise.profile",
     "BlockResult": "pipestill.train.blockwise",
@@ -37,7 +39,7 @@ _HOMES = {
     "Supervised": "pipestill.model.tasks",
     "Trainer": "pipestill.train.pipeline",
     "UserError": "pipestill.errors",
-    "batch_number": "pipestill.model.blockwise.task",
+    "batch_number": "pipestill.model.blockwise.training",
     "launch": "pipestill.runtime.launch",
 }
 

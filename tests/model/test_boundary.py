@@ -12,31 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipestill.errors import DataError, ModelError
-from pipestill.model.boundary import (
-    FEW,
-    MORE,
-    AliasLeaf,
-    ConstantLeaf,
-    Contract,
-    Form,
-    Scaled,
-    TensorLeaf,
-    copied,
-    detached,
-    distinct_tensors,
-    enter,
-    learn,
-    num_rows,
-    rows_of,
-)
+from pipestill.model.boundary import detached, enter
+from pipestill.model.contracts import AliasLeaf, ConstantLeaf, Contract, TensorLeaf, observe
+from pipestill.model.nests import copied, distinct_tensors, num_rows, rows_of
+from pipestill.model.tensor_form import FEW, MORE, LinearInRows, TensorForm
 
 CPU = torch.device("cpu")
 
 
 def test_scaled_numbers_follow_the_rows() -> None:
-    assert Scaled.between(2, 3) == Scaled(1, 0)
-    assert Scaled.between(11, 16).of(10) == 51
-    assert Scaled.between(7, 7).of(100) == 7
+    assert LinearInRows.between(2, 3) == LinearInRows(1, 0)
+    assert LinearInRows.between(11, 16).of(10) == 51
+    assert LinearInRows.between(7, 7).of(100) == 7
 
 
 # ---------------------------------------------------------------- memory layout
@@ -68,7 +55,7 @@ def strides(tensor: Tensor) -> list[int]:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_strides_survive_the_journey(name: str, rows: int) -> None:
     make = LAYOUTS[name]
-    form = Form.between(make(FEW), make(MORE))
+    form = TensorForm.between(make(FEW), make(MORE))
     tensor = make(rows)
     packed = form.pack(tensor, rows)
     assert packed.shape == form.empty(rows, CPU).shape
@@ -82,7 +69,7 @@ def test_strides_survive_the_journey(name: str, rows: int) -> None:
 def test_packing_does_not_copy_what_has_no_gaps() -> None:
     for name in ("contiguous", "channels last", "rows fastest", "rows in the middle"):
         tensor = LAYOUTS[name](5)
-        packed = Form.between(LAYOUTS[name](FEW), LAYOUTS[name](MORE)).pack(tensor, 5)
+        packed = TensorForm.between(LAYOUTS[name](FEW), LAYOUTS[name](MORE)).pack(tensor, 5)
         assert packed.data_ptr() == tensor.data_ptr(), name
 
 
@@ -90,7 +77,7 @@ def test_conjugated_numbers_travel_as_what_they_are() -> None:
     """Conjugation is a flag beside the memory, and memory is what travels."""
     turned = torch.complex(torch.ones(3), torch.arange(3.0)).conj()
     for tensor in (turned, turned.imag):
-        packed = Form.between(tensor, tensor).pack(tensor, 3)
+        packed = TensorForm.between(tensor, tensor).pack(tensor, 3)
         assert not packed.is_conj()
         assert not packed.is_neg()
         assert torch.equal(packed, tensor)
@@ -99,14 +86,14 @@ def test_conjugated_numbers_travel_as_what_they_are() -> None:
 def test_lasting_memory_is_copied_before_it_travels() -> None:
     """The next forward may write to a buffer while it is on its way."""
     buffer = torch.zeros(5)
-    form = Form.between(buffer, buffer)
+    form = TensorForm.between(buffer, buffer)
     packed = form.pack(buffer, 7)
     buffer.add_(1)
     assert not packed.any()
 
 
 def test_what_repeats_on_the_sample_only_keeps_its_numbers() -> None:
-    form = Form.between(LAYOUTS["repeated features"](FEW), LAYOUTS["repeated features"](MORE))
+    form = TensorForm.between(LAYOUTS["repeated features"](FEW), LAYOUTS["repeated features"](MORE))
     tensor = torch.randn(5, 6)
     assert torch.equal(form.unpack(form.pack(tensor, 5), 5), tensor)
 
@@ -125,7 +112,7 @@ def test_any_layout_keeps_its_numbers(data: st.DataObject) -> None:
         return sliced.permute(sorted(range(len(axes)), key=axes.__getitem__))
 
     rows = data.draw(st.integers(1, 6))
-    form = Form.between(make(FEW), make(MORE))
+    form = TensorForm.between(make(FEW), make(MORE))
     for tensor in (make(rows), torch.randn(rows, *shape)):
         arrived = form.unpack(form.pack(tensor, rows).clone(), rows)
         assert torch.equal(arrived, tensor)
@@ -141,7 +128,7 @@ def nest(rows: int) -> Any:
 
 
 def contract() -> Contract:
-    return learn("here", nest(FEW), nest(MORE))
+    return observe("here", nest(FEW), nest(MORE))
 
 
 def test_a_contract_tells_what_travels() -> None:
@@ -217,11 +204,11 @@ def test_a_broken_contract_says_how(value: Any, message: str) -> None:
 )
 def test_what_changes_with_more_than_the_rows_is_refused(make: Callable[[int], Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        learn("here", make(FEW), make(MORE))
+        observe("here", make(FEW), make(MORE))
 
 
 def test_a_flag_that_follows_from_the_rows_is_refused_when_it_is_wrong() -> None:
-    flag = learn("here", FEW > 2, MORE > 2)
+    flag = observe("here", FEW > 2, MORE > 2)
     with pytest.raises(ModelError, match="the value"):
         flag.split(True, 8)
 

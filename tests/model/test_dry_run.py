@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pipestill as ps
 from pipestill.errors import DataError, ModelError, UserError
-from pipestill.model.boundary import TensorLeaf
+from pipestill.model.contracts import TensorLeaf
 from pipestill.model.dry_run import dry_run
 
 X, Y = torch.randn(3, 4), torch.tensor([0, 1, 2])

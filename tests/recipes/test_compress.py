@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipestill.errors import ConfigError, DataError
-from pipestill.model.blockwise.task import blockwise_dry_run
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.tasks import Supervised
 from pipestill.recipes.compress import DATA, SHAPES, Compress
 from pipestill.recipes.run import run_recipe

@@ -13,8 +13,9 @@ from pipestill.cli import main
 from pipestill.costs import Link
 from pipestill.errors import ConfigError
 from pipestill.losses import mse
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
-from pipestill.model.blockwise.task import _batch, blockwise_dry_run, learn_block
+from pipestill.model.blockwise.training import current_batch, train_block
 from pipestill.model.seeding import derive
 from pipestill.recipes import RECIPES
 from pipestill.recipes.architecture_search import Alternating, SearchSteps, WithFlops, weights_and_alphas
@@ -160,7 +161,7 @@ def test_all_shares_of_a_batch_take_the_same_path(batch: int) -> None:
         value = torch.randn(4, 4, 8, 8)
         with torch.no_grad():
             target = task.teacher_blocks.blocks[1].call(value)
-        learn_block(task, 1, value, target, 0.5, seed=unit, batch=batch, unit=unit, device=CPU)
+        train_block(task, 1, value, target, 0.5, seed=unit, batch=batch, unit=unit, device=CPU)
         seen.append((with_gradient(task, 1), {n: int((p.grad != 0).sum()) for n, p in alphas(task, 1) if batch == 3}))
         task.student.zero_grad()
     assert seen[0] == seen[1]
@@ -221,7 +222,7 @@ def test_gradient_through_two_cells_is_that_of_equation_4() -> None:
         for cell in cells:
             cell.alpha.normal_()
     x, target = torch.randn(4, 3, 4, 4).double(), torch.randn(4, 3, 4, 4).double()
-    _batch.set(3)
+    current_batch.set(3)
     loss = mse(stage(x), target)
     found = torch.autograd.grad(loss, [cell.alpha for cell in cells])
 
@@ -250,9 +251,9 @@ def test_flops_in_the_loss_make_dear_paths_less_likely() -> None:
     assert isinstance(loss, WithFlops)
     task.in_mode(train=True)
     same = torch.ones(2, 3)
-    _batch.set(0)
+    current_batch.set(0)
     assert loss(same, same).item() == 0.0
-    _batch.set(3)
+    current_batch.set(3)
     assert loss(same, same).item() == pytest.approx(stage.expected_flops().item())
     (gradient,) = torch.autograd.grad(loss(same, same), stage.choices()[0].alpha)
     flops = stage.choices()[0].flops

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import pipestill as ps
 from pipestill.losses import cross_entropy
-from pipestill.model.blockwise.task import blockwise_dry_run
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.recipes.compress import Compress
 from pipestill.recipes.recipe import BlockwiseWorkload, Training
 from pipestill.recipes.run_blockwise import end_to_end

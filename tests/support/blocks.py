@@ -80,8 +80,8 @@ class BlockCase:
         taught, learner = teacher().to(self.dtype), student(self.kind).to(self.dtype)
         more: dict[str, Any] = {}
         if self.kind == "thin":
-            more["adapters"] = {i: nn.Linear(4, WIDTHS[i + 1]).to(self.dtype) for i in range(4)}
-            more["input_adapters"] = {i: nn.Linear(WIDTHS[i], 4).to(self.dtype) for i in range(4)}
+            more["output_projectors"] = {i: nn.Linear(4, WIDTHS[i + 1]).to(self.dtype) for i in range(4)}
+            more["input_projectors"] = {i: nn.Linear(WIDTHS[i], 4).to(self.dtype) for i in range(4)}
         if self.kind == "library":
             more["candidates"] = {
                 1: [nn.Linear(8, 8).to(self.dtype), nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8)).to(self.dtype)]

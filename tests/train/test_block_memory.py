@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import pipestill as ps
-from pipestill.model.blockwise.task import blockwise_dry_run
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.live_bytes import LiveBytes
 from pipestill.runtime.world import OneProcess
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import pipestill as ps
 from pipestill.errors import ConfigError, DataError, ModelError, PlanError, TrainingError
-from pipestill.model.blockwise.task import blockwise_dry_run
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, Phase
 from pipestill.runtime.blockwise.rank import BlockwiseRank
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -64,7 +64,7 @@ def test_every_strategy_trains_like_each_block_alone(strategy: str, devices: int
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_that_move_stay_exact(kind: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights, buffers, adapters, candidates and what optimizers remember go along, also where an epoch ends in a window."""
+    """Weights, buffers, projectors, candidates and what optimizers remember go along, also where an epoch ends in a window."""
     case = BlockCase(kind, optimizer)
     for devices, window in ((2, 2), (3, 4), (2, 16)):
         monkeypatch.setattr("pipestill.plan.blockwise.balanced._WINDOWS", (window,))
@@ -215,9 +215,9 @@ def test_numbers_of_blocks_that_differ() -> None:
 
 def test_everything_wrong_with_a_task_is_told_at_once() -> None:
     with pytest.raises(ModelError) as error:
-        ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4), loss=[ps.losses.mse], adapters={5: nn.Linear(1, 1)})
+        ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4), loss=[ps.losses.mse], output_projectors={5: nn.Linear(1, 1)})
     assert "1 losses for 2 blocks" in str(error.value)
-    assert "adapters of block 5; there are blocks 0 to 1" in str(error.value)
+    assert "output_projectors of block 5; there are blocks 0 to 1" in str(error.value)
 
 
 def test_shared_parameter_is_refused() -> None:
@@ -240,9 +240,9 @@ def test_weight_tied_between_student_blocks_is_refused() -> None:
         (
             chain(4, 3, 4),
             {},
-            r"student block 0 \('b0'\) cannot take float32\[2, 4\] and learn float32\[2, 5\].*adapters",
+            r"student block 0 \('b0'\) cannot take float32\[2, 4\] and learn float32\[2, 5\].*projectors",
         ),
-        (chain(3, 5, 4), {}, r"student block 0 \('b0'\) cannot take .*give adapters"),
+        (chain(3, 5, 4), {}, r"student block 0 \('b0'\) cannot take .*give projectors"),
         (chain(4, 5, 4), {"loss": lambda s, t: s}, "the loss of block 0 gave a tensor of shape .* expected a scalar"),
         (
             chain(4, 5, 4),

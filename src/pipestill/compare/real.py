@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from pipestill.costs import Costs, Link
 from pipestill.errors import ConfigError, nearest
-from pipestill.model.boundary import num_rows
 from pipestill.model.dry_run import dry_run
+from pipestill.model.nests import num_rows
 from pipestill.recipes.recipe import EndToEndWorkload, Recipe, Workload, end_to_end
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import make_trainer

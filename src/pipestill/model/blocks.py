@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from pipestill.arguments import shown
 from pipestill.errors import ModelError, nearest
-from pipestill.model.families.known import known_blocks
-
-
-@dataclass(frozen=True)
-class Block:
-    """An indivisible slice of a model: `call` maps the value before it to the value after it.
-
-    `uses` names the submodules and parameters of the model that `call` reads; they move and train with it.
-    """
-
-    name: str
-    call: Callable[[Any], Any]
-    uses: tuple[str, ...]
+from pipestill.model.block import Block
+from pipestill.model.families.registry import known_blocks
 
 
 class BlockModel:
@@ -32,7 +20,7 @@ class BlockModel:
 
     `cuts` lists the blocks in order: names of submodules that each take the value of the one before, or `Block`s for
     anything else. Without cuts, an `nn.Sequential` is cut at every child (nested ones too), a model of a known family
-    (see `adapters`) at its layers, and any other is asked for `pipeline_blocks()`, which returns such a list. Raises
+    (see `families`) at its layers, and any other is asked for `pipeline_blocks()`, which returns such a list. Raises
     `ModelError` when there is none, when a name is unknown, or when a parameter belongs to no block.
     """
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from collections.abc import Callable, Set
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,68 +12,19 @@ from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError, UserError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import FEW, MORE, Contract, copied, distinct_tensors, learn, num_rows, rows_of
-from pipestill.model.lengths import ByLength, length_of, sample_lengths, shortened
+from pipestill.model.contracts import Contract, observe
+from pipestill.model.lengths import length_of, sample_lengths, shortened
+from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
+from pipestill.model.pipeline_contracts import PipelineContracts, PipelineContractsByLength
 from pipestill.model.split import why_whole
-from pipestill.model.stepwise import Values, describe, stepwise, untouched
+from pipestill.model.stepwise import StepValues, stepwise, untouched
 from pipestill.model.tasks import Task, check_views, view
+from pipestill.model.tensor_form import FEW, MORE
 
 
-@dataclass(frozen=True)
-class Contracts:
-    """Every contract of a task: what crosses after each block in each view, and what a batch is made of.
-
-    `copies` holds the student blocks whose input is written to in place, by themselves or by a block after them. The
-    first one gets a copy of its rows then: microbatches are parts of one batch, and autograd looks after it as a whole.
-    `unsplit` says of blocks whose backward cannot be taken in two halves why not.
-    """
-
-    inputs: Contract
-    targets: Contract
-    student: tuple[tuple[Contract, ...], ...]
-    teacher: tuple[tuple[Contract, ...], ...]
-    loss_parts: tuple[str, ...]
-    copies: frozenset[int]
-    unsplit: Mapping[int, str] = field(default_factory=dict)
-    by_length: ContractsByLength | None = field(default=None, repr=False)
-
-    def at(self, length: int) -> Contracts:
-        """The contracts of batches of that length, where batches differ in it."""
-        return self if self.by_length is None else self.by_length.at(length)
-
-
-class ContractsByLength:
-    """A task's contracts at any length, from those at three."""
-
-    def __init__(self, lengths: tuple[int, int, int], contracts: Sequence[Contracts]) -> None:
-        self.longest = contracts[-1]
-
-        def family(found: Sequence[Contract]) -> ByLength:
-            one, two, three = found
-            return ByLength(lengths, (one, two, three))
-
-        def nested(found: Sequence[tuple[tuple[Contract, ...], ...]]) -> tuple[tuple[ByLength, ...], ...]:
-            views = zip(*found, strict=True)
-            return tuple(tuple(family(same) for same in zip(*view, strict=True)) for view in views)
-
-        self.inputs, self.targets = family([c.inputs for c in contracts]), family([c.targets for c in contracts])
-        self.student, self.teacher = nested([c.student for c in contracts]), nested([c.teacher for c in contracts])
-        self.at = lru_cache(maxsize=256)(self._at)
-
-    def _at(self, length: int) -> Contracts:
-        student, teacher = (
-            tuple(tuple(block.at(length) for block in view) for view in views) for views in (self.student, self.teacher)
-        )
-        return replace(
-            self.longest,
-            inputs=self.inputs.at(length),
-            targets=self.targets.at(length),
-            student=student,
-            teacher=teacher,
-        )
-
-
-def dry_run(task: Task, inputs: Any, targets: Any, *, split: bool = False, length_axis: int | None = None) -> Contracts:
+def dry_run(
+    task: Task, inputs: Any, targets: Any, *, split: bool = False, length_axis: int | None = None
+) -> PipelineContracts:
     """Run forward, loss and backward on 2 and on 3 rows of a sample batch, without a trace left in the models.
 
     `split`: find out which student blocks cannot take their backward in two halves, too. `length_axis`: batches may differ
@@ -93,11 +43,11 @@ def dry_run(task: Task, inputs: Any, targets: Any, *, split: bool = False, lengt
     if any(contracts.loss_parts != found[0].loss_parts for contracts in found):
         raise ModelError("the loss has other parts at other lengths; it must always give the same ones")
     copies = frozenset[int]().union(*(contracts.copies for contracts in found))
-    by_length = ContractsByLength(lengths, [replace(contracts, copies=copies) for contracts in found])
+    by_length = PipelineContractsByLength(lengths, [replace(contracts, copies=copies) for contracts in found])
     return replace(found[-1], copies=copies, by_length=by_length)
 
 
-def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> Contracts:
+def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineContracts:
     check_views(task, inputs)
     rows = num_rows(inputs, "the batch's inputs")
     if distinct_tensors(targets) and num_rows(targets, "the batch's targets") != rows:
@@ -115,17 +65,17 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> Contracts:
     check_chain(task, "student", task.student_blocks, view(task, values[1][0], 0))
     if teacher is not None:
         check_chain(task, "teacher", teacher, view(task, values[1][0], 0))
-    return Contracts(
-        inputs=learn("the batch's inputs", values[0][0], values[1][0]),
-        targets=learn("the batch's targets", values[0][1], values[1][1]),
+    return PipelineContracts(
+        inputs=observe("the batch's inputs", values[0][0], values[1][0]),
+        targets=observe("the batch's targets", values[0][1], values[1][1]),
         student=tuple(
-            _learn_all(
+            _observe_blocks(
                 "student", task.student_blocks, few.student[v], more.student[v], (few.gradients[v], more.gradients[v])
             )
             for v in range(task.demands.views)
         ),
         teacher=tuple(
-            _learn_all("teacher", teacher, few.teacher[v], more.teacher[v], None)
+            _observe_blocks("teacher", teacher, few.teacher[v], more.teacher[v], None)
             for v in range(task.demands.teacher_views if teacher else 0)
             if teacher is not None
         ),
@@ -136,7 +86,7 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> Contracts:
 
 
 def try_validation(
-    task: Task, contracts: Contracts, inputs: Any, targets: Any, rows: int, ends: Set[int],
+    task: Task, contracts: PipelineContracts, inputs: Any, targets: Any, rows: int, ends: Set[int],
     add: Callable[[Any, Any, int], None],
 ) -> None:  # fmt: skip
     """Evaluate a microbatch of validation data, without a trace left in the models: `add(output, targets, rows)` has its metrics.
@@ -187,7 +137,7 @@ def _unsplit(model: BlockModel, views: list[list[Any]]) -> dict[int, str]:
     return reasons
 
 
-def _check_joinable(few: Values, more: Values) -> None:
+def _check_joinable(few: StepValues, more: StepValues) -> None:
     """Refuse outputs that a loss over the whole batch could not get joined, microbatch after microbatch."""
     for rows, values in ((FEW, few), (MORE, more)):
         for output in (outputs[-1] for outputs in (*values.student, *values.teacher)):
@@ -258,7 +208,7 @@ class _UsesCheck:
             parameter.grad = None
 
 
-def _learn_all(
+def _observe_blocks(
     role: str,
     model: BlockModel,
     few: list[Any],
@@ -266,7 +216,7 @@ def _learn_all(
     gradients: tuple[list[list[Tensor | None]], list[list[Tensor | None]]] | None,
 ) -> tuple[Contract, ...]:
     return tuple(
-        learn(
+        observe(
             f"after {role} block {i} ('{block.name}')",
             few[i],
             more[i],

@@ -21,9 +21,10 @@ from torch.utils.flop_counter import flop_registry
 from pipestill.costs import Costs
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached, distinct_tensors
+from pipestill.model.boundary import detached
 from pipestill.model.devices import Machine
-from pipestill.model.profile import Seconds, assemble, microbatch_of, stashes
+from pipestill.model.nests import distinct_tensors
+from pipestill.model.profile import Seconds, assemble, counted_stashes, microbatch_of
 from pipestill.model.split import SplitBlock, Unsplittable, start_of
 from pipestill.model.stepwise import stepwise, untouched
 from pipestill.model.tasks import Momentum, Task
@@ -57,7 +58,7 @@ def estimate(
     inputs, targets = (_formed(nest, machine.dtype) for nest in microbatch_of(inputs, targets, rows))
     blocks = task.student_blocks
     clock = RooflineClock(machine)
-    with untouched(task), torch.device("meta"), WithoutNumbers(), stashes(task) as stash:
+    with untouched(task), torch.device("meta"), WithoutNumbers(), counted_stashes(task) as stash:
 
         def heard(what: str, block: int) -> None:
             stash.mark(what, block)

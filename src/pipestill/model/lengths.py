@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import DataError, ModelError
-from pipestill.model.boundary import AliasLeaf, ConstantLeaf, Contract, Form, Scaled, TensorLeaf, distinct_tensors
+from pipestill.model.contracts import AliasLeaf, ConstantLeaf, Contract, TensorLeaf
+from pipestill.model.nests import distinct_tensors
+from pipestill.model.tensor_form import LinearInRows, TensorForm
 
 Leaf = TensorLeaf | AliasLeaf | ConstantLeaf
 
@@ -55,7 +57,7 @@ def sample_lengths(length: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class ByLength:
+class ContractByLength:
     """One contract at three lengths."""
 
     lengths: tuple[int, int, int]
@@ -86,24 +88,24 @@ class ByLength:
             return TensorLeaf(form, first.tracked, self._form(came, length) if came else None)
         if isinstance(first, ConstantLeaf) and all(isinstance(leaf, ConstantLeaf) for leaf in same):
             values = [leaf.value for leaf in same if isinstance(leaf, ConstantLeaf)]
-            if all(isinstance(value, (int, Scaled)) and not isinstance(value, bool) for value in values):
-                scaled = [value if isinstance(value, Scaled) else Scaled(0, value) for value in values]
+            if all(isinstance(value, (int, LinearInRows)) and not isinstance(value, bool) for value in values):
+                scaled = [value if isinstance(value, LinearInRows) else LinearInRows(0, value) for value in values]
                 number = self._scaled(scaled, length)
                 return ConstantLeaf(number if number.per_row else number.fixed)
         if any(leaf != first for leaf in same):
             raise ModelError(f"{where}: {first} changes with the length, to {same[-1]}; pass a tensor")
         return first
 
-    def _form(self, forms: Sequence[Form], length: int) -> Form:
+    def _form(self, forms: Sequence[TensorForm], length: int) -> TensorForm:
         if len({(form.dtype, len(form.shape)) for form in forms}) > 1:
             raise ModelError(f"{self.contracts[0].where}: a tensor's type or axes change with the length")
         shape = tuple(self._scaled(sizes, length) for sizes in zip(*(form.shape for form in forms), strict=True))
         strides = tuple(self._scaled(sizes, length) for sizes in zip(*(form.strides for form in forms), strict=True))
-        return Form(shape, forms[0].dtype, strides, any(form.lasting for form in forms))
+        return TensorForm(shape, forms[0].dtype, strides, any(form.lasting for form in forms))
 
-    def _scaled(self, numbers: Sequence[Scaled], length: int) -> Scaled:
+    def _scaled(self, numbers: Sequence[LinearInRows], length: int) -> LinearInRows:
         per_row, fixed = ([getattr(n, name) for n in numbers] for name in ("per_row", "fixed"))
-        return Scaled(self._value(per_row, length), self._value(fixed, length))
+        return LinearInRows(self._value(per_row, length), self._value(fixed, length))
 
     def _value(self, known: Sequence[int], length: int) -> int:
         """The polynomial of degree 2 through the known values (Lagrange). One that is no whole number is rounded down: a

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import copied, detached, distinct_tensors, rows_of
-from pipestill.model.dry_run import Contracts
+from pipestill.model.boundary import detached
+from pipestill.model.nests import copied, distinct_tensors, rows_of
+from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.split import SplitBlock, start_of
 from pipestill.model.stepwise import stepwise, untouched
 from pipestill.model.tasks import Task
@@ -24,7 +25,7 @@ from pipestill.model.tasks import Task
 
 def profile(
     task: Task,
-    contracts: Contracts,
+    contracts: PipelineContracts,
     inputs: Any,
     targets: Any,
     *,
@@ -45,7 +46,7 @@ def profile(
     rounds = []
     shares = [0.5] * len(task.student_blocks)
     with untouched(task):
-        with stashes(task) as stash:
+        with counted_stashes(task) as stash:
             stepwise(task, inputs, targets, stash.mark)
         for _ in range(repeats):
             watch = _Stopwatch()
@@ -102,7 +103,7 @@ def assemble(
     rows: int,
     updates: Sequence[tuple[float, int]],
     shares: Sequence[float],
-    stash: Stashes,
+    stash: StashCounter,
     student_bytes: Sequence[Sequence[int]],
     teacher_bytes: Sequence[Sequence[int]],
 ) -> Costs:
@@ -145,7 +146,7 @@ def assemble(
     return Costs(student, teacher, loss_seconds=mean(seconds["loss", 0]), rows=rows, views=scales)
 
 
-class Stashes:
+class StashCounter:
     """Bytes that each student block keeps from its forward to its backward, one number a view.
 
     A piece of memory counts for the first block that keeps it, and weights and buffers do not count.
@@ -179,14 +180,14 @@ def _memory(tensor: Tensor) -> int:
 
 
 @contextmanager
-def stashes(task: Task) -> Iterator[Stashes]:
+def counted_stashes(task: Task) -> Iterator[StashCounter]:
     """Hears what autograd keeps of the student, block after block."""
-    found = Stashes(task)
+    found = StashCounter(task)
     with torch.autograd.graph.saved_tensors_hooks(found.keep, lambda tensor: tensor):
         yield found
 
 
-def _weight_shares(model: BlockModel, outputs: list[Any], contracts: Contracts) -> list[float]:
+def _weight_shares(model: BlockModel, outputs: list[Any], contracts: PipelineContracts) -> list[float]:
     """Of each block's backward in two halves, the second's share: all of the first block's, nothing where it stays whole."""
     shares = [1.0]
     for i in range(1, len(model)):

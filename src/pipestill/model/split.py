@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from pipestill.model.boundary import copied, detached, distinct_tensors
+from pipestill.model.boundary import detached
+from pipestill.model.nests import copied, distinct_tensors
 
 Roots = list[tuple[Tensor, Tensor]]
 """Outputs of a block and the gradients that came back for them."""

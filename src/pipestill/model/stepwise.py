@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached, distinct_tensors
+from pipestill.model.boundary import detached
+from pipestill.model.nests import describe, distinct_tensors
 from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
 
 @dataclass
-class Values:
+class StepValues:
     """The values after each block for one number of rows, in each view, and the gradients of the student's distinct
     tensors.
     """
@@ -31,7 +31,7 @@ class Values:
 
 
 @dataclass
-class _Forward:
+class _StudentForward:
     """A student's forward in one view, cut after every block."""
 
     outputs: list[Any]
@@ -42,7 +42,7 @@ class _Forward:
 
 def stepwise(
     task: Task, inputs: Any, targets: Any, done: Callable[[str, int], None] = lambda what, block: None
-) -> Values:
+) -> StepValues:
     """Forward, loss and backward of one microbatch, cut between all blocks; call inside `untouched`.
 
     `done(what, block)` is called as each piece ends: "teacher", "student", "loss", "backward"; in every view anew. The
@@ -54,10 +54,12 @@ def stepwise(
     taught: list[list[Any]] = []
     if task.teacher_blocks is not None:
         with torch.no_grad():
-            taught = [_teach(task.teacher_blocks, view(task, inputs, v), done) for v in range(demands.teacher_views)]
+            taught = [
+                _teacher_forward(task.teacher_blocks, view(task, inputs, v), done) for v in range(demands.teacher_views)
+            ]
         _check_unwritten("teacher", inputs, versions)
     with torch.enable_grad():
-        forwards = [_learn(task.student_blocks, view(task, inputs, v), done) for v in range(demands.views)]
+        forwards = [_student_forward(task.student_blocks, view(task, inputs, v), done) for v in range(demands.views)]
         if task.teacher_blocks is not None:
             _check_unwritten("student", inputs, versions)
         parts = _loss(task, [f.last for f in forwards], [values[-1] for values in taught], targets)
@@ -75,7 +77,7 @@ def stepwise(
                 if roots:
                     _backward(task.student_blocks, i, roots)
                 done("backward", i)
-    return Values(
+    return StepValues(
         student=[forward.outputs for forward in forwards],
         gradients=[
             [_of_distinct(output, *ends) for output, ends in zip(forward.outputs, forward.cuts, strict=True)]
@@ -92,7 +94,7 @@ def stepwise(
     )
 
 
-def _teach(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> list[Any]:
+def _teacher_forward(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> list[Any]:
     values = []
     for i in range(len(model)):
         value = _call("teacher", model, i, value)
@@ -101,8 +103,8 @@ def _teach(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> l
     return values
 
 
-def _learn(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> _Forward:
-    forward = _Forward([], [], [], None)
+def _student_forward(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> _StudentForward:
+    forward = _StudentForward([], [], [], None)
     for i in range(len(model)):
         forward.inputs.append([(tensor, tensor._version) for tensor in distinct_tensors(value)])
         forward.outputs.append(_call("student", model, i, value))
@@ -164,14 +166,6 @@ def _loss(task: Task, student: list[Any], teacher: list[Any], targets: Any) -> d
             f"the loss cannot take {', '.join(given)}: {type(error).__name__}: {error}; "
             "make the outputs fit each other, or choose another loss"
         ) from error
-
-
-def describe(value: Any) -> str:
-    """Types and shapes of a nest, for messages."""
-    shown = pytree.tree_map(
-        lambda x: f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else repr(x), value
-    )
-    return str(shown).replace("'", "")
 
 
 @contextmanager

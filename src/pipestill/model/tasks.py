@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pipestill.arguments import a_loss, one_of, raise_problems, real_number, whole
 from pipestill.errors import DataError, ModelError
 from pipestill.losses import DistillationLoss, LossValue, MomentumLoss, SupervisedLoss
-from pipestill.model.blocks import Block, BlockModel
+from pipestill.model.block import Block
+from pipestill.model.blocks import BlockModel
 from pipestill.schedule.schedule import Demands
 
 

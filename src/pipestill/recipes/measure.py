@@ -8,8 +8,8 @@ import math
 import torch
 
 from pipestill.costs import Costs
-from pipestill.model.blockwise.task import blockwise_dry_run
-from pipestill.model.boundary import num_rows
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
+from pipestill.model.nests import num_rows
 from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
 from pipestill.recipes.run_blockwise import make_block_trainer
 from pipestill.recipes.run_options import RunOptions

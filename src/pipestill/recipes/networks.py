@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pipestill.model.blocks import Block
+from pipestill.model.block import Block
 
 _LARGE = 64  # pixels: ResNets of larger images begin with a 7x7 convolution and a pooling, both of stride 2
 

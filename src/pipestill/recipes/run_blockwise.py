@@ -11,9 +11,10 @@ from torch import nn
 
 from pipestill import draw
 from pipestill.model.blocks import BlockModel
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
-from pipestill.model.blockwise.task import Blockwise, blockwise_dry_run
-from pipestill.model.boundary import num_rows
+from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.nests import num_rows
 from pipestill.model.tasks import Distillation, Supervised
 from pipestill.plan.blockwise.json import blockwise_plan_to_json
 from pipestill.plan.blockwise.plan import BlockwisePlan

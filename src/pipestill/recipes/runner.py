@@ -16,7 +16,7 @@ from torch import nn
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import num_rows, to_device
+from pipestill.model.nests import num_rows, to_device
 from pipestill.model.tasks import Supervised, Task
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, MomentumWorkload, Training, Workload
 from pipestill.recipes.run_options import RunOptions

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.lr_schedules import LrSchedule, cosine
-from pipestill.model.blocks import Block, BlockModel
+from pipestill.model.block import Block
+from pipestill.model.blocks import BlockModel
 from pipestill.recipes.datasets import Images, choose_images
 from pipestill.recipes.recipe import OPTIMIZERS, Training
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipestill.errors import ConfigError
-from pipestill.model.blocks import Block
+from pipestill.model.block import Block
 
 Positions = Literal["learnt", "sincos"]
 

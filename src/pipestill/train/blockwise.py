@@ -25,9 +25,11 @@ from pipestill.arguments import (
     try_first,
 )
 from pipestill.errors import ConfigError, PlanError, nearest
+from pipestill.model.blockwise.contracts import BlockwiseContracts
+from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, blockwise_dry_run
-from pipestill.model.boundary import to_device
+from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.nests import to_device
 from pipestill.optim import make_optimizer as optimizer_of
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
 from pipestill.runtime.blockwise.all_reduce import measure_allreduces
@@ -89,7 +91,7 @@ class BlockwiseTrainer:
     """Trains every student block of `task` alone on its teacher block, over `devices` ranks.
 
     `optimizer(parameters, lr=lr, **optimizer_options)` is made once for each block, from its own parameters (and those of
-    its adapters and candidates); `param_groups` turns a block's `{name: parameter}` into groups for it.
+    its projectors and candidates); `param_groups` turns a block's `{name: parameter}` into groups for it.
     `lr_schedule(batch)` is a factor on every group's rate. `strategy`: one of `plan.blockwise.BLOCKWISE_STRATEGIES`, or
     `reference`, a plain loop that trains one block after the other. `profile` holds the blocks' times, measured here
     where it is not given; `memory_bytes` limits what a rank may hold.

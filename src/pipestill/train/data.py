@@ -16,10 +16,9 @@ from torch.utils import _pytree as pytree
 
 from pipestill.arguments import shown
 from pipestill.errors import DataError, PipestillError
-from pipestill.model.boundary import copied, distinct_tensors, num_rows, rows_of
 from pipestill.model.lengths import length_of
+from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.seeding import OwnGenerator, derive
-from pipestill.model.stepwise import describe
 from pipestill.runtime.batch import Batch
 
 _CLOSE_SECONDS = 1.0

@@ -32,8 +32,9 @@ from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.losses import Metric
 from pipestill.model.batchnorm import Norms, batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
-from pipestill.model.boundary import rows_of, to_device
-from pipestill.model.dry_run import Contracts, dry_run, try_validation
+from pipestill.model.dry_run import dry_run, try_validation
+from pipestill.model.nests import rows_of, to_device
+from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.profile import profile, wake_seconds
 from pipestill.model.tasks import Distillation, Momentum, Supervised, Task, check_views, teacher_trains
 from pipestill.optim import make_optimizer as optimizer_of
@@ -223,7 +224,7 @@ class Trainer:
             plan = self.plan_for(costs)
             assert plan.schedule
 
-    def dry_run(self, inputs: Any, targets: Any) -> Contracts:
+    def dry_run(self, inputs: Any, targets: Any) -> PipelineContracts:
         """What crosses each boundary, from a sample of a batch; raises `UserError`s for what cannot work."""
         return dry_run(self.task, inputs, targets, split=self.split_backward, length_axis=self.length_axis)
 
@@ -268,7 +269,7 @@ class Trainer:
             ]
         )
 
-    def _try_validation(self, batch: Batch, contracts: Contracts, plan: Plan | None) -> None:
+    def _try_validation(self, batch: Batch, contracts: PipelineContracts, plan: Plan | None) -> None:
         """Evaluate the first microbatch of the validation data, which may be unlike the training data."""
         rows = math.ceil(batch.rows / self.microbatches)
         few = slice(0, rows)
@@ -278,7 +279,7 @@ class Trainer:
             Tally(self.metrics).add,
         )  # fmt: skip
 
-    def _plan(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Plan:
+    def _plan(self, world: World, contracts: PipelineContracts, few: tuple[Any, Any], rows: int) -> Plan:
         """The same plan on every rank, from costs that rank 0 measured."""
         costs = self.costs or self.measure(world, contracts, few, math.ceil(rows / self.microbatches))
         return self.plan_for(world.broadcast(costs))
@@ -298,7 +299,7 @@ class Trainer:
         self.task.student_blocks.check_ties(ranges(plan.student_partition))
         return plan
 
-    def measure(self, world: World, contracts: Contracts, few: tuple[Any, Any], rows: int) -> Costs:
+    def measure(self, world: World, contracts: PipelineContracts, few: tuple[Any, Any], rows: int) -> Costs:
         """Costs of every block for `rows` rows measured on rank 0 alone, and on CPUs how much longer it takes while all ranks
         compute. On all ranks together.
         """
@@ -346,7 +347,7 @@ class Trainer:
         self,
         world: World,
         plan: Plan,
-        contracts: Contracts,
+        contracts: PipelineContracts,
         source: Counted | None,
         validation: Callable[[], Iterator[Batch]] | None,
         reporter: Reporter,
@@ -414,7 +415,7 @@ class Trainer:
     def _run_reference(
         self,
         source: Counted,
-        contracts: Contracts,
+        contracts: PipelineContracts,
         validation: Callable[[], Iterator[Batch]] | None,
         reporter: Reporter,
         norms: Norms,
@@ -448,7 +449,7 @@ class Trainer:
         )  # fmt: skip
 
 
-def _whole(task: Task, contracts: Contracts) -> tuple[str, ...]:
+def _whole(task: Task, contracts: PipelineContracts) -> tuple[str, ...]:
     blocks = task.student_blocks.blocks
     return tuple(f"block {i} ('{blocks[i].name}'): {reason}" for i, reason in sorted(contracts.unsplit.items()))
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.costs import Link
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, learn_block, teach, untouched_blocks
-from pipestill.model.boundary import copied, distinct_tensors, rows_of, to_device
+from pipestill.model.blockwise.contracts import BlockwiseContracts
+from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.blockwise.training import teacher_output, train_block, untouched_blocks
 from pipestill.model.live_bytes import LiveBytes
+from pipestill.model.nests import copied, distinct_tensors, rows_of, to_device
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 
 _FEWEST, _MOST = 5, 40  # samples of each point
@@ -57,7 +59,7 @@ def measure_blocks(
     with untouched_blocks(task):
         value = to_device(rows_of(inputs, index), device)
         for block in every:
-            target = teach(task, block, copied(value))
+            target = teacher_output(task, block, copied(value))
             blocks.append(_measure(task, contracts, block, value, target, shares, optimizer, device))
             value = target
     for tensor, home in zip(tensors, homes, strict=True):
@@ -78,14 +80,14 @@ def _measure(
 
     def step(given: Any, wanted: Any) -> None:
         given = copied(given) if block in contracts.student_writes else given
-        learn_block(task, block, given, wanted, 1.0, seed=0, batch=next(batches), unit=0, device=device)
+        train_block(task, block, given, wanted, 1.0, seed=0, batch=next(batches), unit=0, device=device)
         if stepper is not None:
             stepper.step()
         for parameter in parameters.values():
             parameter.grad = None
 
     def forward(given: Any, wanted: Any) -> None:
-        teach(task, block, copied(given) if block in contracts.teacher_writes else given)
+        teacher_output(task, block, copied(given) if block in contracts.teacher_writes else given)
 
     seconds: dict[Callable[..., None], list[float]] = {forward: [], step: []}
     errors = []
@@ -138,7 +140,13 @@ def now() -> float:
 
 
 def _held_bytes(
-    task: Blockwise, contracts: BlockwiseContracts, block: int, given: Any, wanted: Any, device: torch.device, batch: int
+    task: Blockwise,
+    contracts: BlockwiseContracts,
+    block: int,
+    given: Any,
+    wanted: Any,
+    device: torch.device,
+    batch: int,
 ) -> int:
     """What a student's step holds at its peak, without gradients of weights, which are the block's own."""
     held = LiveBytes()
@@ -151,7 +159,7 @@ def _held_bytes(
     hooks = [parameter.register_post_accumulate_grad_hook(leave_out) for parameter in parameters]
     with held:
         given = copied(given) if block in contracts.student_writes else given
-        learn_block(task, block, given, wanted, 1.0, seed=0, batch=batch, unit=0, device=device)
+        train_block(task, block, given, wanted, 1.0, seed=0, batch=batch, unit=0, device=device)
     for hook in hooks:
         hook.remove()
     for parameter in parameters:

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.profile import now
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, teach, untouched_blocks
-from pipestill.model.boundary import copied, distinct_tensors, rows_of, to_device
+from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.blockwise.training import teacher_output, untouched_blocks
+from pipestill.model.nests import copied, distinct_tensors, rows_of, to_device
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.pipeline.stage import move
 from pipestill.runtime.world import Processes
@@ -85,7 +87,7 @@ def _of_blocks(worker: BlockwiseWorker, value: Any, group: Any, size: int, steps
     """How much longer a step of each block takes with all-reduces; 0 for blocks of no steps."""
     extra = []
     for block, number in enumerate(steps):
-        target = teach(worker.task, block, copied(value))
+        target = teacher_output(worker.task, block, copied(value))
         turns = list[float]()
         for turn in range(1 + _TURNS if number else 0):  # the first pays for connections and memory
             apart = _turn(worker, block, value, target, size, group, number, shared=False)

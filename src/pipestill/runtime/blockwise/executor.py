@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipestill.model.blockwise.task import BlockwiseContracts
-from pipestill.model.boundary import Contract, distinct_tensors, rows_of, to_device
+from pipestill.model.blockwise.contracts import BlockwiseContracts
+from pipestill.model.contracts import Contract
+from pipestill.model.nests import distinct_tensors, rows_of, to_device
 from pipestill.runtime.blockwise.windows import Window, header_length
 from pipestill.runtime.pipeline.executor import Waiting
 from pipestill.runtime.record import Recorder

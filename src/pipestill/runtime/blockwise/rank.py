@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import TrainingError
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
+from pipestill.model.blockwise.contracts import BlockwiseContracts
+from pipestill.model.blockwise.task import Blockwise
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor

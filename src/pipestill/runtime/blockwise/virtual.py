@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipestill.model.blockwise.task import BlockwiseContracts
-from pipestill.model.boundary import learn
+from pipestill.model.blockwise.contracts import BlockwiseContracts
+from pipestill.model.contracts import observe
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor
@@ -129,7 +129,7 @@ def _run_phase(
 
 
 def _contracts(num_blocks: int) -> BlockwiseContracts:
-    between = learn("between virtual blocks", torch.zeros(2, 1), torch.zeros(3, 1))
+    between = observe("between virtual blocks", torch.zeros(2, 1), torch.zeros(3, 1))
     return BlockwiseContracts(between, (between,) * num_blocks, frozenset(), frozenset())
 
 

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipestill.errors import ModelError
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, learn_block, teach
-from pipestill.model.boundary import copied
+from pipestill.model.blockwise.contracts import BlockwiseContracts
+from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.blockwise.training import teacher_output, train_block
+from pipestill.model.nests import copied
 from pipestill.runtime.pipeline.stage import OptimizerFactory, move
 from pipestill.runtime.pipeline.weights import OwnRates
 
@@ -116,7 +118,7 @@ class BlockwiseWorker:
     def teach(self, block: int, value: Any) -> Any:
         """What a teacher block makes of its rows."""
         self.task.teacher_blocks.in_mode(train=False)
-        return teach(self.task, block, copied(value) if block in self.contracts.teacher_writes else value)
+        return teacher_output(self.task, block, copied(value) if block in self.contracts.teacher_writes else value)
 
     def learn(self, block: int, value: Any, target: Any, share: float, batch: int, unit: int, group: Any) -> None:
         """Forward, loss and backward of a student block on `share` of a batch's rows (0: none, and no value).
@@ -135,7 +137,7 @@ class BlockwiseWorker:
         if share:
             if block in self.contracts.student_writes:
                 value = copied(value)
-            loss = learn_block(
+            loss = train_block(
                 self.task, block, value, target, share, seed=self.seed, batch=batch, unit=unit, device=self.device
             )
             self.loss_sums[block] += loss.double()

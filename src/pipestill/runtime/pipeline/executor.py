@@ -14,8 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipestill.model.boundary import Contract, Form, copied, rows_of, to_device
-from pipestill.model.dry_run import Contracts
+from pipestill.model.contracts import Contract
+from pipestill.model.nests import copied, rows_of, to_device
+from pipestill.model.pipeline_contracts import PipelineContracts
+from pipestill.model.tensor_form import TensorForm
 from pipestill.runtime.batch import HEADER_LENGTH, Batch, microbatch_rows
 from pipestill.runtime.pipeline.stage import gradient_squares, guard_batch
 from pipestill.runtime.record import Recorder
@@ -88,7 +90,7 @@ class PipelineExecutor:
         schedule: Schedule,
         rank: int,
         *,
-        contracts: Contracts,
+        contracts: PipelineContracts,
         student_stages: Sequence[range],
         teacher_stages: Sequence[range],
         student: Student | None,
@@ -398,10 +400,10 @@ class PipelineExecutor:
         contracts = at_length.student if student else at_length.teacher
         return contracts[transfer.microbatch % self._views(transfer)][self._last_block(transfer.role, stage)]
 
-    def _contracts(self, step: int) -> Contracts:
+    def _contracts(self, step: int) -> PipelineContracts:
         return self.contracts.at(self.batches[step].length)
 
-    def _forms(self, transfer: Action) -> list[Form]:
+    def _forms(self, transfer: Action) -> list[TensorForm]:
         """The forms of the tensors that travel as the result of a forward or a backward."""
         contract = self._contract(transfer)
         return contract.values if transfer.op is Op.FORWARD else contract.gradients

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from pipestill.model.batchnorm import Norms
-from pipestill.model.dry_run import Contracts
+from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.tasks import Task
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.pipeline.rank import (
@@ -34,7 +34,7 @@ class PlainRun:
     def __init__(
         self,
         task: Task,
-        contracts: Contracts,
+        contracts: PipelineContracts,
         *,
         settings: Settings,
         microbatches: int,

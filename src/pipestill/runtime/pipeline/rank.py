@@ -15,7 +15,7 @@ from pipestill.errors import ConfigError, TrainingError
 from pipestill.losses import Metric
 from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import ranges
-from pipestill.model.dry_run import Contracts
+from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.tasks import Momentum, Task
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
@@ -108,7 +108,7 @@ class PipelineRank:
         plan: Plan,
         rank: int,
         task: Task,
-        contracts: Contracts,
+        contracts: PipelineContracts,
         *,
         settings: Settings,
         device: torch.device,

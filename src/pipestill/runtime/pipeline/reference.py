@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import copied, detached, rows_of, to_device
-from pipestill.model.dry_run import Contracts
+from pipestill.model.boundary import detached
+from pipestill.model.nests import copied, rows_of, to_device
+from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains, view
 from pipestill.runtime.batch import Batch, microbatch_rows
@@ -29,7 +30,7 @@ from pipestill.schedule import Role
 
 def reference(
     task: Task,
-    contracts: Contracts,
+    contracts: PipelineContracts,
     batches: Iterator[Batch],
     optimizer: torch.optim.Optimizer,
     *,

@@ -15,8 +15,10 @@ from torch.utils import _pytree as pytree
 from pipestill.errors import DeviceError, ModelError
 from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import Contract, detached, distinct_tensors, enter
-from pipestill.model.dry_run import Contracts
+from pipestill.model.boundary import detached, enter
+from pipestill.model.contracts import Contract
+from pipestill.model.nests import distinct_tensors
+from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.split import SplitBlock, start_of
 from pipestill.model.tasks import Momentum, Task, teacher_trains
@@ -118,7 +120,7 @@ class StudentStage:
     def __init__(
         self,
         task: Task,
-        contracts: Contracts,
+        contracts: PipelineContracts,
         blocks: range,
         device: torch.device,
         seed: int,

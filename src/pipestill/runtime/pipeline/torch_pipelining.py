@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from pipestill.errors import ConfigError, DataError, ModelError, PlanError
 from pipestill.model.blocks import BlockModel, ranges
-from pipestill.model.boundary import Contract, TensorLeaf, num_rows, rows_of, to_device
-from pipestill.model.dry_run import Contracts
+from pipestill.model.contracts import Contract, TensorLeaf
+from pipestill.model.nests import num_rows, rows_of, to_device
+from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import OwnGenerator, derive
 from pipestill.model.tasks import Task
 from pipestill.plan import Plan
@@ -24,7 +25,7 @@ from pipestill.runtime.pipeline.stage import OptimizerFactory, guard_batch, move
 
 def train_with_torch(
     task: Task,
-    contracts: Contracts,
+    contracts: PipelineContracts,
     plan: Plan,
     batches: Iterable[tuple[Any, Any]],
     *,
@@ -178,7 +179,7 @@ def _now(device: torch.device) -> Any:
     return torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
 
 
-def _check(contracts: Contracts, plan: Plan, kind: str) -> None:
+def _check(contracts: PipelineContracts, plan: Plan, kind: str) -> None:
     """Refuse what torch.distributed.pipelining cannot run."""
     name = f"strategy 'torch-{kind}'"
     if torch.__version__ < "2.11":  # by version, not by letters

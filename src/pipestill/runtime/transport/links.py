@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipestill.costs import Link
-from pipestill.model.boundary import FEW, MORE, Form
+from pipestill.model.tensor_form import FEW, MORE, TensorForm
 from pipestill.runtime.transport.protocol import Message, Transport
 from pipestill.runtime.world import World
 from pipestill.schedule import Action, Lane, Op, Role
@@ -67,7 +67,7 @@ class _Probe:
         ends: list[tuple[list[float], list[float], list[float]]] = [([], [], []), ([], [], [])]  # send, announce, take
         mine, theirs = ([_message(source, n) for n in range(count)] for source in (self.rank, 1 - self.rank))
         tensors = [torch.zeros(_ROWS, size // _ROWS, dtype=torch.uint8) for size in (_ROWS, _MESSAGE_BYTES)]
-        forms = [Form.between(tensor[:FEW].clone(), tensor[:MORE].clone()) for tensor in tensors]
+        forms = [TensorForm.between(tensor[:FEW].clone(), tensor[:MORE].clone()) for tensor in tensors]
         for n in range(-ahead, count + 1 if self.takes_part else -ahead):
             if n + ahead < count:
                 start = time.perf_counter()

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipestill.costs import StageCosts
-from pipestill.model.boundary import learn
-from pipestill.model.dry_run import Contracts
+from pipestill.model.contracts import observe
+from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.pipeline.executor import PipelineExecutor
@@ -190,10 +190,10 @@ def run_virtual(plan: Plan, steps: int, timeout_seconds: float) -> tuple[Trace, 
     rank, clock = world.rank, VirtualClock()
     structure = schedule.pipeline
     few, more = torch.zeros(2, 1, requires_grad=True), torch.zeros(3, 1, requires_grad=True)
-    contract = learn("between virtual stages", few, more, ([torch.zeros(2, 1)], [torch.zeros(3, 1)]))
-    nothing = learn("no targets", None, None)
+    contract = observe("between virtual stages", few, more, ([torch.zeros(2, 1)], [torch.zeros(3, 1)]))
+    nothing = observe("no targets", None, None)
     count = plan.num_devices
-    contracts = Contracts(
+    contracts = PipelineContracts(
         contract, nothing, ((contract,) * count,) * structure.views, ((contract,) * count,) * structure.teacher_views,
         ("loss",), frozenset(),
     )  # fmt: skip

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.errors import ConfigError, nearest
-from pipestill.model.blocks import Block
+from pipestill.model.block import Block
 
 Cuts = list[str | Block]
 
 
-def vision_blocks(model: nn.Module) -> Cuts | None:
+def image_model_blocks(model: nn.Module) -> Cuts | None:
     """The blocks of an image classifier of timm or torchvision: (rows, 3, height, width) -> logits (rows, classes).
 
     ResNets, ViTs, ConvNeXts, MobileNets and EfficientNets are known, one block a residual or transformer block; None for

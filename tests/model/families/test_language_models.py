@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipestill import BlockModel
 from pipestill.errors import ModelError
 from pipestill.model.blocks import ranges
-from pipestill.model.families.known import known_blocks
+from pipestill.model.families.registry import known_blocks
 
 transformers = pytest.importorskip("transformers")
 

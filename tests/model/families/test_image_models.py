@@ -13,8 +13,8 @@ from torch import nn
 
 from pipestill.errors import ConfigError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.families import vision as adapters_vision
-from pipestill.model.families.vision import load_model, vision_blocks
+from pipestill.model.families import image_models
+from pipestill.model.families.image_models import image_model_blocks, load_model
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ SMALL: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(("library", "name"), [(name.partition(":")[0], name) for name in SMALL], indirect=["library"])
 def test_blocks_do_what_the_whole_does(library: Any, name: str) -> None:
     model = _built(library, name).eval()
-    cuts = vision_blocks(model)
+    cuts = image_model_blocks(model)
     assert cuts is not None
     blocks = BlockModel(model, cuts)
     assert len(blocks) >= 4
@@ -98,7 +98,7 @@ def test_a_missing_library_is_told_with_what_mends_it(monkeypatch: pytest.Monkey
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
-    monkeypatch.setattr(adapters_vision, "import_module", missing)
+    monkeypatch.setattr(image_models, "import_module", missing)
     with pytest.raises(ConfigError, match=r"timm, which is not installed; run pip install 'pipestill\[vision\]'"):
         load_model("timm:resnet18")
 
@@ -107,7 +107,7 @@ def test_a_torchvision_of_another_torch_is_told_with_what_mends_it(monkeypatch: 
     def broken(name: str) -> Any:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(adapters_vision, "import_module", broken)
+    monkeypatch.setattr(image_models, "import_module", broken)
     with pytest.raises(ConfigError, match=r"does not fit torch .*nms does not exist.*pip install torch torchvision"):
         load_model("torchvision:resnet18")
 
@@ -116,5 +116,5 @@ def test_other_models_are_not_known() -> None:
     class ResNet(nn.Module):
         """Of that name, but somebody else's."""
 
-    assert vision_blocks(ResNet()) is None
-    assert vision_blocks(nn.Linear(2, 2)) is None
+    assert image_model_blocks(ResNet()) is None
+    assert image_model_blocks(nn.Linear(2, 2)) is None

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.errors import ModelError
-from pipestill.model.blocks import Block
-from pipestill.model.families.known import forward_class
+from pipestill.model.block import Block
 
 Head = Callable[[nn.Module, Tensor], dict[str, Tensor]]
 """From (model, last hidden states) to what the last block gives beside these."""
@@ -160,7 +159,7 @@ KNOWN: dict[str, tuple[Family, Head, tuple[str, ...]]] = {
 """By class: the family, what the head does, and the submodules that it reads beside the headless model's."""
 
 
-def text_blocks(model: nn.Module) -> list[str | Block] | None:
+def language_model_blocks(model: nn.Module) -> list[str | Block] | None:
     """The blocks of a language model; None for a class that is not known.
 
     Raises `ModelError` for a decoder made of a BERT, for cross attention, and for hooks on modules that only hold others:
@@ -191,6 +190,11 @@ def text_blocks(model: nn.Module) -> list[str | Block] | None:
         (*uses, *(prefix + name for name in after)),
     )  # fmt: skip
     return [*blocks, last]
+
+
+def forward_class(model: nn.Module) -> type:
+    """The class in which a model's `forward` is written: the model's own class, or a base class."""
+    return next(kind for kind in type(model).__mro__ if "forward" in vars(kind))
 
 
 def _is_its_halves(layer: nn.Module) -> bool:
