@@ -34,7 +34,7 @@ PIPELINES = {
 MOMENTUM = ("byol", "moco-v3", "dino")
 BLOCKWISE = {
     "compress": (6, ["--epochs", "1", "--teacher_epochs", "1", "--fine_tuning_epochs", "1"]),
-    "nas": (7, ["--epochs", "2", "--teacher_epochs", "1", "--fine_tuning_epochs", "1"]),
+    "nas": (6, ["--epochs", "2", "--teacher_epochs", "1", "--fine_tuning_epochs", "1"]),
 }
 FEW = {"--batch_norm": "deferred", "--clip_grad_norm": "0.5"}
 """Knobs that one run of each recipe has, beside the plain ones."""
