@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from pipestill import draw
 from pipestill.compare.blockwise import compare_blockwise
-from pipestill.compare.virtual_blockwise import VirtualBlockwiseOptions, compare_virtual_blockwise
+from pipestill.compare.virtual import VirtualOptions, compare_virtual_blockwise
 from pipestill.losses import cross_entropy
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.plan.blockwise.costs import dp_seconds
@@ -125,8 +125,8 @@ def main() -> None:
 
 def virtual(name: str, profile: BlockProfile, arguments: argparse.Namespace) -> dict[str, Any]:
     """One workload on virtual devices, with what the cost model of the paper says."""
-    options = VirtualBlockwiseOptions(DEVICES, BATCH, list(BLOCKWISE_STRATEGIES), arguments.rounds, arguments.steps)
-    measured = compare_virtual_blockwise(profile, options)
+    options = VirtualOptions(DEVICES, list(BLOCKWISE_STRATEGIES), arguments.rounds, arguments.steps)
+    measured = compare_virtual_blockwise(profile, options, batch=BATCH)
     picture(profile, arguments.out, name)
     hybrid = make_blockwise_plan(profile, strategy="hybrid", devices=DEVICES, batch=BATCH).chosen
     assert hybrid is not None

@@ -22,7 +22,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pipestill.compare.virtual import VirtualOptions, compare_virtual
+from pipestill.compare.virtual import VirtualOptions, compare_virtual_pipelines
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.schedule.schedule import Demands
 
@@ -65,8 +65,8 @@ def measure(
     costs, demands = (ssl if name == "ssl" else kd)(devices, seconds)
     microbatches = microbatches or max(4, devices if name == "ssl" else 2 * devices)
     strategies = chosen or (SSL if name == "ssl" else KD)
-    options = VirtualOptions(devices, microbatches, strategies, rounds, steps)
-    figures = compare_virtual(costs, demands, options).figures
+    options = VirtualOptions(devices, strategies, rounds, steps)
+    figures = compare_virtual_pipelines(costs, demands, options, microbatches=microbatches).figures
     return {"workload": name, **figures}
 
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from pipestill.compare.real import Comparison, compare
+from pipestill.compare.figures import Comparison
+from pipestill.compare.real import compare
 from pipestill.recipes.byol import Byol
 from pipestill.recipes.recipe import Recipe
 from pipestill.recipes.run_options import RunOptions

@@ -19,9 +19,9 @@ from pipestill.cli.measure import CSV, costs_of_recipe, drawable
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.cli.simulate import WITHOUT_RECIPE, uniform, without_recipe
 from pipestill.compare.blockwise import compare_blockwise
-from pipestill.compare.real import Comparison, compare
-from pipestill.compare.virtual import VirtualOptions, compare_virtual
-from pipestill.compare.virtual_blockwise import VirtualBlockwiseOptions, compare_virtual_blockwise
+from pipestill.compare.figures import Comparison
+from pipestill.compare.real import compare
+from pipestill.compare.virtual import VirtualOptions, compare_virtual_blockwise, compare_virtual_pipelines
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
@@ -144,11 +144,13 @@ def run_on_virtual_devices(words: list[str]) -> int:
         return 0
     if not wanted.virtual:
         raise ConfigError("virtual is false; leave --virtual out to compare on real devices")
-    options = VirtualOptions(
-        wanted.devices, wanted.microbatches, _strategies(wanted), wanted.rounds, wanted.steps, wanted.timeout_seconds
-    )
+    options = _virtual(wanted, _strategies(wanted))
     costs = costs.with_surroundings(costs.link.only(), 1.0)
-    return _tell(compare_virtual(costs, demands, options), wanted)
+    return _tell(compare_virtual_pipelines(costs, demands, options, microbatches=wanted.microbatches), wanted)
+
+
+def _virtual(wanted: VirtualCompareOptions, strategies: list[str]) -> VirtualOptions:
+    return VirtualOptions(wanted.devices, strategies, wanted.rounds, wanted.steps, wanted.timeout_seconds)
 
 
 OF_A_CSV = "is for a CSV of blocks (--costs FILE.csv); leave it out"
@@ -162,10 +164,7 @@ def _compare_blocks(words: list[str], wanted: VirtualCompareOptions) -> int:
     strategies = _strategies(wanted) if given else list(BLOCKWISE_STRATEGIES)
     profile = BlockProfile.load(wanted.costs or "")
     batch = wanted.batch or max(block.rows[-1] for block in profile.blocks)
-    options = VirtualBlockwiseOptions(
-        wanted.devices, batch, strategies, wanted.rounds, wanted.steps, timeout_seconds=wanted.timeout_seconds
-    )
-    return _tell(compare_virtual_blockwise(profile, options), wanted)
+    return _tell(compare_virtual_blockwise(profile, _virtual(wanted, strategies), batch=batch), wanted)
 
 
 def _strategies(wanted: CompareOptions | VirtualCompareOptions) -> list[str]:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 import torch
 
-from pipestill.compare.real import Comparison, barrier, rank_here, slowest
+from pipestill.compare.figures import (
+    Comparison,
+    PlainLoop,
+    around_rounds,
+    ceiling_figures,
+    machine_figures,
+    median_loop,
+    strategy_figures,
+)
+from pipestill.compare.real import barrier, rank_here, slowest
+from pipestill.compare.rounds import in_rounds
 from pipestill.errors import ConfigError, nearest
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, make_blockwise_plan
 from pipestill.plan.describe import describe
@@ -60,20 +69,23 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     workload = recipe.workload(options.seed)
     assert isinstance(workload, BlockwiseWorkload)
     _one_pass(workload, options, steps)  # the first run pays for imports and for memory from the system
-    alone, together, runs = list[float](), list[float](), {name: list[BlockResult]() for name in strategies}
-    profile: BlockProfile | None = None
-    for _ in range(rounds):
-        alone.append(_one_pass(workload, options, steps, only_rank_0=True))
-        together.append(_one_pass(workload, options, steps))
-        if profile is None:
-            measured = _train(workload, dataclasses.replace(options, strategy=ONE_PASS), 2, None)
-            assert measured.plan is not None
-            profile = measured.plan.costs.profile
-        for name in strategies:
-            barrier()
-            runs[name].append(_train(workload, dataclasses.replace(options, strategy=name), steps, profile))
-    assert profile is not None
-    return _figures(options, runs, alone, together, profile)
+    loops = list[PlainLoop]()  # of before each round, and of after the last
+
+    def look_at_machine() -> None:
+        alone = _one_pass(workload, options, steps, only_rank_0=True)
+        loops.append(PlainLoop(alone, _one_pass(workload, options, steps)))
+
+    look_at_machine()
+    measured = _train(workload, dataclasses.replace(options, strategy=ONE_PASS), 2, None)
+    assert measured.plan is not None
+    profile = measured.plan.costs.profile
+
+    def run(name: str) -> BlockResult:
+        barrier()
+        return _train(workload, dataclasses.replace(options, strategy=name), steps, profile)
+
+    runs = in_rounds(strategies, rounds, run, look_at_machine)
+    return _figures(options, runs, around_rounds(loops), profile, steps)
 
 
 def _one_pass(workload: BlockwiseWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
@@ -99,25 +111,16 @@ def _train(workload: BlockwiseWorkload, options: RunOptions, steps: int, profile
 def _figures(
     options: RunOptions,
     runs: dict[str, list[BlockResult]],
-    alone: list[float],
-    together: list[float],
+    loops: Sequence[PlainLoop],
     profile: BlockProfile,
+    steps: int,
 ) -> Comparison:
-    ceilings = [options.devices * a / t for a, t in zip(alone, together, strict=True)]
-    first = next(iter(runs.values()))
-    results, traces = [], {}
+    """`loops`: a pass of all work around each round."""
+    seconds = {name: [r.seconds_per_batch for r in rounds] for name, rounds in runs.items()}
+    results, beside, traces = strategy_figures(seconds), ceiling_figures(seconds, loops, options.devices), {}
     for name, rounds in runs.items():
-        seconds = [r.seconds_per_batch for r in rounds]
-        ratios = [base.seconds_per_batch / r.seconds_per_batch for base, r in zip(first, rounds, strict=True)]
-        shares = [a / s / c for a, s, c in zip(alone, seconds, ceilings, strict=True)]
-        figures: dict[str, Any] = {
-            "strategy": name,
-            "seconds_per_step": median(seconds),
-            "seconds_per_step_spread": [min(seconds), max(seconds)],
-            "speedup": median(ratios),
-            "speedup_spread": [min(ratios), max(ratios)],
-            "share_of_ceiling": median(shares),
-            "share_of_ceiling_spread": [min(shares), max(shares)],
+        results[name] |= {
+            **beside[name],
             "peak_memory_bytes": rounds[-1].peak_memory_bytes,
             "utilisation": median(r.utilisation for r in rounds),
         }
@@ -125,29 +128,24 @@ def _figures(
         if plan is not None:
             batch = plan.costs.batch
             one_pass = sum(block.teacher(batch) + block.student(batch) for block in profile.blocks)
-            now = profile.scaled(median(together) / one_pass)
+            now = profile.scaled(median_loop(loops).together_seconds / one_pass)
             expected = make_blockwise_plan(
                 now, strategy=name, devices=options.devices, batch=batch, memory_bytes=options.memory
             )
-            figures |= {
+            results[name] |= {
                 "predicted_seconds_per_step": expected.seconds_per_batch,
                 "limit_seconds_per_step": expected.limit_seconds_per_batch,
-                "window": max(phase.window for phase in plan.phases),
+                "window": plan.window,
                 "memory_bytes": list(plan.memory_bytes),
                 "plan": describe(plan),
             }
             traces[name] = rounds[-1].traces[-1]
-        results.append(figures)
     calibration = {
+        **machine_figures(loops, options.devices),
         "blocks": len(profile.blocks),
-        "devices": options.devices,
-        "rounds": len(alone),
-        "alone_seconds_per_step": median(alone),
-        "together_seconds_per_step": median(together),
-        "ceiling": median(ceilings),
-        "ceiling_spread": [min(ceilings), max(ceilings)],
+        "steps": steps,
         "link": profile.link.to_json(),
         "allreduce_ranks": list(profile.blocks[0].allreduce_ranks),
         "allreduce_seconds": [list(block.allreduce_seconds) for block in profile.blocks],
     }
-    return Comparison({"calibration": calibration, "results": results}, traces)
+    return Comparison({"calibration": calibration, "results": [*results.values()]}, traces)

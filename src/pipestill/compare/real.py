@@ -6,15 +6,25 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import median
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
+from pipestill.compare.figures import (
+    Comparison,
+    PlainLoop,
+    around_rounds,
+    calibrated,
+    ceiling_figures,
+    machine_figures,
+    strategy_figures,
+)
+from pipestill.compare.rounds import in_rounds
+from pipestill.compare.variants import PEERS, variant
 from pipestill.costs import Costs, Link
-from pipestill.errors import ConfigError, nearest
+from pipestill.errors import ConfigError
 from pipestill.model.dry_run import dry_run
 from pipestill.model.nests import num_rows
 from pipestill.recipes.recipe import EndToEndWorkload, Recipe, Workload, end_to_end
@@ -23,33 +33,8 @@ from pipestill.recipes.runner import make_trainer
 from pipestill.runtime.launch import launch
 from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.runtime.world import Processes, device_of
-from pipestill.schedule import PIPELINE_STRATEGIES, Trace
 from pipestill.schedule.simulate import simulate
 from pipestill.train.result import REFERENCE, Result
-from pipestill.verify.pipeline import reference_options
-
-PEERS: dict[str, Literal["1f1b", "gpipe"]] = {"torch-1f1b": "1f1b", "torch-gpipe": "gpipe"}
-"""`torch.distributed.pipelining`, the teacher run first: what users would have without us."""
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "split": {"split_backward": True}, "stale": {"staleness": 1}, "all": {"stash": "all"},
-}  # fmt: skip
-"""What may follow `fill` after a `+`, each alone or with others: fill+split, fill+split+stale, fill+split+all."""
-
-
-def variant(name: str) -> tuple[str, dict[str, Any]]:
-    """A strategy's name with its variant -> the strategy and its knobs; `ConfigError` for what is unknown."""
-    strategy, *given = name.split("+")
-    known = (REFERENCE, *PIPELINE_STRATEGIES, *PEERS)
-    if strategy not in known:
-        raise ConfigError(f"no strategy '{strategy}'{nearest(strategy, known)}; there are {', '.join(known)}")
-    knobs: dict[str, Any] = {}
-    for knob in given:
-        if strategy != "fill" or knob not in VARIANTS:
-            raise ConfigError(f"no variant '{name}'; after fill there may be {', '.join(f'+{v}' for v in VARIANTS)}")
-        knobs |= VARIANTS[knob]
-    return strategy, knobs
 
 
 @dataclass(frozen=True)
@@ -59,14 +44,6 @@ class Round:
     seconds_per_step: float
     peak_memory_bytes: list[int]
     result: Result | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What was measured. `traces` are those of the last round, in the order of the strategies that have any."""
-
-    figures: dict[str, Any]
-    traces: dict[str, Trace]
 
 
 def compare(
@@ -110,24 +87,30 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
             "length; leave the peers out, or have all batches padded to one length"
         )
     _plain_loop(workload, options, steps)  # the first run pays for imports and for memory from the system
-    runs = {name: list[Round]() for name in strategies}
-    links, seen = list[Link](), workload.task().demands.teacher_views
-    loops = [_plain_loops(workload, options, steps)]  # before each round, and after the last
-    costs = None if options.costs is None else Costs.load(options.costs)
-    for _ in range(rounds):
-        links.append(_link(workload, options, loops[-1][0]))
-        if costs is None:
-            costs = _costs(workload, options, any(variant(name)[1].get("split_backward") for name in strategies))
-            costs = _shared(_calibrated(costs, options, loops, links, seen))
-        for name in strategies:
-            barrier()
-            runs[name].append(_run(name, workload, options, costs, steps))
+    links, loops = list[Link](), list[PlainLoop]()  # of before each round, and of after the last
+    seen = workload.task().demands.teacher_views
+
+    def look_at_machine() -> None:
         loops.append(_plain_loops(workload, options, steps))
-    assert costs is not None
+        links.append(_link(workload, options, loops[-1].alone_seconds))
+
+    def agreeing(costs: Costs) -> Costs:
+        return calibrated(costs, loops, links, microbatches=options.microbatches, teacher_views=seen)
+
+    look_at_machine()
     if options.costs is None:
-        costs = _calibrated(costs, options, loops, links, seen)
-    around = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in pairwise(loops)]
-    return _figures(options, runs, around, costs, steps)
+        measured = _costs(workload, options, any(variant(name)[1].get("split_backward") for name in strategies))
+        costs = _shared(agreeing(measured))
+    else:
+        costs = Costs.load(options.costs)
+
+    def run(name: str) -> Round:
+        barrier()
+        return _run(name, workload, options, costs, steps)
+
+    runs = in_rounds(strategies, rounds, run, look_at_machine)
+    predicting = agreeing(costs) if options.costs is None else costs
+    return _figures(options, runs, around_rounds(loops), predicting, steps)
 
 
 def _link(workload: EndToEndWorkload, options: RunOptions, step_seconds: float) -> Link:
@@ -140,10 +123,10 @@ def _link(workload: EndToEndWorkload, options: RunOptions, step_seconds: float) 
     return trainer.measure_link(Processes(), tuple(first), rows, step_seconds / options.microbatches)
 
 
-def _plain_loops(workload: EndToEndWorkload, options: RunOptions, steps: int) -> tuple[float, float]:
+def _plain_loops(workload: EndToEndWorkload, options: RunOptions, steps: int) -> PlainLoop:
     """Seconds of a step of the plain loop in one process alone, and in all at once."""
     alone = _plain_loop(workload, options, steps, only_rank_0=True)
-    return alone, _plain_loop(workload, options, steps)
+    return PlainLoop(alone, _plain_loop(workload, options, steps))
 
 
 def _plain_loop(workload: EndToEndWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
@@ -151,7 +134,7 @@ def _plain_loop(workload: EndToEndWorkload, options: RunOptions, steps: int, onl
     barrier()
     seconds = 0.0
     if not only_rank_0 or rank_here() == 0:
-        seconds = _train(workload, reference_options(options), steps).seconds_per_step
+        seconds = _train(workload, options.as_reference(), steps).seconds_per_step
     return slowest(seconds)
 
 
@@ -177,22 +160,12 @@ def _costs(workload: EndToEndWorkload, options: RunOptions, split: bool) -> Cost
     return trained.plan.costs
 
 
-def _calibrated(
-    costs: Costs, options: RunOptions, loops: Sequence[tuple[float, float]], links: Sequence[Link], teacher_views: int
-) -> Costs:
-    """Costs that add up to the plain loop's own step, among neighbours and over links as all rounds found them."""
-    alone, together = (median(seconds) for seconds in zip(*loops, strict=True))
-    scaled = costs.scaled(alone / costs.seconds_of_step(options.microbatches, teacher_views))
-    link = Link(*(median(values) for values in zip(*map(dataclasses.astuple, links), strict=True)))
-    return scaled.with_surroundings(link, max(1.0, together / alone))
-
-
 def _run(name: str, workload: EndToEndWorkload, options: RunOptions, costs: Costs, steps: int) -> Round:
     strategy, knobs = variant(name)
     if strategy in PEERS:
         return _run_peer(PEERS[strategy], workload, options, costs, steps)
     if strategy == REFERENCE:
-        result = _train(workload, reference_options(options), steps)
+        result = _train(workload, options.as_reference(), steps)
     else:
         chosen = dataclasses.replace(_plain(options, strategy), **knobs)
         trainer = make_trainer(workload.task(), workload, workload.student_training, chosen)
@@ -245,39 +218,19 @@ def _repeated(workload: EndToEndWorkload, steps: int) -> Iterator[tuple[Any, Any
 
 
 def _figures(
-    options: RunOptions,
-    runs: dict[str, list[Round]],
-    loops: Sequence[tuple[float, float]],
-    costs: Costs,
-    steps: int,
+    options: RunOptions, runs: dict[str, list[Round]], loops: Sequence[PlainLoop], costs: Costs, steps: int
 ) -> Comparison:
-    """`loops`: the plain loop's seconds in one process and in all at once, around each round."""
-    alone, together = zip(*loops, strict=True)
-    ceilings = [options.devices * a / t for a, t in zip(alone, together, strict=True)]
-    first = next(iter(runs.values()))
-    results = []
-    traces = {}
+    """`loops`: the plain loop around each round."""
+    seconds = {name: [r.seconds_per_step for r in rounds] for name, rounds in runs.items()}
+    results, beside, traces = strategy_figures(seconds), ceiling_figures(seconds, loops, options.devices), {}
     for name, rounds in runs.items():
-        ratios = [base.seconds_per_step / r.seconds_per_step for base, r in zip(first, rounds, strict=True)]
-        shares = [a / r.seconds_per_step / c for a, r, c in zip(alone, rounds, ceilings, strict=True)]
-        speedup_shares = [ratio / ceiling for ratio, ceiling in zip(ratios, ceilings, strict=True)]
-        seconds = [r.seconds_per_step for r in rounds]
         result = rounds[-1].result
-        figures = {
-            "strategy": name,
-            "seconds_per_step": median(seconds),
-            "seconds_per_step_spread": [min(seconds), max(seconds)],
-            "speedup": median(ratios),
-            "speedup_spread": [min(ratios), max(ratios)],
-            "share_of_ceiling": median(shares),
-            "speedup_share_of_ceiling": median(speedup_shares),
-            "peak_memory_bytes": rounds[-1].peak_memory_bytes,
-        }
+        results[name] |= {**beside[name], "peak_memory_bytes": rounds[-1].peak_memory_bytes}
         if result is not None and result.plan is not None and result.trace is not None:
             traces[name] = result.trace
             stages = costs.stages(result.plan.student_partition, result.plan.teacher_partition)
             prediction = simulate(result.plan.schedule, stages)
-            figures |= {
+            results[name] |= {
                 "predicted_seconds_per_step": prediction.seconds_per_step,
                 "limit_seconds_per_step": stages.limit_seconds_per_step(
                     options.microbatches, result.plan.demands.teacher_views
@@ -290,20 +243,14 @@ def _figures(
                 "student_partition": list(result.plan.student_partition),
                 "teacher_partition": list(result.plan.teacher_partition),
             }
-        results.append(figures)
     calibration = {
-        "devices": options.devices,
+        **machine_figures(loops, options.devices),
         "microbatches": options.microbatches,
-        "rounds": len(alone),
         "steps": steps,
-        "alone_seconds_per_step": median(alone),
-        "together_seconds_per_step": median(together),
-        "ceiling": median(ceilings),
-        "ceiling_spread": [min(ceilings), max(ceilings)],
         "interference": costs.interference,
         "link": costs.link.to_json(),
     }
-    return Comparison({"calibration": calibration, "results": results}, traces)
+    return Comparison({"calibration": calibration, "results": [*results.values()]}, traces)
 
 
 def _shared(costs: Costs) -> Costs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -95,3 +95,10 @@ class RunOptions:
     log_every: int = 10
     threads: int | None = None
     timeout_seconds: float = 600.0
+
+    def as_reference(self) -> RunOptions:
+        """The same training as a plain loop on one device."""
+        return replace(
+            self, strategy="reference", devices=1, run_ahead=None, split_backward=False, stash=None, staleness=None,
+            student_partition=None, teacher_partition=None, costs=None, profile=None, memory=None,
+        )  # fmt: skip

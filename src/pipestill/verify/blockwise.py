@@ -16,7 +16,7 @@ from pipestill.runtime.launch import launch
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.train.blockwise import splits_rows
 from pipestill.train.data import inputs_and_targets
-from pipestill.verify.pipeline import reference_options, short_epoch
+from pipestill.verify.pipeline import short_epoch
 
 TOLERANCE = 1e-9
 """Largest difference, relative to the largest weight of a tensor, that rounding sums of float64 in another order may make."""
@@ -36,7 +36,7 @@ def verify_blockwise(
     plan = plan_of(task, workload, options)
     split = plan is not None and splits_rows(plan)
     profile = plan.costs.profile if plan else None  # measured once: all runs have the same plan
-    expected = train_few_blocks(recipe, reference_options(options), steps, None, split)
+    expected = train_few_blocks(recipe, options.as_reference(), steps, None, split)
     untouched = {f"teacher.{name}": tensor for name, tensor in workload.task().teacher.state_dict().items()}
     expected |= {name: t.double() if split and t.is_floating_point() else t for name, t in untouched.items()}
     largest, largest_relative, problems = 0.0, 0.0, []

@@ -13,7 +13,7 @@ from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import make_trainer
 from pipestill.runtime.launch import launch
 from pipestill.schedule import check
-from pipestill.train.result import REFERENCE, Result
+from pipestill.train.result import Result
 
 TRANSPORTS = ("in-process", "process-group")
 
@@ -65,30 +65,12 @@ def verify(
 
 def _expected(recipe: Recipe, options: RunOptions, steps: int, result: Result) -> dict[str, Tensor]:
     """What the plain loop gives that reads the weights which the schedule of `result` declares."""
-    plain = reference_options(options)
+    plain = options.as_reference()
     if result.plan is None:
         return train_few(recipe, plain, steps)[0]
     structure = result.plan.schedule.pipeline
     plain = dataclasses.replace(plain, microbatches=structure.num_microbatches, staleness=structure.staleness or None)
     return train_few(recipe, plain, steps, structure.student_staleness)[0]
-
-
-def reference_options(options: RunOptions) -> RunOptions:
-    """The same training as a plain loop on one device."""
-    return dataclasses.replace(
-        options,
-        strategy=REFERENCE,
-        devices=1,
-        run_ahead=None,
-        split_backward=False,
-        stash=None,
-        staleness=None,
-        student_partition=None,
-        teacher_partition=None,
-        costs=None,
-        profile=None,
-        memory=None,
-    )
 
 
 def short_epoch(batch_size: int) -> int:
