@@ -54,7 +54,7 @@ def counted(name: str, devices: int) -> list[dict[str, Any]]:
         trainer = make_block_trainer(workload.task(), workload, options, profile=profile)
         plan = trainer.plan_for(profile, BATCH)
         with LiveBytes() as mode, weights_counted(mode, trainer, profile):
-            trainer.fit(workload.of_blocks(), steps=max(6, 4 * plan.window))
+            trainer.fit(workload.loader, steps=max(6, 4 * plan.window))
         told = world.gather([mode.peak])
         if world.is_main:
             results.append({
@@ -90,7 +90,7 @@ def _profile(workload: BlockwiseWorkload) -> BlockProfile:
     """Of whole batches only: what few rows take does not matter here."""
     task, options = workload.task(), RunOptions(device="cpu", strategy="balanced")
     trainer = make_block_trainer(task, workload, options)
-    inputs, _ = inputs_and_targets(next(iter(workload.of_blocks())))
+    inputs, _ = inputs_and_targets(next(iter(workload.loader)))
     measured = measure_blocks(
         task, blockwise_dry_run(task, inputs), inputs, batch=BATCH, devices=1, optimizer=trainer.make_optimizer
     )

@@ -102,7 +102,7 @@ def test_published_configurations_at_an_eighth_of_their_width(preset: str) -> No
         batch_size=2,
     )  # fmt: skip
     made = recipe.workload(0)
-    task, inputs = made.task(), next(iter(made.of_blocks()))[0]
+    task, inputs = made.task(), next(iter(made.loader))[0]
     blockwise_dry_run(task, inputs)  # every block of the supernet has the form of the teacher's
     assert task.num_blocks == 6
     for stage in search_stages(supernet_of(task)):
@@ -288,7 +288,7 @@ def test_paths_move_on_their_batches_only_and_weights_on_the_others() -> None:
     made = workload()
     task = made.task()
     trainer = trainer_of(made, task)
-    inputs = next(iter(made.of_blocks()))[0]
+    inputs = next(iter(made.loader))[0]
     contracts = blockwise_dry_run(task, inputs)
     worker = BlockwiseWorker(task, contracts, device=CPU, seed=0, optimizer=trainer.make_optimizer, lr_factor=lambda _: 1.0)
     worker.hold(range(3), range(3))
@@ -309,7 +309,7 @@ def test_paths_move_on_their_batches_only_and_weights_on_the_others() -> None:
 
 def test_held_out_rows_never_train_weights_and_no_row_is_lost() -> None:
     made = tiny(epochs=8, batch_size=128).workload(0)
-    loader, steps = made.of_blocks(), steps_of(made.task())
+    loader, steps = made.loader, steps_of(made.task())
     rows: dict[bool, set[bytes]] = {False: set(), True: set()}
     batch = 0
     for epoch in range(4):
@@ -329,7 +329,7 @@ def test_held_out_rows_never_train_weights_and_no_row_is_lost() -> None:
 
 def test_readers_in_different_threads_are_in_different_epochs() -> None:
     """Under `ls`, ranks of one process read the same loader at once."""
-    loader = tiny(epochs=8).workload(0).of_blocks()
+    loader = tiny(epochs=8).workload(0).loader
     loader.set_epoch(5)  # type: ignore[attr-defined]
     other = threading.Thread(target=lambda: loader.set_epoch(0))  # type: ignore[attr-defined]
     other.start()
@@ -418,7 +418,7 @@ def trainer_of(made: BlockwiseWorkload, task: ps.Blockwise, **knobs: Any) -> ps.
     training = made.student_training
     return ps.BlockwiseTrainer(
         task, optimizer=training.optimizer, lr=training.lr, optimizer_options=training.optimizer_options,
-        param_groups=training.param_groups, lr_schedule=training.factor(made.of_blocks()), device="cpu", **knobs,
+        param_groups=training.param_groups, lr_schedule=training.factor(made.loader), device="cpu", **knobs,
     )  # fmt: skip
 
 
@@ -433,7 +433,7 @@ UNEVEN = BlockProfile(
 def state_after(strategy: str, devices: int, steps: int = 14, **knobs: Any) -> tuple[dict[str, Tensor], ps.BlockResult]:
     made = workload()
     task = made.task()
-    result = trainer_of(made, task, strategy=strategy, devices=devices, **knobs).fit(made.of_blocks(), steps=steps)
+    result = trainer_of(made, task, strategy=strategy, devices=devices, **knobs).fit(made.loader, steps=steps)
     return trained(task), result
 
 
@@ -483,7 +483,7 @@ def test_times_are_measured_over_many_paths() -> None:
     """One path alone, that of batch 0, would stand for all."""
     made = workload()
     task = made.task()
-    inputs = next(iter(made.of_blocks()))[0]
+    inputs = next(iter(made.loader))[0]
     seen = set[str]()
     for name, module in task.student.named_modules():
         if isinstance(module, MBConv):
@@ -507,9 +507,9 @@ def test_train_finds_exports_and_compares(tmp_path: Path, capsys: pytest.Capture
     search = summary["search"]
     assert f"found: {' | '.join(' '.join(stage) for stage in search['paths'])}" in shown
     assert search["flops"]["student"] <= search["flops"]["largest_path"]
-    page = (Path(__file__).parents[2] / "docs/search.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/architecture-search.md").read_text()
     code: dict[str, Any] = {}
-    exec(compile(page.partition("```python\n")[2].partition("```")[0], "docs/search.md", "exec"), code)
+    exec(compile(page.partition("```python\n")[2].partition("```")[0], "docs/architecture-search.md", "exec"), code)
     again = code["load"](out / "export")
     assert sum(p.numel() for p in again.parameters()) == search["parameters"]["student"]
     assert count_flops(again, 1, 8) == search["flops"]["student"]
@@ -550,7 +550,7 @@ def test_errors_are_one_line(words: list[str], said: str, capsys: pytest.Capture
 
 
 def test_few_samples_are_enough_to_try_it_out() -> None:
-    assert len(tiny(every=50).workload(0, num_samples=1).of_blocks()) == 2
+    assert len(tiny(every=50).workload(0, num_samples=1).loader) == 2
 
 
 def test_all_problems_at_once() -> None:

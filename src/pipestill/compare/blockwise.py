@@ -95,7 +95,7 @@ def _one_pass(workload: BlockwiseWorkload, options: RunOptions, steps: int, only
     if not only_rank_0 or rank_here() == 0:
         one = dataclasses.replace(options, devices=1, strategy=ONE_PASS)
         trainer = make_block_trainer(workload.task(), workload, one)
-        seconds = trainer.fit(workload.of_blocks(), steps=steps, world=OneProcess(1)).seconds_per_batch
+        seconds = trainer.fit(workload.loader, steps=steps, world=OneProcess(1)).seconds_per_batch
     return slowest(seconds)
 
 
@@ -105,7 +105,7 @@ def _train(workload: BlockwiseWorkload, options: RunOptions, steps: int, profile
     if profile is not None and profile.batch is not None:
         plan = trainer.plan_for(profile, profile.batch)
         steps = max(steps, _FEWEST_WINDOWS * max(phase.window for phase in plan.phases))
-    return trainer.fit(workload.of_blocks(), steps=steps)
+    return trainer.fit(workload.loader, steps=steps)
 
 
 def _figures(

@@ -27,7 +27,7 @@ from pipestill.costs import Costs, Link
 from pipestill.errors import ConfigError
 from pipestill.model.dry_run import dry_run
 from pipestill.model.nests import num_rows
-from pipestill.recipes.recipe import EndToEndWorkload, Recipe, Workload, end_to_end
+from pipestill.recipes.recipe import EndToEndWorkload, Recipe, end_to_end
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import make_trainer
 from pipestill.runtime.launch import launch
@@ -81,7 +81,7 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
         raise ConfigError(f"batch_size {batch_size} is more than there are samples; comparing needs whole batches")
     workload = end_to_end(recipe, options.seed, num_samples, what=what)
     peers = [name for name in strategies if variant(name)[0] in PEERS]
-    if peers and isinstance(workload, Workload) and workload.length_axis is not None:
+    if peers and workload.length_axis is not None:
         raise ConfigError(
             f"{' and '.join(peers)}: torch's pipelines take batches of one form, and those of recipe '{recipe.name}' differ in "
             "length; leave the peers out, or have all batches padded to one length"

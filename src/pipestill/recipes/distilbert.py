@@ -20,7 +20,7 @@ from pipestill.lr_schedules import linear
 from pipestill.model.seeding import derive
 from pipestill.recipes import language
 from pipestill.recipes.language import Sizes
-from pipestill.recipes.recipe import Training, Workload, warmed_up
+from pipestill.recipes.recipe import DistillationWorkload, Training, warmed_up
 from pipestill.recipes.text import (
     ByLengthSampler,
     Masking,
@@ -192,7 +192,7 @@ class DistilBert:
             problems.append(f"student_layers is {self.student_layers}, more than the teacher's {self.layers}")
         return problems
 
-    def workload(self, seed: int, num_samples: int | None = None) -> Workload:
+    def workload(self, seed: int, num_samples: int | None = None) -> DistillationWorkload:
         """The models, the text and how they are trained. Raises `DataError` and `ConfigError` for what does not fit."""
         teacher, student = self.sizes()
         corpus = open_text(self.data, seed)
@@ -203,7 +203,7 @@ class DistilBert:
         seen = train if num_samples is None else train.first(num_samples)
         published = self.teacher_model is not None or self.preset != "reference"
         common: dict[str, Any] = {"dropout": self.dropout, "pad": tokens.pad}
-        return Workload(
+        return DistillationWorkload(
             build_teacher=partial(self._teacher, teacher, published, common, derive(seed, "teacher")),
             build_student=partial(self._student, student, common, derive(seed, "student")),
             loss=losses.MaskedDistillation(

@@ -14,7 +14,7 @@ from pipestill.model.devices import Machine
 from pipestill.model.estimate import estimate, task_without_memory
 from pipestill.model.nests import distinct_tensors, num_rows
 from pipestill.model.tasks import Task
-from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, EndToEndWorkload, Workload
+from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, EndToEndWorkload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import make_trainer
 from pipestill.train.data import inputs_and_targets
@@ -40,7 +40,7 @@ def compute(workload: AnyWorkload, machine: Machine, options: RunOptions) -> tup
 
 def _sample(workload: EndToEndWorkload, seed: int) -> tuple[Any, Any]:
     """The first batch, always the same one; of several, the longest, where batches differ in length: it has to fit too."""
-    varied = isinstance(workload, Workload) and workload.length_axis is not None
+    varied = workload.length_axis is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         batches = [inputs_and_targets(batch) for batch in islice(workload.train_loader, _BATCHES if varied else 1)]

@@ -313,7 +313,7 @@ class Nas:
         preset = PRESETS[self.preset]
         return choose_images(
             self.data, self.preset, (preset.channels, self.image_size, preset.num_classes), batch_size=self.batch_size,
-            augment=self.augment, seed=seed, page="docs/search.md",
+            augment=self.augment, seed=seed, page="docs/architecture-search.md",
         )  # fmt: skip
 
 

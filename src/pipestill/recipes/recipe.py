@@ -1,10 +1,10 @@
-"""What a recipe is: a frozen dataclass of options that builds a `Workload`."""
+"""A recipe is a frozen dataclass of options; it builds a workload: models, data, and how they are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -16,11 +16,17 @@ from pipestill.lr_schedules import LrSchedule
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.tasks import Distillation, Momentum
 from pipestill.optim import LARS
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.recipes.run_options import Numbers
+from pipestill.schedule import PIPELINE_STRATEGIES
+from pipestill.train.result import REFERENCE
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS,
 }  # fmt: skip
+
+
+Kind = Literal["pipeline", "blockwise"]
 
 
 class SizedIterable(Protocol):
@@ -61,8 +67,44 @@ class Training:
         return self.weight_decay_schedule(self.epochs * len(loader)) if self.weight_decay_schedule else None
 
 
+class Workload(Protocol):
+    """What a recipe builds, of whatever kind: models, data, and how they are trained.
+
+    Commands, comparisons and proofs ask a workload; none asks which class it is. (The methods that need a trainer, `trainer`,
+    `preflight` and `run`, join this protocol when there is one Trainer:
+
+    - `trainer(task, options, **others) -> Trainer`: the trainer of the training that strategies are about; `others` are
+      arguments of `ps.Trainer` that replace what the options and the workload give, such as `costs` or `callbacks`;
+    - `preflight(options)`: raise what can be seen to be wrong before anything is trained;
+    - `run(options, directory, quiet, description) -> dict`: train everything, and return the summary on rank 0.)
+    """
+
+    @property
+    def kind(self) -> Kind:
+        """How the student is trained: as a pipeline's stages, or block by block."""
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the strategies that can train it, `reference` first."""
+
+    @property
+    def loader(self) -> SizedIterable:
+        """Batches of the training that strategies are about."""
+
+    @property
+    def train_loader(self) -> DataLoader[Any]:
+        """Batches of all training data, with labels where there are any; its `batch_size` is the recipe's."""
+
+    @property
+    def length_axis(self) -> int | None:
+        """The axis whose size may differ between batches (see `Trainer`), or None where all batches are alike."""
+
+    def task(self) -> Any:
+        """Build a fresh task, the same every time."""
+
+
 @dataclass(frozen=True)
-class Workload:
+class DistillationWorkload:
     """Everything that distilling one student takes. Builders give freshly initialised models, the same every time.
 
     `length_axis`: batches may differ in the size of that axis (see `Trainer`). `prepare(teacher, student)` is called once the
@@ -70,6 +112,9 @@ class Workload:
     `teacher_origin`: where the teacher comes from if it is not trained here, for the summary. `conclude(metrics)`: more
     entries of the summary that follow from the means of the metrics.
     """
+
+    kind: ClassVar[Kind] = "pipeline"
+    strategies: ClassVar[tuple[str, ...]] = (REFERENCE, *PIPELINE_STRATEGIES)
 
     build_teacher: Callable[[], nn.Module]
     build_student: Callable[[], nn.Module]
@@ -84,6 +129,11 @@ class Workload:
     prepare: Callable[[nn.Module, nn.Module], None] | None = None
     teacher_origin: str | None = None
     conclude: Callable[[Mapping[str, float]], dict[str, float]] | None = None
+
+    @property
+    def loader(self) -> SizedIterable:
+        """Batches that the student is trained on."""
+        return self.train_loader
 
     def task(self) -> Distillation:
         """What a schedule runs: the distillation, of fresh models."""
@@ -104,11 +154,20 @@ class MomentumWorkload:
     labels that training never sees, computed on a device; it gets the teacher, and the same network untrained.
     """
 
+    kind: ClassVar[Kind] = "pipeline"
+    strategies: ClassVar[tuple[str, ...]] = (REFERENCE, *PIPELINE_STRATEGIES)
+    length_axis: ClassVar[int | None] = None
+
     build: Callable[[], Momentum]
     evaluate: Callable[[nn.Module, torch.device], dict[str, float]]
     train_loader: DataLoader[Any]
     student_training: Training
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+    @property
+    def loader(self) -> SizedIterable:
+        """Batches that the student is trained on."""
+        return self.train_loader
 
     def task(self) -> Momentum:
         """What a schedule runs."""
@@ -129,6 +188,10 @@ class BlockwiseWorkload:
     the one that was derived, several of a kind as their mean. `describe(task, network)`: more entries of summary.json.
     """
 
+    kind: ClassVar[Kind] = "blockwise"
+    strategies: ClassVar[tuple[str, ...]] = (REFERENCE, *BLOCKWISE_STRATEGIES)
+    length_axis: ClassVar[int | None] = None
+
     build: Callable[[], Blockwise]
     train_loader: DataLoader[Any]
     validation_loader: DataLoader[Any]
@@ -145,8 +208,9 @@ class BlockwiseWorkload:
     rivals: Callable[[Blockwise], Mapping[str, Sequence[nn.Module]]] | None = None
     describe: Callable[[Blockwise, nn.Module], dict[str, Any]] | None = None
 
-    def of_blocks(self) -> SizedIterable:
-        """The loader of the blocks' training."""
+    @property
+    def loader(self) -> SizedIterable:
+        """Batches that the blocks are trained on."""
         return self.train_loader if self.block_loader is None else self.block_loader
 
     def task(self) -> Blockwise:
@@ -154,7 +218,7 @@ class BlockwiseWorkload:
         return self.build()
 
 
-EndToEndWorkload = Workload | MomentumWorkload
+EndToEndWorkload = DistillationWorkload | MomentumWorkload
 AnyWorkload = EndToEndWorkload | BlockwiseWorkload
 
 

@@ -13,13 +13,13 @@ from pipestill import draw
 from pipestill.errors import ConfigError, nearest
 from pipestill.model.tasks import Distillation, Supervised
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
-from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, MomentumWorkload, Recipe, Workload
+from pipestill.recipes.recipe import BlockwiseWorkload, DistillationWorkload, MomentumWorkload, Recipe, Workload
 from pipestill.recipes.run_blockwise import preflight_blocks, run_blocks
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import Runner, evaluate, export, load_into, make_trainer, num_parameters, own_device
 from pipestill.runtime.world import in_main_process
 from pipestill.schedule import PIPELINE_STRATEGIES
-from pipestill.train.result import REFERENCE, Result
+from pipestill.train.result import Result
 from pipestill.train.run_directory import RunDirectory
 
 
@@ -39,19 +39,19 @@ def preflight(recipe: Recipe, options: RunOptions) -> None:
         load_into(task.teacher, Path(options.teacher))
 
 
-def check_strategy(recipe: Recipe, workload: AnyWorkload, options: RunOptions) -> None:
+def check_strategy(recipe: Recipe, workload: Workload, options: RunOptions) -> None:
     """`ConfigError` for a strategy, or a knob, of the other kind of training."""
-    by_blocks = isinstance(workload, BlockwiseWorkload)
-    ways, names = ("end to end", "block by block"), ((REFERENCE, *PIPELINE_STRATEGIES), (REFERENCE, *BLOCKWISE_STRATEGIES))
-    known, name, problems = names[by_blocks], options.strategy, []
-    if name not in known:
-        what = f"no strategy '{name}'{nearest(name, known)}"
-        if name in names[not by_blocks]:
-            what = f"strategy '{name}' is of recipes that train {ways[not by_blocks]}"
-        problems.append(f"{what}; recipe '{recipe.name}' trains {ways[by_blocks]}: there are {', '.join(known)}")
-    if by_blocks and options.staleness is not None:
+    ways = {"pipeline": "end to end", "blockwise": "block by block"}
+    name, way, problems = options.strategy, ways[workload.kind], []
+    if name not in workload.strategies:
+        what = f"no strategy '{name}'{nearest(name, workload.strategies)}"
+        if name in (*PIPELINE_STRATEGIES, *BLOCKWISE_STRATEGIES):
+            others = next(other for kind, other in ways.items() if kind != workload.kind)
+            what = f"strategy '{name}' is of recipes that train {others}"
+        problems.append(f"{what}; recipe '{recipe.name}' trains {way}: there are {', '.join(workload.strategies)}")
+    if workload.kind == "blockwise" and options.staleness is not None:
         problems.append("staleness is of a momentum teacher, and this one is frozen; leave it out")
-    if not by_blocks:
+    if workload.kind == "pipeline":
         given = [key for key in ("profile", "memory") if getattr(options, key) is not None]
         problems += [f"{key} is for recipes that train block by block; leave it out" for key in given]
     if problems:
@@ -79,7 +79,7 @@ def run_recipe(
     if directory is None:
         return {}
     summary = {"recipe": recipe.name, **main.summary(), "metrics": metrics}
-    if isinstance(workload, Workload) and workload.teacher_origin is not None:
+    if isinstance(workload, DistillationWorkload) and workload.teacher_origin is not None:
         summary["teacher"] = options.teacher or workload.teacher_origin
     save(main, directory, student, description)
     directory.write_json("summary.json", summary)
@@ -87,7 +87,7 @@ def run_recipe(
 
 
 def _run_distillation(
-    workload: Workload, options: RunOptions, runner: Runner
+    workload: DistillationWorkload, options: RunOptions, runner: Runner
 ) -> tuple[Result, nn.Module, dict[str, Any]]:
     """Teacher once (its weights stay in teacher/export, and can be given to the next run), student, student alone."""
     teacher, student, alone = workload.build_teacher(), workload.build_student(), workload.build_student()
@@ -114,7 +114,7 @@ def _run_distillation(
     }  # fmt: skip
 
 
-def concluded(workload: Workload, metrics: dict[str, float]) -> dict[str, float]:
+def concluded(workload: DistillationWorkload, metrics: dict[str, float]) -> dict[str, float]:
     """The metrics of a model with what follows from them; those of a phase are known on rank 0 only."""
     return {**metrics, **workload.conclude(metrics)} if workload.conclude and metrics else metrics
 

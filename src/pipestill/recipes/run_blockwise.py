@@ -52,7 +52,7 @@ def make_block_trainer(
         profile = BlockProfile.load(options.profile)
     return BlockwiseTrainer(
         task, optimizer=training.optimizer, lr=training.lr, optimizer_options=training.optimizer_options,
-        param_groups=training.param_groups, lr_schedule=training.factor(workload.of_blocks()),
+        param_groups=training.param_groups, lr_schedule=training.factor(workload.loader),
         devices=options.devices, strategy=options.strategy, profile=profile, memory_bytes=options.memory,
         device=options.device, seed=options.seed, log_every=options.log_every, callbacks=callbacks,
         timeout_seconds=options.timeout_seconds,
@@ -87,7 +87,7 @@ def preflight_blocks(workload: BlockwiseWorkload, options: RunOptions) -> None:
 
 def first_inputs(workload: BlockwiseWorkload) -> Any:
     """The first batch's inputs."""
-    return inputs_and_targets(next(iter(workload.of_blocks())))[0]
+    return inputs_and_targets(next(iter(workload.loader)))[0]
 
 
 def plan_of(task: Blockwise, workload: BlockwiseWorkload, options: RunOptions) -> BlockwisePlan | None:
@@ -125,7 +125,7 @@ def run_blocks(
         taught = runner.phase_of_some("teacher", teacher, workload.teacher_training, "teacher")
     with runner.listening(None) as callbacks:
         trainer = make_block_trainer(task, workload, options, callbacks)
-        blocks = trainer.fit(workload.of_blocks(), epochs=workload.student_training.epochs)
+        blocks = trainer.fit(workload.loader, epochs=workload.student_training.epochs)
     student = workload.derive(task) if workload.derive else task.student
     runner.options = end_to_end(options, task.teacher, student)
     metrics: dict[str, Any] = {"teacher": taught, "blocks": evaluate(student, workload, device)}

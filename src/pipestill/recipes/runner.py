@@ -18,7 +18,7 @@ from pipestill.errors import ConfigError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.nests import num_rows, to_device
 from pipestill.model.tasks import Supervised, Task
-from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, MomentumWorkload, Training, Workload
+from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, DistillationWorkload, MomentumWorkload, Training
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.standby import SignsOfLife, hand_on, say_over, stand_by
 from pipestill.runtime.pipeline.rank import Tally
@@ -41,7 +41,7 @@ def make_trainer(
         task, optimizer=training.optimizer, lr=training.lr, optimizer_options=training.optimizer_options,
         param_groups=training.param_groups, lr_schedule=training.factor(workload.train_loader),
         weight_decay_schedule=training.decay_factor(workload.train_loader),
-        length_axis=workload.length_axis if isinstance(workload, Workload) else None, devices=options.devices, strategy=strategy,
+        length_axis=workload.length_axis, devices=options.devices, strategy=strategy,
         microbatches=options.microbatches, run_ahead=options.run_ahead if distils else None,
         staleness=options.staleness if distils else None, split_backward=options.split_backward, stash=options.stash,
         clip_grad_norm=options.clip_grad_norm, batch_norm=options.batch_norm,
@@ -148,14 +148,14 @@ def _is_tied(model: nn.Module, name: str) -> bool:
     return any(other is state[name] for key, other in state.items() if key != name)
 
 
-def evaluate(model: nn.Module, workload: Workload | BlockwiseWorkload, device: torch.device) -> dict[str, float]:
+def evaluate(model: nn.Module, workload: DistillationWorkload | BlockwiseWorkload, device: torch.device) -> dict[str, float]:
     """The workload's metrics of a model on its validation data, computed on `device`; the model is left on the CPU.
 
     A model that a pipeline trains is run as its blocks, which are what is trained: they may take other inputs than `forward`.
     """
     tally = Tally(workload.metrics)
     model.to(device).eval()
-    run = BlockModel(model) if isinstance(workload, Workload) else model
+    run = BlockModel(model) if isinstance(workload, DistillationWorkload) else model
     with torch.no_grad():
         for batch in workload.validation_loader:
             inputs, targets = to_device(tuple(batch), device)

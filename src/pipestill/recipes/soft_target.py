@@ -18,7 +18,7 @@ from pipestill.model.families.image_models import LIBRARIES, load_model
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images, digits
 from pipestill.recipes.networks import RESNETS, network
-from pipestill.recipes.recipe import OPTIMIZERS, Training, Workload, filled
+from pipestill.recipes.recipe import OPTIMIZERS, DistillationWorkload, Training, filled
 from pipestill.recipes.vit import VIT_B, VIT_L, VIT_S, vit
 
 CLASSES = 10
@@ -174,7 +174,7 @@ class SoftTarget:
             problems.append(f"image_size is {self.image_size}; the digits are 8 x 8, so give --data, or leave it out")
         return problems
 
-    def workload(self, seed: int, num_samples: int | None = None) -> Workload:
+    def workload(self, seed: int, num_samples: int | None = None) -> DistillationWorkload:
         """The models, the data and how they are trained. Raises `DataError` for data that is missing or broken."""
         if self.preset == "digits" and self.data is None and self.classes is None:
             train, test = digits(seed)
@@ -189,7 +189,7 @@ class SoftTarget:
                 self.batch_size, augment=self.augment, num_samples=num_samples, workers=self.workers
             )
         untrained = "random weights, as teacher_epochs is 0: the student is taught noise"
-        return Workload(
+        return DistillationWorkload(
             build_teacher=lambda: self.model("teacher", channels, size, num_classes, seed),
             build_student=lambda: self.model("student", channels, size, num_classes, seed),
             loss=SoftTargetLoss(self.temperature, self.weight),

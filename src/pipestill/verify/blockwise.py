@@ -101,7 +101,7 @@ def train_few_blocks(
             task.student.double().eval()  # the change to train mode leaves frozen layers out
             trainer.split_batch = in_float64
         with batch_norms("frozen" if split else "microbatch", [task.student_blocks]):
-            trainer.fit(workload.of_blocks(), steps=steps)
+            trainer.fit(workload.loader, steps=steps)
         state = {f"student.{name}": t.detach().clone() for name, t in task.student.state_dict().items()}
         return state | {f"teacher.{name}": t.detach().clone() for name, t in task.teacher.state_dict().items()}
     finally:
