@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.cases import CASES, SGD, Call, distilled, supervised
-from support.fits import Case, assert_exact, assert_same, search_less
+from support.fits import Case, assert_exact, assert_same
 from support.models import CLASSES, vectors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -249,11 +249,6 @@ def test_the_first_block_and_frozen_ones_are_never_asked() -> None:
 
 
 # ---------------------------------------------------------------- training
-
-
-@pytest.fixture
-def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    search_less(monkeypatch.setattr)
 
 
 def exact(task: Callable[[], Any], loader: Callable[[], Any] = vectors, devices: tuple[int, ...] = (1, 2, 3)) -> None:

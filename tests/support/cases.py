@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import pipestill as ps
 from pipestill import Block
-from support.fits import Case, Outcome
+from support.fits import Case, Outcome, search_less
 from support.models import CLASSES, AlwaysDropout, Pool, Stream, distillation, images, vectors
 
 Make = Callable[[], nn.Module]
@@ -636,6 +636,7 @@ def run(runs: Sequence[tuple[str, str, dict[str, Any]]], devices: int, over: str
     A target for `launch`.
     """
     os.environ["PIPESTILL_SHARED_MEMORY"] = str(int(over == "memory"))
+    search_less()
     outcomes = []
     for name, strategy, trainer in runs:
         case = EVERYTHING if name == "everything" else CASES[name]

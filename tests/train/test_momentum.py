@@ -1,7 +1,7 @@
 """Momentum teachers: every strategy gives the same student and teacher as a plain loop that reads what it declares to read."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fits import Case, Outcome, assert_same, search_less, unit_costs
+from support.fits import Case, Outcome, assert_same, unit_costs
 from support.momentum import MOMENTUM_CASES, TWO, WIDTH, encoder, images_in_views, info_nce, momentum_task, run_momentum
 from torch import Tensor, nn
 
@@ -44,11 +44,6 @@ def name_of(value: Any) -> str | None:
     return ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
 
 
-@pytest.fixture
-def quick_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    search_less(monkeypatch.setattr)
-
-
 @cache
 def reference(name: str, promise: tuple[int, int, int] = EXACT) -> Outcome:
     staleness, student_staleness, microbatches = promise
@@ -63,9 +58,16 @@ def assert_trains_the_same(got: Outcome, expected: Outcome) -> None:
     assert_same(got, expected)
 
 
+def every_one_by_devices() -> Iterator[Any]:
+    """Every strategy on 2, 3 or 4 devices, in turn; on the other numbers of devices it is slow."""
+    for number, (strategy, knobs, promise) in enumerate(EVERY_ONE):
+        for devices in (1, 2, 3, 4):
+            marks = () if devices == 2 + number % 3 else pytest.mark.slow
+            yield pytest.param(strategy, knobs, promise, devices, marks=marks)
+
+
 @pytest.mark.usefixtures("quick_plans")
-@pytest.mark.parametrize("devices", [1, 2, 3, 4])
-@pytest.mark.parametrize(("strategy", "knobs", "promise"), EVERY_ONE, ids=name_of)
+@pytest.mark.parametrize(("strategy", "knobs", "promise", "devices"), list(every_one_by_devices()), ids=name_of)
 def test_every_strategy(strategy: str, knobs: dict[str, Any], promise: tuple[int, int, int], devices: int) -> None:
     assert_trains_the_same(MOMENTUM_CASES["byol"].run(strategy, devices, **knobs), reference("byol", promise))
 
@@ -75,9 +77,16 @@ def test_what_the_search_finds(knobs: dict[str, Any], promise: tuple[int, int, i
     assert_trains_the_same(MOMENTUM_CASES["byol"].run("fill", 3, **knobs), reference("byol", promise))
 
 
+def case_by_some() -> Iterator[Any]:
+    """Every peculiar task by two of the strategies, in turn; by the others it is slow."""
+    for number, case in enumerate(case for case in MOMENTUM_CASES if case != "byol"):
+        for place, (one, devices) in enumerate(SOME):
+            always = (place - number) % len(SOME) in (0, 2)
+            yield pytest.param(case, *one, devices, marks=() if always else pytest.mark.slow)
+
+
 @pytest.mark.usefixtures("quick_plans")
-@pytest.mark.parametrize(("strategy", "knobs", "promise", "devices"), [(*one, n) for one, n in SOME], ids=name_of)
-@pytest.mark.parametrize("case", [case for case in MOMENTUM_CASES if case != "byol"])
+@pytest.mark.parametrize(("case", "strategy", "knobs", "promise", "devices"), list(case_by_some()), ids=name_of)
 def test_peculiar_tasks(
     case: str,
     strategy: str,
@@ -106,9 +115,9 @@ def test_the_proofs_can_fail(case: str) -> None:
 PROCESS_CASES = ("byol", "crops", "clipped_adamw_info_nce", "frozen", "copied_buffers", "new_buffers")
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes(devices: int) -> None:
-    """One process per rank over gloo; all runs one after the other in the same group, one of each strategy a case."""
+    """One process per rank; all runs one after the other in the same group, two strategies a case."""
     runs = [(case, *EVERY_ONE[(2 * i + j) % len(EVERY_ONE)]) for i, case in enumerate(PROCESS_CASES) for j in (0, 9)]
     outcomes = ps.launch(
         run_momentum, ([(case, strategy, knobs) for case, strategy, knobs, _ in runs], devices), devices, threads=1,
