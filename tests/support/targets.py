@@ -176,8 +176,8 @@ TYPES = [
 ]  # fmt: skip
 
 
-def message(text: str, lane: Lane = Lane.ACTIVATION, phase: int = 0, source: int = 0, destination: int = 1) -> Message:
-    return Message(lane, Action.parse(text), source, destination, phase)
+def message(text: str, lane: Lane = Lane.ACTIVATION, segment: int = 0, source: int = 0, destination: int = 1) -> Message:
+    return Message(lane, Action.parse(text), source, destination, segment)
 
 
 Over = Callable[[float], ProcessGroup | SharedMemory]
@@ -214,7 +214,7 @@ def exchange(over: Over) -> str:
         message("S0F1@0"): [torch.tensor(1.5), torch.zeros(0, 3), torch.ones(1)],
         message("T0F1@0", Lane.TEACHER): [torch.full((5000,), 2.0)],
         message("S0F1@0", Lane.TOKEN): [torch.full((1,), 3.0)],
-        message("S0F1@0", phase=1): [torch.full((7,), 4.0)],
+        message("S0F1@0", segment=1): [torch.full((7,), 4.0)],
         message("S0F1@1"): [torch.full((9,), 5.0)],
         message("S0F2@1"): [torch.full((2,), float(i)) for i in range(40)],
     }

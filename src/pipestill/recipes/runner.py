@@ -21,7 +21,7 @@ from pipestill.model.tasks import Supervised, Task
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, DistillationWorkload, MomentumWorkload, Training
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.standby import SignsOfLife, hand_on, say_over, stand_by
-from pipestill.runtime.pipeline.rank import Tally
+from pipestill.runtime.metrics import MetricMeans
 from pipestill.runtime.world import choose_device_type, device_of
 from pipestill.train.callbacks import Callback, JsonLines, Output, Terminal
 from pipestill.train.pipeline import Trainer
@@ -153,15 +153,15 @@ def evaluate(model: nn.Module, workload: DistillationWorkload | BlockwiseWorkloa
 
     A model that a pipeline trains is run as its blocks, which are what is trained: they may take other inputs than `forward`.
     """
-    tally = Tally(workload.metrics)
+    means = MetricMeans(workload.metrics)
     model.to(device).eval()
     run = BlockModel(model) if isinstance(workload, DistillationWorkload) else model
     with torch.no_grad():
         for batch in workload.validation_loader:
             inputs, targets = to_device(tuple(batch), device)
-            tally.add(run(inputs), targets, num_rows(inputs, "a batch to test with"))
+            means.add(run(inputs), targets, num_rows(inputs, "a batch to test with"))
     model.to("cpu")
-    return tally.means()
+    return means.means()
 
 
 def own_device(options: RunOptions) -> torch.device:

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import ConfigError, DeviceError
-from pipestill.runtime.pipeline.executor import Waiting
+from pipestill.runtime.transport.in_process import InProcess
 from pipestill.runtime.transport.process_group import ProcessGroup
-from pipestill.runtime.transport.protocol import InProcess, Message, Transport
+from pipestill.runtime.transport.protocol import Message, Transport, Waiting
 from pipestill.runtime.transport.same_machine import connect
 from pipestill.runtime.transport.shared_memory import SharedMemory
 from pipestill.schedule import Lane

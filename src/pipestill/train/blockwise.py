@@ -29,16 +29,15 @@ from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
 from pipestill.model.blockwise.task import Blockwise
-from pipestill.model.nests import to_device
 from pipestill.optim import make_optimizer as optimizer_of
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
 from pipestill.runtime.blockwise.all_reduce import measure_allreduces
 from pipestill.runtime.blockwise.groups import process_groups
-from pipestill.runtime.blockwise.rank import BlockwiseRank, BlockwiseSettings, check_finite_blocks, logged_blocks
-from pipestill.runtime.blockwise.worker import BlockwiseWorker
+from pipestill.runtime.blockwise.rank import BlockwiseRank
+from pipestill.runtime.blockwise.reference import blockwise_reference
 from pipestill.runtime.memory import peak_bytes, reset_peak
-from pipestill.runtime.pipeline.rank import LogClock
 from pipestill.runtime.pipeline.stage import move
+from pipestill.runtime.settings import TrainingSettings
 from pipestill.runtime.transport.links import measure_link
 from pipestill.runtime.world import OneProcess, Processes, World, choose_device_type, device_of, join_world
 from pipestill.schedule import Event, Op, Trace
@@ -210,12 +209,12 @@ class BlockwiseTrainer:
                 profile = self.profile or self.measure(world, contracts, first.inputs if first else None, rows)
                 plan = self.plan_for(profile, rows)
             passes = self.task.num_blocks if alone or self.strategy == "dp" else 1
-            with Reporter(callbacks):
+            with Reporter(callbacks) as reporter:
                 for callback in callbacks:
                     callback.start(description, None if batches is None else batches * passes)
                 if plan is None:
-                    return self._run_alone(read, contracts, callbacks)
-                return self._run(world, plan, contracts, read, callbacks)
+                    return self._run_alone(read, contracts, reporter)
+                return self._run(world, plan, contracts, read, reporter)
 
     def plan_for(self, profile: BlockProfile, batch: int) -> BlockwisePlan:
         """The plan of the strategy for batches of `batch` rows."""
@@ -254,21 +253,20 @@ class BlockwiseTrainer:
         plan: BlockwisePlan,
         contracts: BlockwiseContracts,
         read: Callable[[], Reader],
-        callbacks: Sequence[Callback],
+        reporter: Reporter,
     ) -> BlockResult:
         task, every = self.task, range(self.task.num_blocks)
         for tensors in (task.teacher_blocks.tensors_of(every), *map(task.tensors_of, every)):
             world.copy_from([t.detach() for t in tensors.values()], 0)  # as DDP does
         name = world.broadcast(uuid.uuid4().hex if world.is_main else None)
-        settings = BlockwiseSettings(self.seed, self.log_every, self.lr, self.lr_factor, self.timeout_seconds)
+        settings = self._settings()
         groups = process_groups([plan]) if isinstance(world, Processes) else None
         for rank in world.ranks:
             reset_peak(device_of(rank, self.device_type))
         runs = [
             BlockwiseRank(
                 plan, rank, task, contracts, settings=settings, device=device_of(rank, self.device_type),
-                optimizer=self.make_optimizer, world=world, groups=groups, read=read,
-                listeners=callbacks if rank == 0 else (), run_name=name,
+                world=world, groups=groups, read=read, listener=reporter if rank == 0 else None, run_name=name,
             )
             for rank in world.ranks
         ]  # fmt: skip
@@ -336,50 +334,26 @@ class BlockwiseTrainer:
             world.copy_from([*task.student_blocks.adopt(forms), *beside], owner)
         move(task.teacher_blocks, range(task.num_blocks), CPU)
 
-    def _run_alone(
-        self, read: Callable[[], Reader], contracts: BlockwiseContracts, callbacks: Sequence[Callback]
-    ) -> BlockResult:
+    def _run_alone(self, read: Callable[[], Reader], contracts: BlockwiseContracts, reporter: Reporter) -> BlockResult:
         """Each block by a plain loop over all of the data, one after the other; no schedule at all."""
-        task, device = self.task, device_of(0, self.device_type)
+        device = device_of(0, self.device_type)
         reset_peak(device)
-        worker = BlockwiseWorker(
-            task, contracts, device=device, seed=self.seed, optimizer=self.make_optimizer, lr_factor=self.lr_factor
+        start = time.perf_counter()
+        trained = blockwise_reference(
+            self.task, contracts, read, settings=self._settings(), device=device, listener=reporter
         )
-        worker.hold(range(task.num_blocks), ())
-        start, losses, batches, samples = time.perf_counter(), [math.nan] * task.num_blocks, 0, 0
-        for block in range(task.num_blocks):
-            worker.hold((), [block])
-            batches = samples = 0
-            clock = LogClock()
-            for number, batch in enumerate(read()):
-                value = to_device(batch.inputs, device)
-                for before in range(block):
-                    value = worker.teach(before, value)
-                worker.learn(block, value, worker.teach(block, value), 1.0, number, 0, None)
-                worker.update(block, number)
-                batches, samples = batches + 1, samples + batch.rows
-                clock.count(batch.rows)
-                if batches % self.log_every == 0 or batch.last:
-                    seconds, steps, rows = clock.lap()
-                    losses[block] = float(worker.loss_sums[block]) / steps
-                    worker.loss_sums.zero_()
-                    check_finite_blocks(losses[block : block + 1], number)
-                    values = logged_blocks(
-                        number, batch.epoch, {block: losses[block]}, lr=self.lr * self.lr_factor(number),
-                        seconds=seconds / steps, samples_per_second=rows / seconds, bubble=0.0,
-                    )  # fmt: skip
-                    for callback in callbacks:
-                        callback.step(values)
-            worker.release([block])
-        for block in range(task.num_blocks):
-            for tensor in task.tensors_of(block).values():
-                tensor.data = tensor.data.to(CPU)
-        move(task.teacher_blocks, range(task.num_blocks), CPU)
         seconds = time.perf_counter() - start
         return BlockResult(
-            strategy=REFERENCE, devices=1, backend=self.device_type, batches=batches, samples=samples, seconds=seconds,
-            seconds_per_batch=seconds / max(batches, 1), utilisation=1.0, predicted_seconds_per_batch=None,
-            limit_seconds_per_batch=None, peak_memory_bytes=[peak_bytes(device)], losses=losses,
+            strategy=REFERENCE, devices=1, backend=self.device_type, batches=trained.batches, samples=trained.samples,
+            seconds=seconds, seconds_per_batch=seconds / max(trained.batches, 1), utilisation=1.0,
+            predicted_seconds_per_batch=None, limit_seconds_per_batch=None, peak_memory_bytes=[peak_bytes(device)],
+            losses=trained.losses,
+        )  # fmt: skip
+
+    def _settings(self) -> TrainingSettings:
+        return TrainingSettings(
+            seed=self.seed, log_every=self.log_every, lr=self.lr, lr_factor=self.lr_factor,
+            optimizer=self.make_optimizer, timeout_seconds=self.timeout_seconds,
         )  # fmt: skip
 
 

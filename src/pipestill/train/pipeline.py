@@ -41,13 +41,14 @@ from pipestill.optim import make_optimizer as optimizer_of
 from pipestill.plan import Plan, make_plan
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.memory import peak_bytes, reset_peak
+from pipestill.runtime.metrics import MetricMeans
 from pipestill.runtime.pipeline.plain_run import PlainRun
-from pipestill.runtime.pipeline.rank import PipelineRank, Settings, Tally
+from pipestill.runtime.pipeline.rank import PipelineRank, RankZero
 from pipestill.runtime.pipeline.stage import move, placed
+from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.links import measure_link
 from pipestill.runtime.world import OneProcess, World, choose_device_type, device_of, join_world
 from pipestill.schedule import PIPELINE_STRATEGIES, Event, Trace, check
-from pipestill.schedule.comms import edges
 from pipestill.schedule.schedule import Demands
 from pipestill.train.callbacks import Callback
 from pipestill.train.data import Again, Reader, SplitBatch, check_loader, inputs_and_targets, sample, split_item
@@ -276,7 +277,7 @@ class Trainer:
         ends = set(accumulate(plan.student_partition)) if plan is not None else set[int]()
         try_validation(
             self.task, contracts.at(batch.length), rows_of(batch.inputs, few), rows_of(batch.targets, few), rows, ends,
-            Tally(self.metrics).add,
+            MetricMeans(self.metrics).add,
         )  # fmt: skip
 
     def _plan(self, world: World, contracts: PipelineContracts, few: tuple[Any, Any], rows: int) -> Plan:
@@ -360,13 +361,12 @@ class Trainer:
             forms = world.broadcast(model.forms_of(range(len(model))) if world.is_main else None)
             world.copy_from(model.adopt(forms), 0)  # as DDP does: a script may have drawn other weights in each process
         world.copy_from(self._loss_state(), 0)
-        used = edges(plan.schedule.structure)
+        settings = self._settings(validate, norms)
+        zero = None if source is None else RankZero(source, validation, reporter)
         runs = [
             PipelineRank(
-                plan, rank, self.task, contracts, settings=self._settings(validate), device=device_of(rank, self.device_type),
-                optimizer=self.make_optimizer, norms=norms, transport=world.transport(rank, used, self.timeout_seconds),
-                source=source if rank == 0 else None, validation=validation if rank == 0 else None,
-                reporter=reporter if rank == 0 else None,
+                plan, rank, self.task, contracts, settings=settings, device=device_of(rank, self.device_type),
+                world=world, zero=zero if rank == 0 else None,
             )
             for rank in world.ranks
         ]  # fmt: skip
@@ -426,26 +426,27 @@ class Trainer:
         for model in self._models():
             move(model, range(len(model)), device)
         run = PlainRun(
-            self.task, contracts, settings=self._settings(validation is not None), microbatches=self.microbatches,
-            device=device, optimizer=self.make_optimizer, norms=norms, validation=validation, reporter=reporter,
-            staleness=self.staleness or 0, student_staleness=self.student_staleness,
+            self.task, contracts, settings=self._settings(validation is not None, norms), device=device,
+            zero=RankZero(source, validation, reporter), microbatches=self.microbatches, staleness=self.staleness or 0,
+            student_staleness=self.student_staleness,
         )  # fmt: skip
-        run.run(source)
+        run.run()
         for model in self._models():
             move(model, range(len(model)), CPU)
         self._loss_state()  # back on the CPU, like the models
         return Result(
             strategy=REFERENCE, devices=1, backend=self.device_type, steps=source.steps, samples=source.samples,
-            seconds=run.step_ends[-1] - run.step_ends[0],
-            seconds_per_step=median(b - a for a, b in pairwise(run.step_ends)),
+            seconds=run.moments[-1] - run.moments[0],
+            seconds_per_step=median(b - a for a, b in pairwise(run.moments)),
             utilisation=1.0, bubble=0.0, predicted_seconds_per_step=None, limit_seconds_per_step=None,
             staleness=self.staleness or 0, peak_memory_bytes=[peak_bytes(device)], metrics=dict(reporter.metrics),
         )  # fmt: skip
 
-    def _settings(self, validate: bool) -> Settings:
-        return Settings(
-            self.seed, self.log_every, self.lr, self.lr_factor, self.decay_factor, self.metrics, validate,
-            self.timeout_seconds, self.clip_grad_norm,
+    def _settings(self, validate: bool, norms: Norms) -> PipelineSettings:
+        return PipelineSettings(
+            seed=self.seed, log_every=self.log_every, lr=self.lr, lr_factor=self.lr_factor,
+            optimizer=self.make_optimizer, timeout_seconds=self.timeout_seconds, decay_factor=self.decay_factor,
+            metrics=self.metrics, validate=validate, norms=norms, largest_norm=self.clip_grad_norm,
         )  # fmt: skip
 
 

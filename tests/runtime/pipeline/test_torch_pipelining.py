@@ -19,7 +19,7 @@ from pipestill.plan import Plan
 from pipestill.runtime.launch import launch
 from pipestill.runtime.pipeline.torch_pipelining import train_with_torch
 
-sys.path.append(str(Path(__file__).parents[2]))  # the processes that `launch` starts import this file by its full name
+sys.path.append(str(Path(__file__).parents[3]))  # the processes that `launch` starts import this file by its full name
 
 needs_peer = pytest.mark.skipif(torch.__version__ < TorchVersion("2.11"), reason="the peer needs torch 2.11 or newer")
 MICROBATCHES = 4

@@ -3,7 +3,7 @@
 import torch
 from support.targets import message
 
-from pipestill.runtime.transport.protocol import InProcess
+from pipestill.runtime.transport.in_process import InProcess
 from pipestill.schedule import Lane
 
 
@@ -35,4 +35,4 @@ def test_the_receiver_may_write_to_what_it_gets() -> None:
 
 def test_messages_say_what_they_carry() -> None:
     assert str(message("S0F1@2")) == "S0F1@2 from rank 0 on the activation lane"
-    assert str(message("T1F0@3", Lane.TEACHER, phase=2)) == "T1F0@3 of validation 2 from rank 0 on the teacher lane"
+    assert str(message("T1F0@3", Lane.TEACHER, segment=2)) == "T1F0@3 of validation or phase 2 from rank 0 on the teacher lane"

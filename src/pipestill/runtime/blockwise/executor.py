@@ -15,9 +15,8 @@ from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import distinct_tensors, rows_of, to_device
 from pipestill.runtime.blockwise.windows import Window, header_length
-from pipestill.runtime.pipeline.executor import Waiting
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport
+from pipestill.runtime.transport.protocol import Message, Transport, Waiting, receive
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.blockwise.structure import BlockwiseStructure, Part, rows_of_part
 from pipestill.schedule.needs import lane, needs
@@ -58,12 +57,12 @@ class BlockwiseExecutor:
         source: Iterator[Window] | None,
         groups: dict[tuple[int, ...], dist.ProcessGroup] | None,
         after_step: Callable[[int, Window], Waiting] | None = None,
-        phase: int = 0,
+        segment: int = 0,
     ) -> None:
         assert isinstance(schedule.structure, BlockwiseStructure)
         self.schedule, self.rank, self.ranks, self.structure = schedule, rank, ranks, schedule.structure
         self.worker, self.contracts, self.transport, self.recorder = worker, contracts, transport, recorder
-        self.source, self.groups, self.after_step, self.phase = source, groups, after_step, phase
+        self.source, self.groups, self.after_step, self.segment = source, groups, after_step, segment
         self.device = recorder.device
         self.windows: dict[int, Window] = {}
         self.results: dict[
@@ -96,7 +95,7 @@ class BlockwiseExecutor:
                 if self.after_step is not None:
                     yield from self.after_step(period, self.windows[period])
                 del self.windows[period]
-        self.transport.flush(self.phase)
+        self.transport.flush(self.segment)
 
     def _count_uses(self) -> dict[Action, int]:
         """How often this rank uses each teacher forward of a step: its own work, and sends of what it computed."""
@@ -173,7 +172,7 @@ class BlockwiseExecutor:
             self.worker.learn(action.stage, value, target, rows / total, window.first + share.batch, unit, group)
         if self.groups is None and len(sharers) > 1:
             for other in set(sharers) - {self.ranks[self.rank]}:
-                sent = Message(Lane.REDUCE, action, self.ranks[self.rank], other, self.phase)
+                sent = Message(Lane.REDUCE, action, self.ranks[self.rank], other, self.segment)
                 self.transport.send(sent, self.worker.gradients(action.stage))
 
     def _reduce(self, action: Action) -> Waiting:
@@ -190,8 +189,8 @@ class BlockwiseExecutor:
             if source == self.rank:
                 parts.append(self.worker.gradients(action.stage))
             else:
-                message = Message(Lane.REDUCE, other, self.ranks[source], self.ranks[self.rank], self.phase)
-                parts.append((yield from self._arrive(message)))
+                message = Message(Lane.REDUCE, other, self.ranks[source], self.ranks[self.rank], self.segment)
+                parts.append((yield from receive(self.transport, message)))
         with self.recorder.working(action):
             summed = [torch.stack(tensors).sum(0) for tensors in zip(*parts, strict=True)]
             self.worker.set_gradients(action.stage, summed)
@@ -207,7 +206,7 @@ class BlockwiseExecutor:
         """The block that `action` trains, from the rank that trained it before."""
         before = self.structure.before(action)
         if before is not None and before.step >= 0 and (before.at(0), self.rank) in self.structure.moves:
-            tensors = yield from self._arrive(self._from(before, Lane.STATE))
+            tensors = yield from receive(self.transport, self._from(before, Lane.STATE))
             self.worker.set_state(action.stage, tensors)
 
     def _tokens_of(self, action: Action) -> list[Action]:
@@ -222,7 +221,7 @@ class BlockwiseExecutor:
             step = need.step + action.step
             message = self._from(need.at(step), Lane.TOKEN) if step >= 0 else None
             if message is not None and message not in self.heard:
-                yield from self._arrive(message)
+                yield from receive(self.transport, message)
                 recent = action.step - self.structure.ahead - 2
                 self.heard = {m for m in self.heard if m.payload.step >= recent} | {message}
             if message is not None and need.at(0) in self.structure.receipts.get(action.at(0), ()):
@@ -266,7 +265,7 @@ class BlockwiseExecutor:
             value = None
             if held.start < held.stop:
                 contract = self.contracts.outputs[source.stage]
-                packed = yield from self._arrive(self._from(source, Lane.TEACHER))
+                packed = yield from receive(self.transport, self._from(source, Lane.TEACHER))
                 rows = held.stop - held.start
                 value = contract.join([f.unpack(t, rows) for t, f in zip(packed, contract.values, strict=True)], rows)
             self.results[source] = value, self.uses[source.at(0)]
@@ -288,7 +287,7 @@ class BlockwiseExecutor:
         assert transfer.peer is not None
         mine, theirs = self.ranks[self.rank], self.ranks[transfer.peer]
         source, destination = (mine, theirs) if transfer.kind is Kind.SEND else (theirs, mine)
-        return Message(on, transfer.payload, source, destination, self.phase)
+        return Message(on, transfer.payload, source, destination, self.segment)
 
     def _from(self, payload: Action, on: Lane) -> Message:
         """The message that brings another rank's result."""
@@ -329,11 +328,6 @@ class BlockwiseExecutor:
                 forms_ = self.contracts.outputs[transfer.stage].values
                 self.transport.post(message, [form.empty(rows, self.device) for form in forms_])
 
-    def _arrive(self, message: Message) -> Generator[Message, None, list[Tensor]]:
-        while not self.transport.arrived(message):
-            yield message
-        return self.transport.take(message)
-
     # -- the window -----------------------------------------------------------------------------------------------
 
     def _do_data(self, action: Action) -> None:
@@ -366,7 +360,7 @@ class BlockwiseExecutor:
         """What this rank knows of a step's window; waits until the reading rank has told of it."""
         if step not in self.windows:
             data = Action(Role.STUDENT, 0, Op.DATA, None, step)
-            (header,) = yield from self._arrive(self._from(data, Lane.DATA))
+            (header,) = yield from receive(self.transport, self._from(data, Lane.DATA))
             window = self.windows[step] = Window.from_header(header)
             if self.reads_samples and not window.ended:
                 forms = [(form, rows) for rows in window.rows if rows for form in self.contracts.inputs.values]
@@ -378,7 +372,7 @@ class BlockwiseExecutor:
         window = self.windows[step]
         if window.inputs is None:
             data = Action(Role.STUDENT, 0, Op.DATA, None, step)
-            packed = iter((yield from self._arrive(self._from(data, Lane.INPUT))))
+            packed = iter((yield from receive(self.transport, self._from(data, Lane.INPUT))))
             contract = self.contracts.inputs
             inputs = tuple(
                 contract.join([form.unpack(next(packed), rows) for form in contract.values], rows)

@@ -1,4 +1,4 @@
-"""Process groups of ranks that share batches of a block."""
+"""Which ranks of a blockwise plan exchange what: edges of messages, and process groups that share batches of a block."""
 
 from __future__ import annotations
 
@@ -7,10 +7,20 @@ from collections.abc import Iterable
 import torch.distributed as dist
 
 from pipestill.plan.blockwise.plan import BlockwisePlan
-from pipestill.schedule import Op
+from pipestill.schedule import Lane, Op
 from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.comms import edges
 
 Groups = dict[tuple[int, ...], dist.ProcessGroup]
+
+
+def plan_edges(plan: BlockwisePlan) -> set[tuple[int, int, Lane]]:
+    """Every directed edge and lane of all phases of a plan, between ranks as the world counts them."""
+    return {
+        (phase.ranks[source], phase.ranks[destination], lane)
+        for phase in plan.phases
+        for source, destination, lane in edges(phase.schedule.structure)
+    }
 
 
 def process_groups(plans: Iterable[BlockwisePlan]) -> Groups:

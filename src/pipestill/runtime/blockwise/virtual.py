@@ -15,7 +15,7 @@ from pipestill.model.contracts import observe
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor
-from pipestill.runtime.blockwise.groups import Groups
+from pipestill.runtime.blockwise.groups import Groups, plan_edges
 from pipestill.runtime.blockwise.windows import windows
 from pipestill.runtime.transport.protocol import Message, Transport
 from pipestill.runtime.transport.virtual import VirtualClock, VirtualRecorder, VirtualTransport
@@ -23,7 +23,6 @@ from pipestill.runtime.world import Processes
 from pipestill.schedule import Event, Lane, Trace
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.structure import BlockwiseStructure
-from pipestill.schedule.comms import edges
 
 
 class VirtualWorker:
@@ -82,10 +81,7 @@ def run_virtual_blocks(
     elsewhere.
     """
     world, clock, recorded = Processes(), VirtualClock(), dict[int, list[Event]]()
-    used = {
-        (phase.ranks[a], phase.ranks[b], on) for phase in plan.phases for a, b, on in edges(phase.schedule.structure)
-    }
-    transport = world.transport(world.rank, used, timeout_seconds)  # all ranks together, and so one for all phases
+    transport = world.transport(world.rank, plan_edges(plan), timeout_seconds)  # all ranks together: one for all phases
     dist.barrier()
     begin = time.perf_counter()
     for number, phase in enumerate(plan.phases):
@@ -121,7 +117,7 @@ def _run_phase(
     executor = BlockwiseExecutor(
         phase.schedule, local, ranks=phase.ranks, worker=VirtualWorker(costs, rank, clock),
         contracts=_contracts(structure.num_blocks), transport=VirtualTransport(transport, seconds, latency, clock),
-        recorder=recorder, source=source if local == 0 else None, groups=groups, phase=number,
+        recorder=recorder, source=source if local == 0 else None, groups=groups, segment=number,
     )  # fmt: skip
     for message in executor.run():
         raise AssertionError(f"the transport of a process waits itself, but {message} was left to us")

@@ -21,12 +21,9 @@ from pipestill.model.tensor_form import TensorForm
 from pipestill.runtime.batch import HEADER_LENGTH, Batch, microbatch_rows
 from pipestill.runtime.pipeline.stage import gradient_squares, guard_batch
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport
+from pipestill.runtime.transport.protocol import Message, Transport, Waiting, receive
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.needs import lane, needs
-
-Waiting = Generator[Message, None, None]
-"""Yields the message it waits for; the driver resumes it to try again."""
 
 _END = Batch(0, 0, True)
 
@@ -104,7 +101,7 @@ class PipelineExecutor:
         before_update: Callable[[int, Batch], None] | None = None,
         clip: float | None = None,
         metric: Callable[[Any, Any, int], None] | None = None,
-        phase: int = 0,
+        segment: int = 0,
         views: bool = False,
         num_trained: Sequence[int] = (),
     ) -> None:
@@ -112,7 +109,7 @@ class PipelineExecutor:
         self.contracts, self.transport, self.recorder = contracts, transport, recorder
         self.student_stages, self.teacher_stages = student_stages, teacher_stages
         self.student, self.teacher = student, teacher
-        self.source, self.metric, self.phase = source, metric, phase
+        self.source, self.metric, self.segment = source, metric, segment
         self.lr_factor, self.decay_factor = lr_factor, decay_factor
         self.before_update, self.after_update, self.clip = before_update, after_update, clip
         self.views, self.num_trained = views, num_trained
@@ -135,7 +132,7 @@ class PipelineExecutor:
             for action in row:
                 yield from self._do(action)
             self.batches.pop(period, None)
-        self.transport.flush(self.phase)
+        self.transport.flush(self.segment)
 
     def _count_uses(self) -> dict[Action, int]:
         """How often this rank uses the result of each work of a step: sends, and the loss of what is held locally."""
@@ -323,7 +320,7 @@ class PipelineExecutor:
         assert transfer.peer is not None
         sends = transfer.kind is Kind.SEND
         source, destination = (self.rank, transfer.peer) if sends else (transfer.peer, self.rank)
-        return Message(on or self._lane(transfer), transfer.payload, source, destination, self.phase)
+        return Message(on or self._lane(transfer), transfer.payload, source, destination, self.segment)
 
     def _lane(self, transfer: Action) -> Lane:
         assert transfer.peer is not None
@@ -362,9 +359,7 @@ class PipelineExecutor:
         if not forms and not plain:
             return []
         message = self._message(payload.receive_from(self.structure.rank_of(payload)), on)
-        while not self.transport.arrived(message):
-            yield message
-        tensors = self.transport.take(message)
+        tensors = yield from receive(self.transport, message)
         return tensors if plain else [f.unpack(t, self._rows(payload)) for t, f in zip(tensors, forms, strict=True)]
 
     def _views(self, action: Action) -> int:
@@ -419,9 +414,7 @@ class PipelineExecutor:
             reader = self.structure.student_ranks[0]
             data = Action(Role.STUDENT, 0, Op.DATA, None, step)
             message = self._message(data.receive_from(reader))
-            while not self.transport.arrived(message):
-                yield message
-            (header,) = self.transport.take(message)
+            (header,) = yield from receive(self.transport, message)
             batch = self.batches[step] = Batch.from_header(header)
             if self.holds_loss and batch.rows and self.contracts.targets.tensor_leaves:
                 forms = self._contracts(step).targets.values
@@ -449,9 +442,7 @@ class PipelineExecutor:
         if batch.targets is None:
             data = Action(Role.STUDENT, 0, Op.DATA, None, step)
             message = self._message(data.receive_from(reader), Lane.TARGET)
-            while not self.transport.arrived(message):
-                yield message
-            packed = self.transport.take(message)
+            packed = yield from receive(self.transport, message)
             tensors = [form.unpack(t, batch.rows) for t, form in zip(packed, contract.values, strict=True)]
             batch = self.batches[step] = replace(batch, targets=contract.join(tensors, batch.rows))
         return batch.targets

@@ -23,9 +23,8 @@ from pipestill.model.seeding import seed_block
 from pipestill.model.split import SplitBlock, start_of
 from pipestill.model.tasks import Momentum, Task, teacher_trains
 from pipestill.runtime.pipeline.weights import MovingAverage, OwnRates, Versions
+from pipestill.runtime.settings import OptimizerFactory
 from pipestill.schedule import Role
-
-OptimizerFactory = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
 
 
 def run_blocks(

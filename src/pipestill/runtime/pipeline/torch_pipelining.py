@@ -20,7 +20,8 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import OwnGenerator, derive
 from pipestill.model.tasks import Task
 from pipestill.plan import Plan
-from pipestill.runtime.pipeline.stage import OptimizerFactory, guard_batch, move, weighted_loss
+from pipestill.runtime.pipeline.stage import guard_batch, move, weighted_loss
+from pipestill.runtime.settings import OptimizerFactory
 
 
 def train_with_torch(

@@ -20,7 +20,7 @@ class ProcessGroup:
     """One rank's lanes over the default process group.
 
     Sends and receives never block; waits do, each up to `timeout_seconds`. On gloo the tag of a message names its lane,
-    action and phase, so a message can never be taken for another. NCCL has no tags: there each directed edge and
+    action and segment, so a message can never be taken for another. NCCL has no tags: there each directed edge and
     lane of `edges` has a communicator of its own, in whose order messages are matched; create this on all ranks together, or
     on all that have edges where they are `among_some`.
     """
@@ -82,15 +82,15 @@ class ProcessGroup:
         if done:
             self.under_way[queue_of(message)] = deque(s for s in queue if id(s) not in done)
 
-    def flush(self, phase: int) -> None:
-        for message in [m for m in self.posted if m.phase == phase]:
+    def flush(self, segment: int) -> None:
+        for message in [m for m in self.posted if m.segment == segment]:
             self.arrived(message)  # only the order was about it; gloo hangs once a buffer goes that is still announced
         for beside in (False, True):
-            while self.under_way[phase, beside]:
-                self._finish_one(self.under_way[phase, beside])
+            while self.under_way[segment, beside]:
+                self._finish_one(self.under_way[segment, beside])
 
     def _finish_one(self, queue: deque[_Sent]) -> None:
-        """Wait for the oldest send. Of its own phase only: training's wait until a validation is over."""
+        """Wait for the oldest send. Of its own segment only: training's wait until a validation is over."""
         self._finish(queue.popleft())
 
     def _finish(self, sent: _Sent) -> None:

@@ -1,8 +1,8 @@
-"""How results travel between ranks: the protocol, and its form for ranks that share one process."""
+"""How results travel between ranks: messages, their tags, and what every transport does with them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,29 +19,34 @@ UNDER_WAY = 32
 """How many sends of a queue may be on their way before one waits until the oldest has been taken."""
 
 Queue = tuple[int, bool]
-"""Phase, and whether beside the schedule. A proved schedule runs even if every send waits for its receive, so waiting for the
+"""Segment, and whether beside the schedule. A proved schedule runs even if every send waits for its receive, so waiting for the
 oldest is safe; one beside it may be awaited by a rank that first needs more of the schedule.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One transfer. `phase` tells training (0) from the validations (1, 2, ...), whose steps count anew."""
+    """One transfer between two ranks.
+
+    `segment` is the part of the run that it belongs to, in which steps count from 0; one executor runs one segment. In a
+    pipeline run, training is segment 0 and its validations are 1, 2, ...; in a blockwise run, the segment is the number of
+    the phase.
+    """
 
     lane: Lane
     payload: Action
     source: int
     destination: int
-    phase: int = 0
+    segment: int = 0
 
     def __str__(self) -> str:
-        where = f" of validation {self.phase}" if self.phase else ""
+        where = f" of validation or phase {self.segment}" if self.segment else ""
         return f"{self.payload}{where} from rank {self.source} on the {self.lane.value} lane"
 
 
 def queue_of(message: Message) -> Queue:
     """The queue in which a message waits to be taken."""
-    return message.phase, message.lane in _BESIDE
+    return message.segment, message.lane in _BESIDE
 
 
 def tag(message: Message, part: int) -> int:
@@ -50,13 +55,24 @@ def tag(message: Message, part: int) -> int:
     microbatch = 0 if action.microbatch is None else action.microbatch + 1
     if message.lane in (Lane.TEACHER, Lane.TOKEN, Lane.STATE):
         microbatch += 131 * action.stage  # blocks that learn alone share lanes; messages of one tag keep their order
-    number = 1 + (message.phase - 1) % 7 if message.phase else 0  # a validation may never be taken for training
+    number = 1 + (message.segment - 1) % 7 if message.segment else 0  # a validation may never be taken for training
     number = number * len(_LANES) + _LANES.index(message.lane)
     number = number * 2 + (action.role is Role.TEACHER)
     number = number * len(_OPS) + _OPS.index(action.op)
     number = number * 64 + action.step % 64
     number = number * 1024 + microbatch % 1024
     return number * 16 + part % 16
+
+
+Waiting = Generator[Message, None, None]
+"""A rank's work as a generator: it yields the message that it waits for, and is resumed to look again."""
+
+
+def receive(transport: Transport, message: Message) -> Generator[Message, None, list[Tensor]]:
+    """Wait for a message and take its tensors."""
+    while not transport.arrived(message):
+        yield message
+    return transport.take(message)
 
 
 class Transport(Protocol):
@@ -77,30 +93,5 @@ class Transport(Protocol):
     def settle(self, message: Message) -> None:
         """Let go of `message`, which its receiver is known to have, and of those that it was sent before on the same lane."""
 
-    def flush(self, phase: int) -> None:
-        """Wait until everything sent in `phase` has left, and everything announced is here."""
-
-
-class InProcess:
-    """All ranks in one process: a dictionary is the network. Share one `boxes` between the ranks."""
-
-    def __init__(self, boxes: dict[Message, list[Tensor]]) -> None:
-        self.boxes = boxes
-
-    def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        self.boxes[message] = [tensor.clone() for tensor in tensors]  # as in another process, the receiver's own
-
-    def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
-        """Nothing to announce: what is sent brings its own buffer."""
-
-    def arrived(self, message: Message) -> bool:
-        return message in self.boxes
-
-    def take(self, message: Message) -> list[Tensor]:
-        return self.boxes.pop(message)
-
-    def settle(self, message: Message) -> None:
-        """Nothing is kept."""
-
-    def flush(self, phase: int) -> None:
-        """Nothing is ever under way."""
+    def flush(self, segment: int) -> None:
+        """Wait until everything sent in `segment` has left, and everything announced in it has arrived."""

@@ -107,14 +107,14 @@ class SharedMemory:
         if message.destination not in self.peers:
             self.elsewhere.settle(message)  # here nothing of the sender's is kept
 
-    def flush(self, phase: int) -> None:
-        for message in [m for m in self.posted if m.phase == phase]:
+    def flush(self, segment: int) -> None:
+        for message in [m for m in self.posted if m.segment == segment]:
             self.arrived(message)  # only the order was about it
         for peer in self.peers.values():
             for beside in (False, True):
-                self._wait_for_takers(peer, peer.unannounced[phase, beside], 0)
+                self._wait_for_takers(peer, peer.unannounced[segment, beside], 0)
             self._wait_to_say_all(peer)
-        self.elsewhere.flush(phase)
+        self.elsewhere.flush(segment)
 
     def _wait_to_say_all(self, peer: _Peer) -> None:
         self._push(peer)

@@ -166,8 +166,8 @@ class VirtualTransport:
     def settle(self, message: Message) -> None:
         self.inner.settle(message)
 
-    def flush(self, phase: int) -> None:
-        self.inner.flush(phase)
+    def flush(self, segment: int) -> None:
+        self.inner.flush(segment)
 
 
 class VirtualRecorder(Recorder):

@@ -1,0 +1,39 @@
+"""How to train, besides the plan: what is the same on every rank of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipestill.losses import Metric
+from pipestill.model.batchnorm import Norms
+
+OptimizerFactory = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+"""Makes an optimizer of named parameters: one for each stage, or for each block that is trained alone."""
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of any training. `lr_factor(step)` multiplies every parameter group's own learning rate."""
+
+    seed: int
+    log_every: int
+    lr: float
+    lr_factor: Callable[[int], float]
+    optimizer: OptimizerFactory
+    timeout_seconds: float
+
+
+@dataclass(frozen=True)
+class PipelineSettings(TrainingSettings):
+    """Settings of training models end to end. `decay_factor(step)` multiplies every parameter group's own weight decay."""
+
+    decay_factor: Callable[[int], float]
+    metrics: Mapping[str, Metric]
+    validate: bool
+    norms: Norms
+    largest_norm: float | None
+    """Gradients are scaled down to this global norm where theirs is larger; None leaves them as they are."""
