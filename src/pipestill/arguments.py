@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import NoneType
 from typing import Any
@@ -172,3 +173,28 @@ def try_first(name: str, schedule: Callable[[int], object]) -> Iterator[str]:
         yield str(error)
     except Exception as error:
         yield f"{name}(0) failed: {type(error).__name__}: {error}; expected a function from the step (from 0)"
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
+}
+
+
+def parse_bytes(amount: object) -> int:
+    """Read an amount of memory: a number of bytes, or text such as "80GB" or "512MiB".
+
+    Units are powers of 1000 (KB, MB, GB, TB) or of 1024 (KiB, MiB, GiB, TiB), in any case. `ConfigError` for anything else,
+    and for no memory at all.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(amount).lower())
+    if isinstance(amount, bool) or not found or found[2] not in _UNITS or not float(found[1]):
+        raise ConfigError(f"expected memory such as 80GB or 512MiB, got {amount!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def mebibytes(num_bytes: float) -> str:
+    """An amount of memory, as messages show it."""
+    return f"{num_bytes / 2**20:.6g} MiB"

@@ -10,7 +10,7 @@ import pytest
 from pipestill.costs import BlockCosts, Costs
 from pipestill.errors import PlanError
 from pipestill.plan import Plan, make_plan
-from pipestill.plan.search import fitting, search_pipelines
+from pipestill.plan.search import search_pipelines
 from pipestill.schedule.schedule import Demands
 
 STUDENT = BlockCosts(
@@ -63,10 +63,19 @@ def test_views_of_other_sizes_count_as_they_are() -> None:
 
 def test_costs_without_bytes_tell_nothing() -> None:
     costs = Costs.uniform(2, 1, 1, 2)
-    one = make_plan(costs, devices=2, strategy="fill", microbatches=2)
-    assert one.memory_bytes == ()
+    make = partial(make_plan, costs, devices=2, strategy="fill", microbatches=2)
+    assert make().memory_bytes == ()
     with pytest.raises(PlanError, match="do not tell what blocks hold in memory"):
-        fitting(lambda: one, 10**12)
+        make(memory_bytes=10**12)
+
+
+def test_a_plan_keeps_its_limit_or_is_refused() -> None:
+    costs = Costs((STUDENT,) * 2, (TEACHER,) * 2)
+    make = partial(make_plan, costs, devices=2, strategy="1f1b", microbatches=2)
+    most = max(make().memory_bytes)
+    assert make(memory_bytes=most) == make()
+    with pytest.raises(PlanError, match=r"rank 0 would hold .* MiB, more than the .* MiB of --memory"):
+        make(memory_bytes=most - 1)
 
 
 def test_the_chosen_plan_keeps_the_limit() -> None:

@@ -30,12 +30,12 @@ def plan(costs: Costs = COSTS, **changes: Any) -> Plan:
 @pytest.mark.parametrize("costs", [COSTS, ALONE])
 @pytest.mark.parametrize("strategy", PIPELINE_STRATEGIES)
 def test_every_strategy(strategy: str, costs: Costs) -> None:
-    made = plan(costs, strategy=strategy)
     if strategy == "async" or (strategy == "tspipe" and costs is ALONE):
         what = "momentum teachers" if strategy == "async" else "this task has none"
         with pytest.raises(PlanError, match=f"'{strategy}' .*{what}"):
-            assert made.schedule
+            plan(costs, strategy=strategy)
         return
+    made = plan(costs, strategy=strategy)
     assert made.num_devices == 3
     assert sum(made.student_partition) == 6
     assert sum(made.teacher_partition) == len(costs.teacher)
@@ -91,7 +91,7 @@ def test_partitions_by_hand() -> None:
 )
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        assert plan(**changes).schedule
+        plan(**changes)
 
 
 @pytest.mark.parametrize(

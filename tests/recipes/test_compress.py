@@ -14,7 +14,7 @@ from pipestill.model.tasks import Supervised
 from pipestill.recipes.compress import DATA, SHAPES, Compress
 from pipestill.recipes.run import run_recipe
 from pipestill.recipes.run_blockwise import make_block_trainer
-from pipestill.recipes.run_options import Numbers, NumBytes, RunOptions
+from pipestill.recipes.run_options import Numbers, RunOptions
 from pipestill.recipes.runner import evaluate, make_trainer
 
 TINY = {"widths": Numbers((4, 6)), "depths": Numbers((1, 1)), "student_depths": Numbers((1, 1))}
@@ -109,17 +109,3 @@ def test_without_a_directory_nothing_is_written(tmp_path: Path, monkeypatch: pyt
     recipe = Compress(**TINY, epochs=1, teacher_epochs=1, fine_tuning_epochs=1, batch_size=256)  # type: ignore[arg-type]
     assert run_recipe(recipe, RunOptions(strategy="balanced", microbatches=2), None) == {}
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("80GB", 80e9), ("1.5 MiB", 1.5 * 2**20), ("7", 7), (512, 512), ("2kb", 2000), ("3TiB", 3 * 2**40), ("9b", 9)],
-)
-def test_memory_is_read(text: object, expected: float) -> None:
-    assert NumBytes.parse(text) == expected
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "80XB", "0", True, None, "1 2"])
-def test_what_is_no_memory_is_refused(text: object) -> None:
-    with pytest.raises(ValueError, match="expected memory such as 80GB or 512MiB"):
-        NumBytes.parse(text)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -23,7 +22,6 @@ from pipestill.plan import Plan, make_plan
 from pipestill.plan.blockwise.json import block_plan_from_json, is_block_plan
 from pipestill.plan.blockwise.plan import BlockwisePlan, make_blockwise_plan
 from pipestill.plan.describe import phase_titles
-from pipestill.plan.search import fitting
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import NumBytes, RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -265,12 +263,11 @@ def _make(
             batch=rows_of_batch(costs, options.batch, batch), memory_bytes=options.memory,
         )  # fmt: skip
     refuse(words, OF_BLOCKS, FOR_BLOCKS)
-    make = partial(
-        make_plan, costs, devices=options.devices, strategy=options.strategy or "fill", microbatches=options.microbatches,
+    return make_plan(
+        costs, devices=options.devices, strategy=options.strategy or "fill", microbatches=options.microbatches,
         run_ahead=options.run_ahead, staleness=options.staleness, split_backward=options.split_backward,
-        stash=options.stash, demands=demands,
+        stash=options.stash, demands=demands, memory_bytes=options.memory,
     )  # fmt: skip
-    return fitting(make, options.memory)
 
 
 FOR_PIPELINES = "is for pipelines, and these costs are of blocks that learn alone; leave it out"

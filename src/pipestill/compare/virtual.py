@@ -73,7 +73,7 @@ def compare_virtual_pipelines(
     """
     plans = {name: _pipeline(name, costs, demands, options.devices, microbatches) for name in options.strategies}
     every = {_TRIVIAL: _trivial(costs, options.devices), **plans}
-    steps = {  # predicting makes the schedules too: once here, and not on each rank
+    steps = {
         name: [enough_steps(options.steps, 3, plan.prediction.seconds_per_step, _LONG_SECONDS)]
         for name, plan in every.items()
     }

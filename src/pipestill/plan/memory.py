@@ -6,14 +6,32 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from math import ceil
 
+from pipestill.arguments import mebibytes
 from pipestill.costs import BlockCosts, Costs, StageCosts
+from pipestill.errors import PlanError
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.needs import lane
 from pipestill.schedule.schedule import PipelineStructure, Schedule
 from pipestill.schedule.simulate import unit_scale
 
-_SENDS_KEPT = 32  # messages of a rank, as in runtime/transport/process_group.py: a send is not known to have arrived before
+_SENDS_KEPT = (
+    32  # messages of a rank, as in runtime/transport/process_group.py: a send is not known to have arrived before
+)
 _VALUES = frozenset((Lane.TEACHER, Lane.ACTIVATION, Lane.GRADIENT))  # other transfers are a few numbers, or labels
+
+
+def refuse_more_than(limit_bytes: float, held_bytes: Sequence[int]) -> None:
+    """Raise `PlanError` where a rank would hold more than `limit_bytes`, or where `held_bytes`, of each rank, are not known."""
+    if not held_bytes:
+        raise PlanError(
+            "these costs do not tell what blocks hold in memory, so no limit of it can be kept; measure them anew "
+            "('pipestill profile'), or leave out --memory"
+        )
+    most = max(held_bytes)
+    if most > limit_bytes:
+        raise PlanError(
+            f"rank {held_bytes.index(most)} would hold {mebibytes(most)}, more than the {mebibytes(limit_bytes)} of --memory"
+        )
 
 
 def memory_bytes_of(
@@ -44,7 +62,9 @@ def _stages(blocks: tuple[BlockCosts, ...], partition: Sequence[int]) -> list[tu
     return [blocks[end - size : end] for end, size in zip(ends, partition, strict=True)]
 
 
-def _peak(rank: int, row: Sequence[Action], structure: PipelineStructure, costs: StageCosts, stash: Sequence[int]) -> int:
+def _peak(
+    rank: int, row: Sequence[Action], structure: PipelineStructure, costs: StageCosts, stash: Sequence[int]
+) -> int:
     """The most that values take on a rank, over enough steps for every order that its row can produce."""
     held, sent, most = dict[Action, int](), deque[tuple[Action, int]](maxlen=_SENDS_KEPT), 0
     for action in row:

@@ -1,7 +1,8 @@
-"""A plan: partition, schedule knobs and the costs they were chosen for; every rank derives its row from it."""
+"""A pipeline's plan: partitions, schedule knobs and the costs they were chosen for; every rank derives its row from it."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from typing import Any
 
 from pipestill.costs import Costs, StageCosts
 from pipestill.errors import ConfigError, PlanError, nearest
-from pipestill.plan.balance import balance
-from pipestill.plan.memory import memory_bytes_of
+from pipestill.plan.memory import memory_bytes_of, refuse_more_than
+from pipestill.plan.partition import Partitions, candidate_partitions, momentum_problems, partition_problems
 from pipestill.schedule import PIPELINE_STRATEGIES, Proof, Schedule, Trace, check, generate
 from pipestill.schedule.schedule import Demands
 from pipestill.schedule.simulate import simulate
@@ -22,7 +23,29 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that fixes who does what when. Equal plans give equal schedules on every rank."""
+    """Everything that fixes which rank does what when, together with its schedule, the proof of that, and its times.
+
+    A plan generates and proves its schedule when it is made, so one that exists can run. Equal plans have equal schedules on
+    every rank. `make_plan` chooses partitions by itself.
+
+    Args:
+        strategy: name of a schedule, one of `PIPELINE_STRATEGIES`
+        microbatches: slices of a batch, whose gradients add up
+        student_partition: number of consecutive student blocks on each device, such as (3, 3)
+        teacher_partition: number of consecutive teacher blocks on each device; () without a teacher
+        costs: seconds and bytes of both models' blocks
+        run_ahead: most units (microbatches in one view) that the teacher may be ahead of the student on a rank, for strategy
+            'fill' (default: as many as it takes)
+        staleness: how many steps old the weights of a momentum teacher are, for strategy 'fill' (default: 0)
+        split_backward: whether 'fill' separates gradients of weights from those of inputs
+        stash: most microbatches that a rank of 'fill' holds from forward to backward: a number, "n", "2n-1" or "all"
+            (default: "n", and "2n-1" with split backwards)
+        demands: what the task asks of any schedule
+
+    Raises:
+        PlanError: counts, partitions or knobs make no sense, all problems at once
+        ScheduleError: the checker refuses the generated schedule, which is a bug of its generator
+    """
 
     strategy: str
     microbatches: int
@@ -35,42 +58,16 @@ class Plan:
     stash: int | str | None = None
     demands: Demands = field(default_factory=Demands)
 
+    schedule: Schedule = field(init=False, repr=False, compare=False)
+    """Each rank's actions in order, proved."""
+    proof: Proof = field(init=False, repr=False, compare=False)
+    """What the checker established about the schedule."""
+    prediction: Trace = field(init=False, repr=False, compare=False)
+    """The schedule's actions with the times that the simulator expects."""
+
     def __post_init__(self) -> None:
-        """Raises `PlanError` when counts, partitions or the strategy's name make no sense."""
-        problems = []
-        if self.strategy not in PIPELINE_STRATEGIES:
-            known = ", ".join(PIPELINE_STRATEGIES)
-            problems.append(
-                f"no strategy '{self.strategy}'{nearest(str(self.strategy), PIPELINE_STRATEGIES)}; there are {known}"
-            )
-        counts = {"microbatches": self.microbatches}
-        counts |= {n: v for n, v in (("run_ahead", self.run_ahead), ("staleness", self.staleness)) if v is not None}
-        problems += [
-            f"{name} is {count!r}; expected a whole number" for name, count in counts.items() if type(count) is not int
-        ]
-        problems += _partition_problems(
-            self.costs, len(self.student_partition), self.student_partition, self.teacher_partition
-        )
-        if not problems and self.demands.momentum:
-            problems += _momentum_problems(self.costs, self.student_partition, self.teacher_partition)
-        if len(self.costs.views) != self.demands.views:
-            problems.append(f"costs of {len(self.costs.views)} views for a task with {self.demands.views}")
-        if not problems and self.microbatches < 1:
-            problems.append(f"{self.microbatches} microbatches; expected at least 1 (--microbatches)")
-        if problems:
+        if problems := self._problems():
             raise PlanError("; ".join(problems))
-
-    @property
-    def num_devices(self) -> int:
-        return len(self.student_partition)
-
-    @cached_property
-    def stage_costs(self) -> StageCosts:
-        return self.costs.stages(self.student_partition, self.teacher_partition)
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        """The proved schedule."""
         schedule = generate(
             self.strategy,
             self.num_devices,
@@ -83,18 +80,43 @@ class Plan:
             stash=self.stash,
             **dataclasses.asdict(self.demands),
         )
-        check(schedule)
-        return schedule
+        object.__setattr__(self, "schedule", schedule)
+        object.__setattr__(self, "proof", check(schedule))
+        object.__setattr__(self, "prediction", simulate(schedule, self.stage_costs))
+
+    def _problems(self) -> list[str]:
+        """Say what is wrong with the name of the strategy, the counts and the partitions."""
+        problems = []
+        if self.strategy not in PIPELINE_STRATEGIES:
+            known = ", ".join(PIPELINE_STRATEGIES)
+            problems.append(
+                f"no strategy '{self.strategy}'{nearest(str(self.strategy), PIPELINE_STRATEGIES)}; there are {known}"
+            )
+        counts = {"microbatches": self.microbatches}
+        counts |= {n: v for n, v in (("run_ahead", self.run_ahead), ("staleness", self.staleness)) if v is not None}
+        problems += [
+            f"{name} is {count!r}; expected a whole number" for name, count in counts.items() if type(count) is not int
+        ]
+        problems += partition_problems(
+            self.costs, len(self.student_partition), self.student_partition, self.teacher_partition
+        )
+        if not problems and self.demands.momentum:
+            problems += momentum_problems(self.costs, self.student_partition, self.teacher_partition)
+        if len(self.costs.views) != self.demands.views:
+            problems.append(f"costs of {len(self.costs.views)} views for a task with {self.demands.views}")
+        if not problems and self.microbatches < 1:
+            problems.append(f"{self.microbatches} microbatches; expected at least 1 (--microbatches)")
+        return problems
+
+    @property
+    def num_devices(self) -> int:
+        """The number of ranks, each of which is one device and one stage of both models."""
+        return len(self.student_partition)
 
     @cached_property
-    def proof(self) -> Proof:
-        """What the checker established about the schedule."""
-        return check(self.schedule)
-
-    @cached_property
-    def prediction(self) -> Trace:
-        """What the simulator expects."""
-        return simulate(self.schedule, self.stage_costs)
+    def stage_costs(self) -> StageCosts:
+        """The blocks' costs summed up over each stage."""
+        return self.costs.stages(self.student_partition, self.teacher_partition)
 
     @cached_property
     def memory_bytes(self) -> tuple[int, ...]:
@@ -103,15 +125,36 @@ class Plan:
 
     @property
     def limit_seconds_per_step(self) -> float:
-        """No schedule of this partition is faster: the work of its most loaded rank."""
+        """The work of the most loaded rank: no schedule of these partitions is faster."""
         return self.stage_costs.limit_seconds_per_step(self.microbatches, self.demands.teacher_views)
 
+    def with_stash(self, stash: int | str | None) -> Plan:
+        """The same plan, its bound on the stash given by another word for the same number of units."""
+        plan = copy.copy(self)
+        object.__setattr__(plan, "stash", stash)
+        return plan
+
     def to_json(self) -> dict[str, Any]:
-        return {"version": _VERSION, **dataclasses.asdict(self), "costs": self.costs.to_json()}
+        """What the plan was made from, for `from_json`, which makes the same plan again."""
+        given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
+        return {
+            "version": _VERSION,
+            **given,
+            "costs": self.costs.to_json(),
+            "demands": dataclasses.asdict(self.demands),
+        }
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read back a plan; `ConfigError` says what is wrong with it."""
+        """Make the plan that `to_json` wrote again.
+
+        Args:
+            text: a JSON object, as text
+
+        Raises:
+            ConfigError: the text is no plan; the message says what is wrong with it
+            PlanError: it is one that makes no sense
+        """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
@@ -121,9 +164,8 @@ class Plan:
         try:
             for key in ("student_partition", "teacher_partition"):
                 data[key] = tuple(data[key])
-            return cls(
-                **{**data, "costs": Costs.from_json(data["costs"]), "demands": Demands(**data.get("demands", {}))}
-            )
+            given = {**data, "costs": Costs.from_json(data["costs"]), "demands": Demands(**data.get("demands", {}))}
+            return cls(**given)
         except (TypeError, KeyError) as error:
             raise ConfigError(f"the plan lacks or does not know: {error}") from None
 
@@ -141,126 +183,52 @@ def make_plan(
     split_backward: bool = False,
     stash: int | str | None = None,
     demands: Demands = Demands(),  # noqa: B008 - frozen
+    memory_bytes: float | None = None,
 ) -> Plan:
-    """The plan with a level partition from `costs`, or with the partitions given by hand.
+    """Make the plan whose partitions level the work of `costs`, or that has the partitions given by hand.
 
-    Raises `PlanError` when a count is below 1, or a partition does not add up or fit the devices.
+    Args:
+        costs: seconds and bytes of both models' blocks
+        devices: number of ranks, each of which is one device and one stage of both models
+        strategy: name of a schedule, one of `PIPELINE_STRATEGIES`
+        microbatches: slices of a batch, whose gradients add up
+        student_partition: number of student blocks on each device (default: level)
+        teacher_partition: number of teacher blocks on each device (default: level)
+        run_ahead: as in `Plan`
+        staleness: as in `Plan`
+        split_backward: as in `Plan`
+        stash: as in `Plan`
+        demands: what the task asks of any schedule
+        memory_bytes: most bytes that a rank may hold (default: no limit)
+
+    Raises:
+        PlanError: a count is below 1, a partition does not add up or fit the devices, the strategy does not have such knobs,
+            or a rank would hold more than `memory_bytes`
     """
     if devices < 1:
         raise PlanError(f"{devices} devices; expected at least 1 (--devices)")
     if microbatches < 1:
         raise PlanError(f"{microbatches} microbatches; expected at least 1 (--microbatches)")
-    problems = _partition_problems(costs, devices, student_partition, teacher_partition)
+    problems = partition_problems(costs, devices, student_partition, teacher_partition)
     if not problems and demands.momentum and student_partition is not None:
-        followed = _following(costs, student_partition) if teacher_partition is None else teacher_partition
-        problems = _momentum_problems(costs, student_partition, followed)
+        problems = momentum_problems(costs, student_partition, teacher_partition)
     if problems:
         raise PlanError("; ".join(problems))
+    candidates = [
+        Partitions(
+            level.student if student_partition is None else tuple(student_partition),
+            level.teacher if teacher_partition is None else tuple(teacher_partition),
+        )
+        for level in candidate_partitions(costs, devices, demands, strategy, microbatches, student_partition)
+    ]
     plans = [
         Plan(
-            strategy=strategy,
-            microbatches=microbatches,
-            student_partition=tuple(student_cut if student_partition is None else student_partition),
-            teacher_partition=tuple(teacher_cut if teacher_partition is None else teacher_partition),
-            costs=costs,
-            run_ahead=run_ahead,
-            staleness=staleness,
-            split_backward=split_backward,
-            stash=stash,
-            demands=demands,
+            strategy, microbatches, *partitions, costs, run_ahead=run_ahead, staleness=staleness,
+            split_backward=split_backward, stash=stash, demands=demands,
         )
-        for student_cut, teacher_cut in _cuts(costs, devices, strategy, microbatches, demands, student_partition)
-    ]
-    return min(plans, key=lambda plan: plan.prediction.seconds_per_step) if len(plans) > 1 else plans[0]
-
-
-def _following(costs: Costs, student: Sequence[int]) -> tuple[int, ...]:
-    """A momentum teacher's partition: each of its blocks where the student's is."""
-    tail = len(costs.student) - len(costs.teacher)
-    return (*student[:-1], student[-1] - tail)
-
-
-def _momentum_problems(costs: Costs, student: Sequence[int], teacher: Sequence[int]) -> list[str]:
-    tail = len(costs.student) - len(costs.teacher)
-    if student[-1] <= tail:
-        need = f"the last stage holds the {tail} blocks that the teacher lacks, and at least one block before them"
-        return [f"student partition {list(student)}: {need}"]
-    if tuple(teacher) != _following(costs, student):
-        need = f"a momentum teacher's blocks are where the student's are, so it is {list(_following(costs, student))}"
-        return [f"teacher partition {list(teacher)}: {need}; leave it out"]
-    return []
-
-
-def _partition_problems(
-    costs: Costs, devices: int, student: Sequence[int] | None, teacher: Sequence[int] | None
-) -> list[str]:
-    """What is wrong with partitions given by hand or by a file; None is not looked at."""
-    problems = []
-    for role, partition, num_blocks in (
-        ("student", student, len(costs.student)),
-        ("teacher", teacher, len(costs.teacher)),
-    ):
-        if partition is None or (num_blocks == 0 and not partition):
-            continue
-        shown = f"{role} partition {list(partition)}"
-        if any(type(size) is not int for size in partition):
-            problems.append(f"{shown} holds something else than whole numbers")
-            continue
-        if num_blocks == 0:
-            problems.append(f"{shown} for a task without a {role}; leave it out")
-        elif len(partition) != devices:
-            problems.append(f"{shown} has {len(partition)} stages for {devices} devices")
-        elif min(partition) < 1:
-            problems.append(f"{shown} has an empty stage; every stage needs a block")
-        if num_blocks and sum(partition) != num_blocks:
-            problems.append(f"{shown} adds up to {sum(partition)}, but the {role} has {num_blocks} blocks")
-    return problems
-
-
-def level(
-    costs: Costs, devices: int, demands: Demands, *, student_weight: float
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Partitions of a student and a frozen teacher that are levelled together (see `balance`)."""
-    return balance(*_loads(costs, demands), devices, student_weight=student_weight)
-
-
-def _loads(costs: Costs, demands: Demands) -> tuple[list[float], list[float]]:
-    """Seconds of each block of student and teacher for one microbatch in all its views."""
-    views, taught = sum(costs.views), sum(costs.views[: demands.teacher_views])
-    student = [b.seconds * views for b in costs.student]
-    student[-1] += costs.loss_seconds
-    return student, [b.forward_seconds * taught for b in costs.teacher]
-
-
-def _cuts(
-    costs: Costs,
-    devices: int,
-    strategy: str,
-    microbatches: int,
-    demands: Demands,
-    given: Sequence[int] | None,
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The partitions worth a simulation: both models levelled together, and, where the teacher runs first, each alone.
-
-    A momentum teacher goes with the student, whose last stage holds at least one block that the teacher has too.
-    """
-    student, teacher = _loads(costs, demands)
-    if demands.momentum:
-        if given is not None:
-            return [(tuple(given), _following(costs, given))]
-        both = [s + t for s, t in zip(student, [*teacher, *[0.0] * (len(student) - len(teacher))], strict=True)]
-        last = len(teacher) - 1
-        merged = [*both[:last], sum(both[last:])]
-        if len(merged) < devices:
-            raise PlanError(
-                f"{devices} devices, but the teacher has {len(merged)} blocks, and every stage holds one of these; "
-                f"use at most {len(merged)} devices or cut the models into more blocks"
-            )
-        cut = balance(merged, [], devices)[0]
-        cut = (*cut[:-1], cut[-1] + len(both) - len(merged))
-        return [(cut, _following(costs, cut))]
-    path = (microbatches + devices - 1) / microbatches
-    cuts = [level(costs, devices, demands, student_weight=path)]
-    if strategy in ("gpipe", "1f1b") and teacher:
-        cuts.append((balance(student, [], devices)[0], balance(teacher, [], devices)[0]))
-    return cuts
+        for partitions in dict.fromkeys(candidates)
+    ]  # fmt: skip
+    plan = min(plans, key=lambda plan: plan.prediction.seconds_per_step)
+    if memory_bytes is not None:
+        refuse_more_than(memory_bytes, plan.memory_bytes)
+    return plan

@@ -10,9 +10,10 @@ from typing import Any, Generic, TypeVar
 
 from pipestill.costs import Costs
 from pipestill.errors import PlanError, nearest
-from pipestill.plan.blockwise.costs import Problem, mebibytes
+from pipestill.plan.blockwise.costs import Problem
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
-from pipestill.plan.plan import Plan, level, make_plan
+from pipestill.plan.partition import level
+from pipestill.plan.plan import Plan, make_plan
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.schedule import Demands
 
@@ -86,10 +87,11 @@ def search_pipelines(
     considered: list[Considered[Plan]] = []
     for name, knobs in _candidates(demands, staleness, strategy).items():
         progress(name)
-        make = partial(make_plan, costs, devices=devices, microbatches=microbatches, demands=demands)
-        considered.append(
-            _tried(name, partial(fitting, partial(make, strategy=_named(name)[-1], **knobs), memory_bytes))
-        )
+        make = partial(
+            make_plan, costs, devices=devices, microbatches=microbatches, demands=demands, memory_bytes=memory_bytes,
+            strategy=_named(name)[-1], **knobs,
+        )  # fmt: skip
+        considered.append(_tried(name, make))
     found = _best(
         considered,
         lambda plan: plan.prediction.seconds_per_step,
@@ -178,26 +180,6 @@ def _candidates(demands: Demands, staleness: int | None, strategy: str | None) -
 
 def _unknown(strategy: str, known: Iterable[str]) -> str:
     return f"no strategy '{strategy}'{nearest(strategy, known)}; there are {', '.join(known)}"
-
-
-def fitting(make: Callable[[], Plan], memory_bytes: float | None) -> Plan:
-    """The plan, or `PlanError` where a rank would hold more than `memory_bytes`, or costs do not tell."""
-    plan = make()
-    _ = plan.schedule  # made here, so that a strategy without one is refused and the others are not
-    if memory_bytes is None:
-        return plan
-    if not plan.costs.know_memory:
-        raise PlanError(
-            "these costs do not tell what blocks hold in memory, so no limit of it can be kept; measure them anew "
-            "('pipestill profile'), or leave out --memory"
-        )
-    most = max(plan.memory_bytes)
-    if most > memory_bytes:
-        raise PlanError(
-            f"rank {plan.memory_bytes.index(most)} would hold {mebibytes(most)}, more than the {mebibytes(memory_bytes)} "
-            "of --memory"
-        )
-    return plan
 
 
 def _tried(name: str, make: Callable[[], P]) -> Considered[P]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from pipestill.arguments import parse_bytes
 
 
 class Numbers(tuple[int, ...]):
@@ -24,26 +25,15 @@ class Numbers(tuple[int, ...]):
             raise ValueError(f"expected whole numbers such as 3,3, got {text!r}") from None
 
 
-_UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
-}
-
-
 class NumBytes(int):
-    """An amount of memory, written 80GB, 512MiB or in bytes."""
+    """An amount of memory in bytes, written 80GB, 512MiB or as a number (see `parse_bytes`)."""
 
     __slots__ = ()
 
     @classmethod
-    def parse(cls, text: Any) -> NumBytes:
-        """From a number and a unit of 1000 (KB, MB, GB, TB) or 1024 (KiB ...); `ValueError` for anything else, or nothing."""
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(text).lower())
-        if isinstance(text, bool) or not found or found[2] not in _UNITS or not float(found[1]):
-            raise ValueError(f"expected memory such as 80GB or 512MiB, got {text!r}")
-        return cls(float(found[1]) * _UNITS[found[2]])
+    def parse(cls, amount: Any) -> NumBytes:
+        """Read an amount; `ConfigError` where it is none."""
+        return cls(parse_bytes(amount))
 
 
 @dataclass(frozen=True)

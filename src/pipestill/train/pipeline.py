@@ -48,7 +48,7 @@ from pipestill.runtime.pipeline.stage import move, placed
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.links import measure_link
 from pipestill.runtime.world import OneProcess, World, choose_device_type, device_of, join_world
-from pipestill.schedule import PIPELINE_STRATEGIES, Event, Trace, check
+from pipestill.schedule import PIPELINE_STRATEGIES, Event, Trace
 from pipestill.schedule.schedule import Demands
 from pipestill.train.callbacks import Callback
 from pipestill.train.data import Again, Reader, SplitBatch, check_loader, inputs_and_targets, sample, split_item
@@ -222,8 +222,7 @@ class Trainer:
             views=(1.0,) * self.task.demands.views,
         )
         if self.strategy != REFERENCE:
-            plan = self.plan_for(costs)
-            assert plan.schedule
+            self.plan_for(costs)
 
     def dry_run(self, inputs: Any, targets: Any) -> PipelineContracts:
         """What crosses each boundary, from a sample of a batch; raises `UserError`s for what cannot work."""
@@ -387,7 +386,7 @@ class Trainer:
             seconds_per_step=trace.median_seconds_per_step or seconds / max(steps, 1),
             utilisation=trace.utilisation, bubble=trace.bubble,
             predicted_seconds_per_step=plan.prediction.seconds_per_step,
-            limit_seconds_per_step=plan.limit_seconds_per_step, staleness=check(plan.schedule).staleness, peak_memory_bytes=peaks,
+            limit_seconds_per_step=plan.limit_seconds_per_step, staleness=plan.proof.staleness, peak_memory_bytes=peaks,
             metrics=dict(reporter.metrics), whole_backwards=_whole(self.task, contracts), plan=plan, trace=trace,
         )  # fmt: skip
 

@@ -12,7 +12,6 @@ from pipestill.recipes.recipe import Recipe, end_to_end
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import make_trainer
 from pipestill.runtime.launch import launch
-from pipestill.schedule import check
 from pipestill.train.result import Result
 
 TRANSPORTS = ("in-process", "process-group")
@@ -46,7 +45,7 @@ def verify(
                 largest = max(largest, difference)
                 problems.append(f"{transport}: '{name}' differs from the reference by up to {difference:g}")
         if result.plan is not None:
-            proof = check(result.plan.schedule)
+            proof = result.plan.proof
             versions = [dataclasses.asdict(version) for version in proof.versions]
     return {
         "strategy": options.strategy,

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from pipestill.arguments import mebibytes
 from pipestill.errors import PlanError
-from pipestill.plan.blockwise.costs import mebibytes
 from pipestill.plan.blockwise.hybrid import hybrid
 from pipestill.plan.blockwise.memory import memory_bytes_of
 from pipestill.schedule import Role, Schedule

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from pipestill.arguments import mebibytes
 from pipestill.errors import PlanError
 from pipestill.schedule.blockwise.generate import AHEAD
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -146,8 +147,3 @@ class Problem:
 def most_rows(batch: int, k: int) -> int:
     """Rows are whole: of a group's members, some hold one more."""
     return -(-batch // k)
-
-
-def mebibytes(num_bytes: float) -> str:
-    """Bytes as errors show them."""
-    return f"{num_bytes / 2**20:.6g} MiB"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from pipestill.arguments import mebibytes
 from pipestill.errors import PlanError, nearest
 from pipestill.plan.blockwise.balanced import balanced
-from pipestill.plan.blockwise.costs import Problem, dp_seconds, ls, mebibytes
+from pipestill.plan.blockwise.costs import Problem, dp_seconds, ls
 from pipestill.plan.blockwise.hybrid import Hybrid, hybrid, relay
 from pipestill.plan.blockwise.memory import memory_bytes_of
-from pipestill.schedule import Schedule, Trace, check
+from pipestill.schedule import Proof, Schedule, Trace, check
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import alone, staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
@@ -36,6 +37,11 @@ class Phase:
     ranks: tuple[int, ...]
     blocks: tuple[int, ...]
     schedule: Schedule
+    proof: Proof = field(init=False, repr=False, compare=False)
+    """What the checker established about the schedule; `ScheduleError` where that cannot run."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "proof", check(self.schedule))
 
     @property
     def window(self) -> int:
@@ -53,11 +59,12 @@ class BlockwisePlan:
     phases: tuple[Phase, ...]
     chosen: Hybrid | None = None
     """The stages of relay and hybrid, and their seconds in Pipe-BD's cost model."""
+    predictions: tuple[Trace, ...] = field(init=False, repr=False, compare=False)
+    """What the simulator expects of each phase."""
 
-    @cached_property
-    def predictions(self) -> tuple[Trace, ...]:
-        """What the simulator expects of each phase."""
-        return tuple(simulate(phase.schedule, self.costs.on(phase.ranks)) for phase in self.phases)
+    def __post_init__(self) -> None:
+        traces = (simulate(phase.schedule, self.costs.on(phase.ranks)) for phase in self.phases)
+        object.__setattr__(self, "predictions", tuple(traces))
 
     @cached_property
     def memory_bytes(self) -> tuple[int, ...]:
@@ -143,7 +150,9 @@ def make_blockwise_plan(
     """
     if strategy not in BLOCKWISE_STRATEGIES:
         known = ", ".join(BLOCKWISE_STRATEGIES)
-        raise PlanError(f"no strategy '{strategy}' for blocks{nearest(strategy, BLOCKWISE_STRATEGIES)}; there are {known}")
+        raise PlanError(
+            f"no strategy '{strategy}' for blocks{nearest(strategy, BLOCKWISE_STRATEGIES)}; there are {known}"
+        )
     Problem(profile, batch, devices, speeds, memory_bytes)  # or what is wrong with it
     blocks, everybody = range(len(profile.blocks)), tuple(range(devices))
     costs = BlockwiseCosts(profile, batch, tuple(speeds or ()))
@@ -165,8 +174,6 @@ def make_blockwise_plan(
         groups = [(held, tuple(local[rank] for rank in ranks)) for held, ranks in groups]
         schedule = staged(strategy, groups, barrier=strategy == "relay")
         phases = [Phase(tuple(used), tuple(blocks), schedule)]
-    for phase in phases:
-        check(phase.schedule)
     plan = BlockwisePlan(strategy, devices, costs, tuple(phases), chosen)
     if memory_bytes is not None and max(plan.memory_bytes) > memory_bytes:
         most = max(plan.memory_bytes)
