@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from pipestill.compare.virtual import VirtualOptions, compare_virtual_pipelines
 from pipestill.costs import BlockCosts, Costs, Link
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 LINK = Link(latency_seconds=50e-6, bytes_per_second=10e9)
 SSL = ("sequential", "gpipe", "1f1b", "tspipe", "fill", "fill+stale", "fill+split", "fill+split+stale", "async")

@@ -32,7 +32,7 @@ from pipestill.model.boundary import detached
 from pipestill.model.split import SplitBlock, start_of, why_whole
 from pipestill.plan import make_plan
 from pipestill.recipes.soft_target import Convolution
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 SCHEDULED = ("conv/BN/ReLU stack", "transformer layer")
 DEVICES = (4, 8)  # with twice as many microbatches

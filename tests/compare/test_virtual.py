@@ -13,7 +13,7 @@ from pipestill.plan import make_plan
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, make_blockwise_plan
 from pipestill.schedule import Op
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 DEVICES, MICROBATCHES, STEPS, ROWS = 2, 2, 6, 8
 

@@ -239,7 +239,7 @@ def test_chrome_trace_of_blocks_reads_back(tmp_path: Path) -> None:
     trace = blockwise_trace(3, 5)
     draw.write_chrome_trace(trace, tmp_path / "trace.json")
     read = draw.read_chrome_trace(tmp_path / "trace.json")
-    assert read == trace and read.blockwise and read.window == 3
+    assert read == trace and read.by_block and read.batches_per_step == 3
     events = [e for e in draw.chrome_trace(blockwise_trace())["traceEvents"] if e["ph"] == "X"]
     assert {(e["name"], e["cat"]) for e in events} == {
         ("D", "data"), ("t0", "teacher forward"), ("t1", "teacher forward"), ("B0", "student step"), ("U1", "update"),

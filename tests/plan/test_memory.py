@@ -11,7 +11,7 @@ from pipestill.costs import BlockCosts, Costs
 from pipestill.errors import PlanError
 from pipestill.plan import Plan, make_plan
 from pipestill.plan.search import search_pipelines
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 STUDENT = BlockCosts(
     "s", 1.0, 2.0, parameter_bytes=100, training_bytes=200, stash_bytes=10, output_bytes=3, weight_seconds=1.0
@@ -49,7 +49,7 @@ def test_forwards_and_backwards_in_turn_hold_as_many_as_there_are_stages_left() 
 def test_no_rank_holds_less_than_its_stash_and_weights(strategy: str, devices: int) -> None:
     one = plan(strategy, devices, 6)
     for held, stash in zip(one.memory_bytes, one.proof.stash_peak, strict=True):
-        units = stash / one.schedule.pipeline.pieces  # TSPipe's backward takes halves of a microbatch
+        units = stash / one.schedule.structure.pieces  # TSPipe's backward takes halves of a microbatch
         assert held >= WEIGHTS + 50 + int(units * 10)
         assert held <= WEIGHTS + 50 + (units + 1) * (UNIT + 2 * OUTPUT) + 2 * 6 * 4 + 32 * 4
 

@@ -7,7 +7,7 @@ from pipestill.errors import PlanError
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.plan.search import search_blockwise, search_pipelines
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 FROZEN = Costs.uniform(4, 1, 1, 2, weight=1)
 MOMENTUM, TWO_VIEWS = Demands(True, 2, 2), Costs.uniform(4, 1, 1, 2, weight=1, views=2)

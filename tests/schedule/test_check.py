@@ -11,8 +11,9 @@ from schedule.tasks import assert_refused, places, rows_of, swapped, with_row
 from pipestill.costs import StageCosts
 from pipestill.errors import ScheduleError
 from pipestill.schedule import Action, Kind, Op, PipelineStructure, Role, Schedule, check, generate
-from pipestill.schedule.check import deadlock, examine, never_stuck
+from pipestill.schedule.check import examine
 from pipestill.schedule.comms import connect
+from pipestill.schedule.deadlock import deadlock, never_stuck
 from pipestill.schedule.needs import lane, needs
 from pipestill.schedule.pipeline.gpipe import forward_only
 from pipestill.schedule.simulate import simulate

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from schedule.tasks import Task, lists_of, tasks, texts_of
 
 from pipestill.schedule import Action, Kind, Lane, Op, PipelineStructure, Schedule, check, generate
-from pipestill.schedule.check import crossings, never_stuck
 from pipestill.schedule.comms import connect, edges
-from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.deadlock import never_stuck
+from pipestill.schedule.needs import crossings, lane, needs
 
 
 def schedules() -> st.SearchStrategy[Schedule]:

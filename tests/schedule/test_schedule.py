@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule.tasks import Task, rows_of, tasks, texts_of
 
-from pipestill.schedule import Action, Op, PipelineStructure, Role, Schedule, generate
+from pipestill.schedule import KINDS, Action, Op, PipelineStructure, Role, Schedule, generate
 from pipestill.schedule.pipeline.gpipe import forward_only
 
 
@@ -92,8 +92,8 @@ def test_a_loss_over_the_batch_comes_once() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"pieces": 2}, "3 microbatches are not cut into 2 pieces each"),
-        ({"pieces": 0}, "3 microbatches are not cut into 0 pieces each"),
+        ({"pieces": 2}, "3 microbatches are no multiple of 2 pieces"),
+        ({"pieces": 0}, "3 microbatches are no multiple of 0 pieces"),
         ({"views": 0}, "a teacher that sees 1 of 0 views; expected 1 to all"),
         ({"views": 2, "teacher_views": 3}, "a teacher that sees 3 of 2 views; expected 1 to all"),
         ({"teacher_views": 0}, "a teacher that sees 0 of 1 views; expected 1 to all"),
@@ -165,7 +165,7 @@ def test_work_of_a_step_before_its_period_is_refused() -> None:
 @given(schedules())
 @settings(max_examples=30, deadline=None)
 def test_text_round_trip(schedule: Schedule) -> None:
-    assert Schedule.from_text(schedule.to_text()) == schedule
+    assert Schedule.from_text(schedule.to_text(), *KINDS) == schedule
 
 
 def test_text() -> None:
@@ -230,7 +230,7 @@ def test_text_of_everything_else() -> None:
         "run ahead: 9\n"
         "rank 0: S0D@1 S0I4@0 S0W4@0 S0N@0 S0U@0 T0E@0\n"
     )
-    assert Schedule.from_text(schedule.to_text()) == schedule
+    assert Schedule.from_text(schedule.to_text(), *KINDS) == schedule
 
 
 @given(schedules(), st.data())
@@ -239,7 +239,7 @@ def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) 
     lines = schedule.to_text().splitlines()
     gone = lines.pop(data.draw(st.integers(0, len(lines) - 1)))
     with pytest.raises(ValueError, match="schedule") as error:
-        Schedule.from_text("\n".join(lines))
+        Schedule.from_text("\n".join(lines), *KINDS)
     assert gone.split(":")[0] in str(error.value)
 
 
@@ -267,7 +267,7 @@ def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) 
         ("teacher views: 1", "teacher views: 2", "a teacher that sees 2 of 1 views; expected 1 to all"),
         ("\nstaleness: 0", "\nstaleness: yes", "'staleness: yes' in a schedule: expected a whole number"),
         ("\nstaleness: 0", "\nstaleness: 1", "only a momentum teacher's weights, and then the student's, can be stale"),
-        ("pieces: 1", "pieces: 3", "2 microbatches are not cut into 3 pieces each"),
+        ("pieces: 1", "pieces: 3", "2 microbatches are no multiple of 3 pieces"),
         ("clip: no", "clip: 1", "'clip: 1' in a schedule: expected yes or no"),
         ("S1U@0", "S1X@0", "'S1X@0' is not an action"),
         ("S1U@0", "S1F@0", "'S1F@0' is not an action: op FORWARD needs microbatch"),
@@ -277,16 +277,16 @@ def test_malformed_text(old: str, new: str, message: str) -> None:
     text = generate("1f1b", 2, 2).to_text()
     assert text.count(old) == 1
     with pytest.raises(ValueError, match=message):
-        Schedule.from_text(text.replace(old, new))
+        Schedule.from_text(text.replace(old, new), *KINDS)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "S0F0@0"])
 def test_text_of_something_else(text: str) -> None:
     with pytest.raises(ValueError, match="not a schedule"):
-        Schedule.from_text(text)
+        Schedule.from_text(text, *KINDS)
 
 
 def test_text_may_be_indented_and_spaced() -> None:
     schedule = generate("gpipe", 2, 1)
     text = "\n\n".join("    " + line for line in schedule.to_text().splitlines())
-    assert Schedule.from_text(text) == schedule
+    assert Schedule.from_text(text, *KINDS) == schedule

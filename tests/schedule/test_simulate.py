@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pipestill.costs import Link, StageCosts
 from pipestill.schedule import Action, Op, PipelineStructure, Schedule, Trace, generate
 from pipestill.schedule.comms import connect
+from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
 from pipestill.schedule.pipeline.gpipe import forward_only
-from pipestill.schedule.simulate import action_seconds, simulate, transfer_seconds
+from pipestill.schedule.simulate import simulate
 
 BOTH = PipelineStructure((0, 1), (0, 1), 1)
 

@@ -22,7 +22,7 @@ from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, Recipe
 from pipestill.recipes.run_options import RunOptions
 from pipestill.schedule import PIPELINE_STRATEGIES
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 T = TypeVar("T")
 CSV = ".csv"

@@ -31,7 +31,7 @@ from pipestill.plan.search import Considered, Search, search_blockwise, search_p
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import NumBytes, RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 
 @dataclass(frozen=True)

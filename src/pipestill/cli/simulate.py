@@ -25,7 +25,7 @@ from pipestill.plan.describe import phase_titles
 from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import NumBytes, RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 WITHOUT_RECIPE = ("teacher", "views", "batch_loss", "clip")
 OF_PIPELINES = ("microbatches", "staleness", "split_backward", "stash", "run_ahead", "uniform", *WITHOUT_RECIPE)

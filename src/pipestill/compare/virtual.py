@@ -23,7 +23,7 @@ from pipestill.runtime.launch import launch
 from pipestill.runtime.transport.virtual import run_virtual
 from pipestill.schedule import PIPELINE_STRATEGIES, Trace
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 P = TypeVar("P")
 Runs = dict[str, list[tuple[list[Trace], float]]]

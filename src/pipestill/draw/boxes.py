@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -54,9 +54,14 @@ LEGEND = tuple(w for op, work in WORKS.items() for w in ((work, STUDENT_STEP) if
 """Every kind of work, in the order of legends."""
 
 
-def work_of(action: Action, blockwise: bool) -> Work:
-    """How `action` looks, in a pipeline or where blocks train alone."""
-    return STUDENT_STEP if blockwise and action.op is Op.BACKWARD else WORKS[action.role, action.op]
+def work_of(action: Action, trace: Trace) -> Work:
+    """How `action` of a trace looks."""
+    return STUDENT_STEP if trace.by_block and action.op is Op.BACKWARD else WORKS[action.role, action.op]
+
+
+def number_of(action: Action, trace: Trace) -> int | None:
+    """What tells `action` from the like work around it in a trace: its block, or its microbatch if it has one."""
+    return action.stage if trace.by_block else action.microbatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,36 +104,14 @@ def boxes_in(trace: Trace, start: float, end: float) -> Iterator[Box]:
     """What the window shows, in the order of the trace; work that takes no time is left out, but for updates."""
     for event in trace.events:
         action = event.action
-        work = work_of(action, trace.blockwise)
+        work = work_of(action, trace)
         if event.start < end and event.end > start and event.seconds > 0:
             box = max(event.start, start) - start, min(event.end, end) - start
         elif work.letter == INSTANT and start <= event.start <= event.end <= end:
             box = event.start - start, event.end - start
         else:
             continue
-        yield Box(event.rank, work, action.stage if trace.blockwise else action.microbatch, action.step, *box)
-
-
-def block_label(action: Action, shared: Container[tuple[Role, int]]) -> str:
-    """`T3` and `B3` of block 3, where blocks train alone; of `shared` blocks the share too, as in `B3.1`; else as in `label`."""
-    if action.op is Op.DATA:
-        return label(action, several=False)
-    letter = "T" if action.role is Role.TEACHER else action.op.value
-    share = f".{action.microbatch}" if (action.role, action.stage) in shared else ""
-    return f"{letter}{action.stage}{share}{_step_and_peer(action)}"
-
-
-def label(action: Action, several: bool) -> str:
-    """`F0`, `t1@1` (one step ahead), `F0>1` (sent to rank 1); with `several` stages on a rank, `S2F0`."""
-    letter = WORKS[action.role, action.op].letter
-    name = f"{action.role.value}{action.stage}{action.op.value}" if several else letter
-    microbatch = "" if action.microbatch is None else action.microbatch
-    return f"{name}{microbatch}{_step_and_peer(action)}"
-
-
-def _step_and_peer(action: Action) -> str:
-    peer = "" if action.peer is None else f"{action.kind.value}{action.peer}"
-    return f"{f'@{action.step}' if action.step else ''}{peer}"
+        yield Box(event.rank, work, number_of(action, trace), action.step, *box)
 
 
 def scale(span: float, unit: Unit) -> tuple[float, str]:
@@ -140,7 +123,7 @@ def scale(span: float, unit: Unit) -> tuple[float, str]:
 
 def summary(trace: Trace, boxes: Iterable[Box], span: float, unit: Unit) -> str:
     """Figures of the steady state; of all that is shown, where there is none."""
-    steady, each = trace.seconds_per_step / trace.window, "batch" if trace.blockwise else "step"
+    steady, each = trace.seconds_per_step / trace.batches_per_step, "batch" if trace.by_block else "step"
     busy = trace.utilisation if steady else sum(b.seconds for b in boxes) / (span * trace.num_ranks)
     factor, symbol = scale(steady or span, unit)
     amount = (steady or span) * factor

@@ -7,11 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipestill.draw.boxes import (
-    extent,
-    work_of,
-    write_bytes,
-)
+from pipestill.draw.boxes import extent, number_of, work_of, write_bytes
 from pipestill.errors import ConfigError
 from pipestill.schedule.action import Action, Op
 from pipestill.schedule.trace import Event, Trace
@@ -31,17 +27,17 @@ def chrome_trace(trace: Trace) -> dict[str, Any]:
         events.append({**thread, "name": "thread_name", "args": {"name": f"rank {rank}"}})
         events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": rank}})
     for event in trace.events:
-        action, work = event.action, work_of(event.action, trace.blockwise)
+        action, work = event.action, work_of(event.action, trace)
         # Both ends are rounded to nanoseconds, so that neighbours which touch do not overlap.
         start, end = (round((t - origin) * 1e6, 3) for t in (event.start, event.end))
         args: dict[str, Any] = {"action": str(action), "step": action.step, "stage": action.stage}
         if action.microbatch is not None:
             args["microbatch"] = action.microbatch
-        number = action.stage if trace.blockwise else action.microbatch
+        number = number_of(action, trace)
         name = work.letter if number is None or action.op is Op.DATA else f"{work.letter}{number}"
         place = {"ph": "X", "pid": 1, "tid": event.rank + 1, "ts": start, "dur": round(end - start, 3)}
         events.append({**place, "name": name, "cat": work.name, "args": args})
-    other = {"cuts": sorted(trace.interruptions), "blockwise": trace.blockwise, "window": trace.window}
+    other = {"cuts": sorted(trace.interruptions), "blockwise": trace.by_block, "window": trace.batches_per_step}
     return {"displayTimeUnit": "ms", "traceEvents": events, "otherData": other}
 
 

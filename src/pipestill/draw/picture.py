@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,8 @@ def picture(
         raise ConfigError(f"{len(titles)} titles for {len(traces)} traces; expected one title for each of at least one")
     if num_steps < 1:
         raise ConfigError(f"a picture of {num_steps} steps; expected at least 1")
-    batches = num_steps * max(trace.window for trace in traces)
-    windows = [window(trace, -(-batches // trace.window) if trace.blockwise else num_steps) for trace in traces]
+    batches = num_steps * max(trace.batches_per_step for trace in traces)
+    windows = [window(t, ceil(batches / t.batches_per_step) if t.by_block else num_steps) for t in traces]
     write_bytes(path, _drawn(traces, windows, titles, path.suffix[1:].lower(), unit))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 from math import ceil, floor, log10
 
@@ -13,16 +13,14 @@ from pipestill.draw.boxes import (
     Box,
     Unit,
     Work,
-    block_label,
     boxes_in,
-    label,
     scale,
     typical_seconds,
     window,
 )
-from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
-from pipestill.schedule.schedule import Schedule, Structure
+from pipestill.schedule.action import Action, Op
+from pipestill.schedule.schedule import Schedule
+from pipestill.schedule.structure import Structure
 from pipestill.schedule.trace import Trace
 
 _Style = tuple[Work, int] | None
@@ -71,7 +69,7 @@ def text(
     return f"{''.join(lines)}{indent}{axis}\n{indent}{'  '.join([*legend, '. idle'])}\n"
 
 
-def schedule_table(schedule: Schedule, *, transfers: bool = False) -> str:
+def schedule_table(schedule: Schedule[Structure], *, transfers: bool = False) -> str:
     """The rows of one period in order, without times: one line a rank, one column a position in the row.
 
         rank 0 | F0 t1@1 B0 U
@@ -85,8 +83,10 @@ def schedule_table(schedule: Schedule, *, transfers: bool = False) -> str:
 
     Block 0 has several shares, and `B0.1` is the student's step of its share 1.
     """
-    name = _name_of(schedule.structure)
-    rows = [[name(a) for a in row if transfers or (a.computes and a.op is not Op.DATA)] for row in schedule.rows]
+    rows = [
+        [_name(a, schedule.structure) for a in row if transfers or (a.computes and a.op is not Op.DATA)]
+        for row in schedule.rows
+    ]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     head = len(f"rank {len(rows) - 1}")
     lines = []
@@ -96,13 +96,11 @@ def schedule_table(schedule: Schedule, *, transfers: bool = False) -> str:
     return "".join(lines)
 
 
-def _name_of(structure: Structure) -> Callable[[Action], str]:
-    """What the work of a table is called."""
-    if isinstance(structure, BlockwiseStructure):
-        shared = {(role, i) for role in Role for i, shares in enumerate(structure.shares(role)) if len(shares) > 1}
-        return lambda action: block_label(action, shared)
-    several = any(len(structure.stages_of(rank, role)) > 1 for rank in range(structure.num_ranks) for role in Role)
-    return lambda action: label(action, several)
+def _name(action: Action, structure: Structure) -> str:
+    """`F0`, `t1@1` (one step ahead), `F0>1` (sent to rank 1)."""
+    step = f"@{action.step}" if action.step else ""
+    peer = "" if action.peer is None else f"{action.kind.value}{action.peer}"
+    return f"{structure.label(action)}{step}{peer}"
 
 
 def _grid(boxes: Sequence[Box], span: float, num_cells: int) -> tuple[int, float]:

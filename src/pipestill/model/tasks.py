@@ -14,7 +14,7 @@ from pipestill.errors import DataError, ModelError
 from pipestill.losses import DistillationLoss, LossValue, MomentumLoss, SupervisedLoss
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 
 @dataclass(frozen=True)

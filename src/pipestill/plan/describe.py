@@ -6,7 +6,6 @@ from fractions import Fraction
 
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
 from pipestill.schedule import Role
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
 
 
 def describe(plan: BlockwisePlan) -> list[str]:
@@ -36,7 +35,6 @@ def phase_titles(plan: BlockwisePlan) -> list[str]:
 
 def _of_rank(phase: Phase, rank: int) -> str:
     structure = phase.schedule.structure
-    assert isinstance(structure, BlockwiseStructure)
     parts = []
     for role, name in ((Role.TEACHER, "teacher"), (Role.STUDENT, "student")):
         held = []

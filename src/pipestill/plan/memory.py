@@ -11,8 +11,9 @@ from pipestill.costs import BlockCosts, Costs, StageCosts
 from pipestill.errors import PlanError
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.needs import lane
-from pipestill.schedule.schedule import PipelineStructure, Schedule
-from pipestill.schedule.simulate import unit_scale
+from pipestill.schedule.pipeline.costs import unit_scale
+from pipestill.schedule.pipeline.structure import PipelineStructure
+from pipestill.schedule.schedule import Schedule
 
 _SENDS_KEPT = (
     32  # messages of a rank, as in runtime/transport/process_group.py: a send is not known to have arrived before
@@ -35,7 +36,7 @@ def refuse_more_than(limit_bytes: float, held_bytes: Sequence[int]) -> None:
 
 
 def memory_bytes_of(
-    schedule: Schedule, costs: Costs, student_partition: Sequence[int], teacher_partition: Sequence[int]
+    schedule: Schedule[PipelineStructure], costs: Costs, student_partition: Sequence[int], teacher_partition: Sequence[int]
 ) -> tuple[int, ...]:
     """Bytes on each rank at most; () for costs that do not tell what blocks stash.
 
@@ -54,7 +55,7 @@ def memory_bytes_of(
     stages = costs.stages(student_partition, teacher_partition)
     sends = [sum(action.kind is Kind.SEND for action in row) for row in schedule.rows]
     rows = schedule.unroll(2 + schedule.lookahead + ceil(_SENDS_KEPT / max(1, *sends)))
-    return tuple(w + _peak(rank, rows[rank], schedule.pipeline, stages, stash) for rank, w in enumerate(weights))
+    return tuple(w + _peak(rank, rows[rank], schedule.structure, stages, stash) for rank, w in enumerate(weights))
 
 
 def _stages(blocks: tuple[BlockCosts, ...], partition: Sequence[int]) -> list[tuple[BlockCosts, ...]]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pipestill.costs import Costs
 from pipestill.errors import PlanError
 from pipestill.plan.balance import balance
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 
 class Partitions(NamedTuple):

@@ -15,7 +15,7 @@ from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.plan.memory import memory_bytes_of, refuse_more_than
 from pipestill.plan.partition import Partitions, candidate_partitions, momentum_problems, partition_problems
 from pipestill.schedule import PIPELINE_STRATEGIES, Proof, Schedule, Trace, check, generate
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands, PipelineStructure
 from pipestill.schedule.simulate import simulate
 
 _VERSION = 1
@@ -58,7 +58,7 @@ class Plan:
     stash: int | str | None = None
     demands: Demands = field(default_factory=Demands)
 
-    schedule: Schedule = field(init=False, repr=False, compare=False)
+    schedule: Schedule[PipelineStructure] = field(init=False, repr=False, compare=False)
     """Each rank's actions in order, proved."""
     proof: Proof = field(init=False, repr=False, compare=False)
     """What the checker established about the schedule."""

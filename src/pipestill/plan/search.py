@@ -15,7 +15,7 @@ from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, m
 from pipestill.plan.partition import level
 from pipestill.plan.plan import Plan, make_plan
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 
 P = TypeVar("P", Plan, BlockwisePlan)
 _ALIKE = 1.001  # steps that differ by less take equally long, as far as costs can tell

@@ -1,14 +1,23 @@
 """Schedules as data: actions, rows of actions per rank, what they need, and the proof that they can run."""
 
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.check import Proof, check
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.check import check
 from pipestill.schedule.pipeline.generate import PIPELINE_STRATEGIES, generate
-from pipestill.schedule.schedule import PipelineStructure, Schedule
+from pipestill.schedule.pipeline.structure import PipelineStructure
+from pipestill.schedule.proof import Proof
+from pipestill.schedule.schedule import Schedule
+from pipestill.schedule.structure import Structure
 from pipestill.schedule.trace import Event, Trace
 
+KINDS = (PipelineStructure, BlockwiseStructure)
+"""The structures that a schedule's text may be of: `Schedule.from_text(text, *KINDS)`."""
+
 __all__ = [
+    "KINDS",
     "PIPELINE_STRATEGIES",
     "Action",
+    "BlockwiseStructure",
     "Event",
     "Kind",
     "Lane",
@@ -17,6 +26,7 @@ __all__ = [
     "Proof",
     "Role",
     "Schedule",
+    "Structure",
     "Trace",
     "check",
     "generate",

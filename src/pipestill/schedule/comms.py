@@ -1,20 +1,43 @@
-"""The pass that inserts reads of the data, sends and receives into rows of work."""
+"""The pass that inserts reads of the data, sends and receives into rows of work.
+
+Rows repeat period after period, so places in a row are counted as *moments* of an endless row. Moment 0 is the first action of
+the period whose own step is that of the result in question; with rows of 4 actions:
+
+    period        |    of the step before     |     of the step itself    |
+    action        | F0@0   B0@0   U@0    t0@1 | F0@0   B0@0   U@0    t0@1 |
+    moment        | -4     -3     -2     -1   |  0      1      2      3   |
+    result wanted |                      t0   | F0                        |
+    posted, lead 1|               t0     F0   |
+
+F0 is used at moment 0, so with a lead of 1 its receive is posted at moment -1. That is position 3 of the period before,
+from where its step is one ahead: the receive is written before t0@1 as one of step 1.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 from pipestill.schedule.action import Action, Lane, Op, Role
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
-from pipestill.schedule.check import crossings, never_stuck
-from pipestill.schedule.needs import lane, meets, needs
-from pipestill.schedule.schedule import Row, Schedule, Structure
+from pipestill.schedule.deadlock import never_stuck
+from pipestill.schedule.needs import crossings, lane, meets, needs
+from pipestill.schedule.schedule import Row, Schedule
+from pipestill.schedule.structure import Structure
+
+S = TypeVar("S", bound=Structure)
+
+
+class _Place(NamedTuple):
+    """Where work stands in its own rank's row, and how many steps ahead of the period's own it is."""
+
+    position: int
+    step: int
 
 
 def connect(
-    strategy: str, structure: Structure, rows: Sequence[Sequence[Action]], stash: tuple[int, ...], run_ahead: int
-) -> Schedule:
+    strategy: str, structure: S, rows: Sequence[Sequence[Action]], stash: tuple[int, ...], run_ahead: int
+) -> Schedule[S]:
     """Rows of work without transfers -> a schedule with its data reads, sends and receives.
 
     A send stands right after its work. A receive posts its buffer `lead` actions before the work that needs
@@ -26,25 +49,26 @@ def connect(
     longest = max(len(row) for row in rows)
     furthest = 1 + max((action.step for row in rows for action in row), default=0)
     while True:
-        schedule = _connect(strategy, structure, rows, stash, run_ahead, lead)
+        schedule = _connected(strategy, structure, rows, stash, run_ahead, lead)
         if lead > longest * furthest or never_stuck(schedule):
             return schedule
         lead *= 2
 
 
-def _connect(
+def _connected(
     strategy: str,
-    structure: Structure,
+    structure: S,
     rows: Sequence[Sequence[Action]],
     stash: tuple[int, ...],
     run_ahead: int,
     lead: int,
-) -> Schedule:
+) -> Schedule[S]:
+    """The schedule whose receives are posted `lead` actions before their first use."""
     destinations = defaultdict[Action, list[int]](list)
     for payload, _, destination in crossings(structure):
         destinations[payload].append(destination)
-    order = {action.at(0): (index, action.step) for row in rows for index, action in enumerate(row)}
-    connected = [_with_transfers(row, rank, structure, destinations, lead, order) for rank, row in enumerate(rows)]
+    places = {action.at(0): _Place(index, action.step) for row in rows for index, action in enumerate(row)}
+    connected = [_with_transfers(row, rank, structure, destinations, lead, places) for rank, row in enumerate(rows)]
     read = Action(Role.STUDENT, 0, Op.DATA, None, 1 + max((a.step for row in connected for a in row), default=0))
     reader = structure.rank_of(read)
     complete: list[Row] = []
@@ -61,72 +85,80 @@ def _with_transfers(
     row: Sequence[Action],
     rank: int,
     structure: Structure,
-    destinations: dict[Action, list[int]],
+    destinations: Mapping[Action, list[int]],
     lead: int,
-    order: dict[Action, tuple[int, int]],
+    places: Mapping[Action, _Place],
 ) -> list[Action]:
-    """One rank's row with sends after their work and receives `lead` actions before theirs (in the period before,
-    and so one step further ahead, where the row is too short). `order`: where in its own row each work stands, and its step.
-    """
-    before = defaultdict[int, list[Action]](list)
-    for need, moment in _posted(row, rank, structure, lead, order).items():
+    """One rank's row with sends after their work, and receives `lead` actions before theirs."""
+    moments = _moments_before_use(row, rank, structure, lead)
+    if structure.receives_by_lane:
+        moments = _by_lane(moments, rank, structure, places, len(row))
+    posted = defaultdict[int, list[Action]](list)
+    for result, moment in moments.items():
         periods, position = divmod(moment, len(row))
-        before[position].append(need.receive_from(structure.rank_of(need)).at(-periods))
+        posted[position].append(result.receive_from(structure.rank_of(result)).at(-periods))
     out = []
-    for index, action in enumerate(row):
-        receives = before[index]  # of blocks these are in the order of their lanes
-        if not isinstance(structure, BlockwiseStructure):
+    for position, action in enumerate(row):
+        receives = posted[position]
+        if not structure.receives_by_lane:
             # A period's own receives come after those of later periods that wrapped into it: lanes keep their order.
             receives = sorted(receives, key=lambda receive: receive.step)
-        out += receives
-        out.append(action)
-        out += [action.send_to(to) for to in destinations.get(action.at(0), ())]
+        out += [*receives, action, *(action.send_to(to) for to in destinations.get(action.at(0), ()))]
     return out
 
 
-def _posted(
-    row: Sequence[Action], rank: int, structure: Structure, lead: int, order: dict[Action, tuple[int, int]]
-) -> dict[Action, int]:
-    """When each result of another rank is announced, counted in actions of `row` from the start of its own period:
-    `lead` before its first use, in its own period at the latest, and in the order in which its lane brings it.
-    """
+def _moments_before_use(row: Sequence[Action], rank: int, structure: Structure, lead: int) -> dict[Action, int]:
+    """For each result of another rank, the moment `lead` actions before its first use, in its own period at the latest."""
     moments: dict[Action, int] = {}
-    for index, consumer in enumerate(row):
+    for position, consumer in enumerate(row):
         for need in [] if meets(consumer) else needs(consumer, structure):
             if need.op is not Op.DATA and structure.rank_of(need) != rank:
-                moment = min(index - need.step * len(row) - lead, len(row) - 1)
+                use = position - need.step * len(row)
+                moment = min(use - lead, len(row) - 1)
                 moments[need.at(0)] = min(moment, moments.get(need.at(0), moment))
-    if isinstance(structure, BlockwiseStructure):
-        lanes = defaultdict[tuple[int, Lane], list[Action]](list)
-        for need in sorted(moments, key=order.__getitem__):
-            source = structure.rank_of(need)
-            lanes[source, lane(need.receive_from(source), rank, structure)].append(need)
-        moments = {n: m for needed in lanes.values() for n, m in _in_turn(needed, moments, order, len(row)).items()}
     return moments
 
 
-def _in_turn(
-    needed: list[Action], moments: dict[Action, int], order: dict[Action, tuple[int, int]], period: int
+def _by_lane(
+    moments: dict[Action, int], rank: int, structure: Structure, places: Mapping[Action, _Place], period: int
 ) -> dict[Action, int]:
-    """Moments that are no later than wanted, and in the order in which one period sends `needed`, over and over."""
-    ahead = {need: order[need][1] * period for need in needed}  # what one period sends is of different steps
-    latest, turns = moments[needed[-1]] + ahead[needed[-1]], dict[Action, int]()
-    for need in reversed(needed):
-        latest = turns[need] = min(latest, moments[need] + ahead[need])
-    first = turns[needed[0]]  # the next period's comes after all of this one's
-    return {need: min(turns[need], first + period - 1) - ahead[need] for need in needed}
+    """The moments, lane by lane, made earlier where a lane would else bring its results in another order than they are posted.
+
+    That is needed where one period sends results of several steps on a lane.
+    """
+    lanes = defaultdict[tuple[int, Lane], list[Action]](list)
+    for result in sorted(moments, key=places.__getitem__):
+        source = structure.rank_of(result)
+        lanes[source, lane(result.receive_from(source), rank, structure)].append(result)
+    return {
+        result: moment for sent in lanes.values() for result, moment in _in_turn(sent, moments, places, period).items()
+    }
+
+
+def _in_turn(
+    sent: list[Action], moments: dict[Action, int], places: Mapping[Action, _Place], period: int
+) -> dict[Action, int]:
+    """Moments that are no later than the given ones, and in the order in which one period after the other sends `sent`.
+
+    Counted from the period that sends it, a result of s steps ahead has its moment s periods later. On that scale a result
+    is posted no later than the one sent after it, and the last of a period before the first of the next.
+    """
+    later = {result: places[result].step * period for result in sent}
+    turns = dict[Action, int]()
+    latest = moments[sent[-1]] + later[sent[-1]]
+    for result in reversed(sent):
+        latest = turns[result] = min(latest, moments[result] + later[result])
+    first_of_next_period = turns[sent[0]] + period
+    return {result: min(turns[result], first_of_next_period - 1) - later[result] for result in sent}
 
 
 def edges(structure: Structure) -> set[tuple[int, int, Lane]]:
-    """Every directed edge and lane on which tensors of a model or targets travel."""
+    """Every directed edge and lane on which tensors of a model or of the batch travel: (source, destination, lane)."""
     used = set[tuple[int, int, Lane]]()
     for payload, source, destination in crossings(structure):
-        on = lane(payload.receive_from(source), destination, structure)
-        if on is not Lane.DATA:
+        on: Lane | None = lane(payload.receive_from(source), destination, structure)
+        if on is Lane.DATA:  # row counts; the batch's tensors follow on a lane of their own
+            on = structure.batch_lane(destination)
+        if on is not None:
             used.add((source, destination, on))
-        elif isinstance(structure, BlockwiseStructure):
-            if structure.reads_samples(destination):
-                used.add((source, destination, Lane.INPUT))
-        elif destination == structure.student_ranks[structure.last]:
-            used.add((source, destination, Lane.TARGET))
     return used

@@ -7,25 +7,39 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Protocol
 
-from pipestill.costs import StageCosts
-from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.costs import Link
+from pipestill.schedule.action import Action, Kind, Lane
 from pipestill.schedule.needs import lane, meets, needs
-from pipestill.schedule.schedule import PipelineStructure, Schedule, Structure
+from pipestill.schedule.schedule import Schedule
+from pipestill.schedule.structure import Structure
 from pipestill.schedule.trace import Event, Trace
 
-AnyCosts = StageCosts | BlockwiseCosts
+_Result = tuple[int, int]
+"""The result of one piece of work: the number of the work, and its step."""
 
 
-def simulate(schedule: Schedule, costs: AnyCosts, num_steps: int | None = None) -> Trace:
+class SimulationCosts(Protocol):
+    """What every kind of costs says. The rest is between them and their structure, which knows what its work takes."""
+
+    @property
+    def link(self) -> Link:
+        """The link between any two ranks."""
+
+    @property
+    def interference(self) -> float:
+        """How many times as long work takes while every rank computes as while one does alone."""
+
+
+def simulate(schedule: Schedule[Structure], costs: SimulationCosts, num_steps: int | None = None) -> Trace:
     """Run `schedule` against the clock of `costs` for `num_steps` steps (default: enough for a steady state).
 
     Each rank does its row in order, as an executor does; a transfer overlaps with work and waits for earlier
     ones on the same edge; a rank that had to wait takes `costs.link.wake_seconds` to go on, and each message keeps its
     sender, and its receiver before the work that uses it, for `costs.link.handling_seconds` and what goes with it. Where
     ranks disturb each other (`costs.interference`), an action's pace follows from how many ranks compute at that moment.
+    `costs` are of the structure's kind: `StageCosts` for a pipeline, `BlockwiseCosts` for blocks that are trained alone.
     Raises `RuntimeError` on a deadlock; `check` first.
     """
     if num_steps is None:
@@ -33,80 +47,44 @@ def simulate(schedule: Schedule, costs: AnyCosts, num_steps: int | None = None) 
     return _Simulation(schedule, costs, num_steps).run()
 
 
-def work_seconds(action: Action, structure: Structure, costs: AnyCosts) -> float:
-    """How long `action` computes when no other rank disturbs it, in either kind of structure."""
-    if isinstance(structure, BlockwiseStructure):
-        assert isinstance(costs, BlockwiseCosts)
-        return costs.action_seconds(action, structure)
-    assert isinstance(costs, StageCosts)
-    return action_seconds(action, structure, costs)
-
-
-def message_seconds(action: Action, destination: int, structure: Structure, costs: AnyCosts) -> float:
-    """How long the result of `action` takes to arrive at rank `destination`, in either kind of structure."""
+def message_seconds(action: Action, destination: int, structure: Structure, costs: SimulationCosts) -> float:
+    """How long the result of `action` takes to arrive at rank `destination`; a token takes the link's latency."""
     if lane(action, destination, structure) is Lane.TOKEN:
         return costs.link.latency_seconds
-    if isinstance(structure, BlockwiseStructure):
-        assert isinstance(costs, BlockwiseCosts)
-        return costs.transfer_seconds(action, destination, structure)
-    assert isinstance(costs, StageCosts)
-    return transfer_seconds(action, structure, costs)
-
-
-def action_seconds(action: Action, structure: PipelineStructure, costs: StageCosts) -> float:
-    """How long `action` computes when no other rank disturbs it."""
-    if action.op is Op.DATA:
-        return costs.data
-    if action.op is Op.LOSS:
-        return costs.loss * structure.num_microbatches / structure.num_losses / structure.pieces
-    if action.op is Op.UPDATE:
-        return costs.update[action.stage]
-    if action.op is Op.EMA:
-        return costs.ema[action.stage] if costs.ema else 0.0
-    if action.op is Op.NORM:
-        return 0.0
-    weight = costs.weight[action.stage] if costs.weight else 0.0
-    if action.op is Op.FORWARD:
-        seconds = (costs.forward if action.role is Role.STUDENT else costs.teacher)[action.stage]
-    elif action.op is Op.WEIGHT:
-        seconds = weight
-    else:
-        seconds = costs.backward[action.stage] - (weight if action.op is Op.INPUT else 0.0)
-    return seconds * unit_scale(action, structure, costs)
-
-
-def transfer_seconds(action: Action, structure: PipelineStructure, costs: StageCosts) -> float:
-    """How long the result of `action` takes to arrive at another rank: a boundary's activations or their gradients."""
-    if action.microbatch is None:
-        return costs.link.seconds(0)
-    if action.op is Op.FORWARD:
-        sizes, boundary = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes, action.stage
-    else:
-        sizes, boundary = costs.activation_bytes, action.stage - 1
-    return costs.link.seconds(sizes[boundary] * unit_scale(action, structure, costs) if sizes else 0)
-
-
-def unit_scale(action: Action, structure: PipelineStructure, costs: StageCosts) -> float:
-    """How much longer a forward or a backward takes than the costs' microbatch in a view that costs 1."""
-    assert action.microbatch is not None
-    views = structure.views if action.role is Role.STUDENT else structure.teacher_views
-    return costs.views[action.microbatch % views] / structure.pieces
+    return structure.transfer_seconds(action, destination, costs)
 
 
 @dataclass(frozen=True, slots=True)
-class _Todo:
-    """One work or send of the period with all that is asked of it over and over: looked up once."""
+class _Item:
+    """Work or a send of the period, with everything about it that is asked for over and over."""
 
     action: Action
-    payload: int  # results are known by a number and a step
-    seconds: float  # of the work, or what a send keeps the rank from it
-    taking: float  # what messages that the work uses keep the rank from it
-    transfer: float  # of a send, without its latency and the copies at its ends
-    needed: tuple[tuple[int, int], ...]  # results, and the step that each is of, counted from the period's own
+    number: int
+    """The number of the work that is done or sent."""
+    seconds: float
+    """How long the work computes, or how long a send keeps its rank from working."""
+    receiving_seconds: float
+    """How long messages that are used here first keep the rank from this work."""
+    transfer_seconds: float
+    """How long a send's bytes are under way, without latency and the copies at both ends."""
+    needed: tuple[_Result, ...]
+    """The results that it waits for; their steps are counted from the period's own."""
+
+
+@dataclass(slots=True)
+class _Running:
+    """What a rank is doing."""
+
+    item: _Item
+    period: int
+    start: float
+    """When the work itself starts, which is after messages for it are received."""
+    seconds_left: float
+    """At the pace of a rank that works alone."""
 
 
 def _first_uses(row: Sequence[Action], structure: Structure) -> dict[Action, int]:
-    """Where in a period each result that a rank receives is used first: of uses in several periods, in the earliest."""
+    """The position in a row at which each result of another rank is used first: of uses in several periods, the earliest."""
     uses = dict[Action, tuple[int, int]]()
     received = {action.payload.at(0) for action in row if action.kind is Kind.RECEIVE}
     for position, action in enumerate(row):
@@ -118,52 +96,58 @@ def _first_uses(row: Sequence[Action], structure: Structure) -> dict[Action, int
 
 
 class _Simulation:
-    """The state of one run: a clock, what each rank is doing, and what is where."""
+    """The state of one run: a clock, what each rank is doing, and which results are where."""
 
-    def __init__(self, schedule: Schedule, costs: AnyCosts, num_steps: int) -> None:
+    def __init__(self, schedule: Schedule[Structure], costs: SimulationCosts, num_steps: int) -> None:
         self.structure = schedule.structure
         self.costs = costs
         self.num_ranks = len(schedule.rows)
         self.now = 0.0
         numbers = defaultdict[Action, int](count().__next__)
-        periods = range(-schedule.lookahead, num_steps)
-        self.rows: list[list[tuple[_Todo, int]]] = []
-        for row in schedule.rows:
-            first = _first_uses(row, self.structure)
-            todo = [
-                self._look_up(action, numbers, [need for need, place in first.items() if place == position])
-                for position, action in enumerate(row)
-                if action.kind is not Kind.RECEIVE
-            ]
-            self.rows.append([(t, p) for p in periods for t in todo if 0 <= p + t.action.step < num_steps])
+        self.rows = [self._unrolled(row, numbers, schedule.lookahead, num_steps) for row in schedule.rows]
         self.position = [0] * self.num_ranks
-        self.here: list[set[tuple[int, int]]] = [set() for _ in self.rows]
-        self.edge_free: dict[tuple[int, int], float] = {}
-        self.arrivals: list[tuple[float, int, int, tuple[int, int]]] = []  # time, tie-break, rank, result
-        self.ticket = count()
-        self.running: dict[int, tuple[_Todo, int, float, float]] = {}  # rank -> work, period, start, work left
-        self.met: dict[int, list[int]] = defaultdict(list)  # work -> other ranks that a collective brings its result to
+        self.results: list[set[_Result]] = [set() for _ in self.rows]  # that each rank has
+        self.edge_free_at: dict[tuple[int, int], float] = {}
+        self.arrivals: list[tuple[float, int, int, _Result]] = []  # a heap of (time, tie-break, rank, result)
+        self.tie_break = count()
+        self.running: dict[int, _Running] = {}  # by rank
+        self.collective_ranks: dict[int, list[int]] = defaultdict(
+            list
+        )  # work -> other ranks that get its result at once
         for consumer in filter(meets, self.structure.actions()):
             for need in needs(consumer, self.structure):
                 if self.structure.rank_of(need) != self.structure.rank_of(consumer):
-                    self.met[numbers[need.at(0)]].append(self.structure.rank_of(consumer))
-        self.slept = set[int]()  # ranks that have waited since their last work
+                    self.collective_ranks[numbers[need.at(0)]].append(self.structure.rank_of(consumer))
+        self.asleep = set[int]()  # ranks that have waited since their last work
         self.events: list[Event] = []
 
-    def _look_up(self, action: Action, numbers: dict[Action, int], taken: list[Action]) -> _Todo:
-        """`taken`: results of other ranks that are used here first."""
-        seconds = taking = transfer = 0.0
+    def _unrolled(
+        self, row: Sequence[Action], numbers: dict[Action, int], lookahead: int, num_steps: int
+    ) -> list[tuple[_Item, int]]:
+        """A rank's work and sends of all steps, each with its period. Receives take no time of their own."""
+        first_uses = _first_uses(row, self.structure)
+        items = [
+            self._item(action, numbers, [result for result, use in first_uses.items() if use == position])
+            for position, action in enumerate(row)
+            if action.kind is not Kind.RECEIVE
+        ]
+        periods = range(-lookahead, num_steps)
+        return [(item, p) for p in periods for item in items if 0 <= p + item.action.step < num_steps]
+
+    def _item(self, action: Action, numbers: dict[Action, int], used_first: list[Action]) -> _Item:
+        """Look up everything about an action. `used_first`: the results of other ranks that no action uses before it."""
+        seconds = receiving = transfer = 0.0
         if action.peer is not None:
             seconds, transfer = self._handling(action, action.peer)
         else:
-            seconds = work_seconds(action, self.structure, self.costs)
+            seconds = self.structure.work_seconds(action, self.costs)
             rank = self.structure.rank_of(action)
-            taking = sum(self._handling(result, rank)[0] for result in taken)
+            receiving = sum(self._handling(result, rank)[0] for result in used_first)
         needed = tuple((numbers[need.at(0)], need.step) for need in needs(action, self.structure))
-        return _Todo(action, numbers[action.payload.at(0)], seconds, taking, transfer, needed)
+        return _Item(action, numbers[action.payload.at(0)], seconds, receiving, transfer, needed)
 
     def _handling(self, action: Action, destination: int) -> tuple[float, float]:
-        """What the message with the result of `action` keeps either end from its work, and how long it is between them."""
+        """(seconds that the message with the result of `action` keeps either end from its work, seconds between the ends)."""
         link = self.costs.link
         transfer = message_seconds(action, destination, self.structure, self.costs) - link.latency_seconds
         copied = 0.0
@@ -172,78 +156,81 @@ class _Simulation:
         return link.handling_seconds + copied, max(0.0, transfer - 2 * copied)
 
     def run(self) -> Trace:
-        waiting = set(range(self.num_ranks))
+        """Do everything, and return when each piece of work started and ended."""
+        may_go_on = set(range(self.num_ranks))
         while True:
-            for rank in sorted(waiting):
+            for rank in sorted(may_go_on):
                 self._advance(rank)
             if not self.running and not self.arrivals:
                 break
-            waiting = self._pass_time()
+            may_go_on = self._pass_time()
         for rank, row in enumerate(self.rows):
             if self.position[rank] < len(row):
-                todo, period = row[self.position[rank]]
-                stuck = todo.action.at(period + todo.action.step)
+                item, period = row[self.position[rank]]
+                stuck = item.action.at(period + item.action.step)
                 raise RuntimeError(f"rank {rank} never runs {stuck}: the schedule deadlocks")
-        if isinstance(self.structure, BlockwiseStructure):
-            return Trace(self.num_ranks, tuple(self.events), blockwise=True, window=self.structure.window)
-        return Trace(self.num_ranks, tuple(self.events))
+        structure = self.structure
+        return Trace(
+            self.num_ranks, tuple(self.events), by_block=structure.by_block, batches_per_step=structure.batches_per_step
+        )
 
     def _advance(self, rank: int) -> None:
-        """Send what is done, and start the next work if what it needs is here."""
-        row, here = self.rows[rank], self.here[rank]
+        """Send what is done, and start the next work if all that it needs is there."""
+        row, results = self.rows[rank], self.results[rank]
         while rank not in self.running and self.position[rank] < len(row):
-            todo, period = row[self.position[rank]]
-            for result, step in todo.needed:
-                if period + step >= 0 and (result, period + step) not in here:
-                    self.slept.add(rank)
+            item, period = row[self.position[rank]]
+            for number, step in item.needed:
+                if period + step >= 0 and (number, period + step) not in results:
+                    self.asleep.add(rank)
                     return
-            if todo.seconds + todo.taking > 0:
-                before = todo.taking
-                if rank in self.slept and todo.action.peer is None:
-                    self.slept.discard(rank)
+            before = item.receiving_seconds
+            if item.seconds + before > 0:
+                if rank in self.asleep and item.action.peer is None:
+                    self.asleep.discard(rank)
                     before += self.costs.link.wake_seconds
-                self.running[rank] = (todo, period, self.now + before, todo.seconds + before)
+                self.running[rank] = _Running(item, period, self.now + before, item.seconds + before)
             else:
-                self._finish(rank, todo, period, self.now)
+                self._finish(rank, item, period, self.now)
             self.position[rank] += 1
 
-    def _send(self, rank: int, peer: int, todo: _Todo, period: int) -> None:
-        sent = max(self.now, self.edge_free.get((rank, peer), 0.0)) + todo.transfer
-        self.edge_free[rank, peer] = sent
-        result = (todo.payload, period + todo.action.step)
-        heapq.heappush(self.arrivals, (sent + self.costs.link.latency_seconds, next(self.ticket), peer, result))
-
-    def _finish(self, rank: int, todo: _Todo, period: int, start: float) -> None:
-        if todo.action.peer is not None:
-            if todo.action.kind is Kind.SEND:
-                self._send(rank, todo.action.peer, todo, period)
+    def _finish(self, rank: int, item: _Item, period: int, start: float) -> None:
+        """Send what a send carries, or note the event and the result of work that has ended."""
+        step = period + item.action.step
+        if item.action.peer is not None:
+            self._send(rank, item.action.peer, item, step)
             return
-        step = period + todo.action.step
-        self.events.append(Event(rank, todo.action.at(step), start, self.now))
-        self.here[rank].add((todo.payload, step))
-        for other in self.met.get(todo.payload, ()):
-            heapq.heappush(self.arrivals, (self.now, next(self.ticket), other, (todo.payload, step)))
+        self.events.append(Event(rank, item.action.at(step), start, self.now))
+        self.results[rank].add((item.number, step))
+        for other in self.collective_ranks.get(item.number, ()):
+            heapq.heappush(self.arrivals, (self.now, next(self.tie_break), other, (item.number, step)))
+
+    def _send(self, rank: int, peer: int, item: _Item, step: int) -> None:
+        """Put a message on its edge behind those that are already under way there."""
+        sent = max(self.now, self.edge_free_at.get((rank, peer), 0.0)) + item.transfer_seconds
+        self.edge_free_at[rank, peer] = sent
+        arrival = sent + self.costs.link.latency_seconds
+        heapq.heappush(self.arrivals, (arrival, next(self.tie_break), peer, (item.number, step)))
 
     def _pass_time(self) -> set[int]:
         """Move the clock to the next end of work or arrival; the ranks that may now go on."""
-        others = max(0, len(self.running) - 1)  # whom each working rank is disturbed by
-        crowd = others / max(1, self.num_ranks - 1)
-        pace = 1.0 / (1.0 + (self.costs.interference - 1.0) * crowd)
-        next_end = min((left / pace for *_, left in self.running.values()), default=float("inf"))
-        next_arrival = self.arrivals[0][0] - self.now if self.arrivals else float("inf")
-        passed = max(0.0, min(next_end, next_arrival))
+        disturbing = max(0, len(self.running) - 1) / max(
+            1, self.num_ranks - 1
+        )  # the fraction of the other ranks that work
+        pace = 1.0 / (1.0 + (self.costs.interference - 1.0) * disturbing)
+        until_end = min((running.seconds_left / pace for running in self.running.values()), default=float("inf"))
+        until_arrival = self.arrivals[0][0] - self.now if self.arrivals else float("inf")
+        passed = max(0.0, min(until_end, until_arrival))
         self.now += passed
-        changed = set[int]()
-        for rank, (todo, period, start, left) in list(self.running.items()):
-            left -= passed * pace
-            if left <= 1e-12 * todo.seconds or (next_end <= next_arrival and left <= 1e-15):
+        may_go_on = set[int]()
+        for rank, running in list(self.running.items()):
+            running.seconds_left -= passed * pace
+            rounded_to_nothing = running.seconds_left <= 1e-12 * running.item.seconds
+            if rounded_to_nothing or (until_end <= until_arrival and running.seconds_left <= 1e-15):
                 del self.running[rank]
-                self._finish(rank, todo, period, start)
-                changed.add(rank)
-            else:
-                self.running[rank] = (todo, period, start, left)
+                self._finish(rank, running.item, running.period, running.start)
+                may_go_on.add(rank)
         while self.arrivals and self.arrivals[0][0] <= self.now:
             _, _, rank, result = heapq.heappop(self.arrivals)
-            self.here[rank].add(result)
-            changed.add(rank)
-        return changed
+            self.results[rank].add(result)
+            may_go_on.add(rank)
+        return may_go_on

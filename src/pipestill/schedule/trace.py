@@ -34,10 +34,9 @@ class Trace:
     num_ranks: int
     events: tuple[Event, ...]
     interruptions: frozenset[int] = frozenset()
-    blockwise: bool = False
-    """Work is told apart by its block, not by its microbatch."""
-    window: int = 1
-    """How many batches a step has where blocks train alone."""
+    by_block: bool = False
+    """Work is told apart by its block and figures are of a batch, where else it is by its microbatch and they are of a step."""
+    batches_per_step: int = 1
 
     def steps(self) -> list[int]:
         """The longest run of consecutive steps, up to the last one, whose every update is in the trace."""
@@ -48,7 +47,7 @@ class Trace:
     def _update_ends(self) -> dict[int, float]:
         """When the last update of each step ended, for steps that every rank updated, and for windows cut short by an epoch."""
         ends, full = self._updates()
-        return {step: end for step, end in ends.items() if step in full or self.window > 1}
+        return {step: end for step, end in ends.items() if step in full or self.batches_per_step > 1}
 
     def _updates(self) -> tuple[dict[int, float], set[int]]:
         """When the last update of each step ended, and the steps that have all updates."""

@@ -296,8 +296,8 @@ class BlockwiseTrainer:
                 tuple(
                     sorted((e for events, *_ in told for e in events.get(number, ())), key=lambda event: event.start)
                 ),
-                blockwise=True,
-                window=phase.window,
+                by_block=True,
+                batches_per_step=phase.window,
             )
             for number, phase in enumerate(plan.phases)
         ]

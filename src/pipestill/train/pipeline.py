@@ -49,7 +49,7 @@ from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.links import measure_link
 from pipestill.runtime.world import OneProcess, World, choose_device_type, device_of, join_world
 from pipestill.schedule import PIPELINE_STRATEGIES, Event, Trace
-from pipestill.schedule.schedule import Demands
+from pipestill.schedule.pipeline.structure import Demands
 from pipestill.train.callbacks import Callback
 from pipestill.train.data import Again, Reader, SplitBatch, check_loader, inputs_and_targets, sample, split_item
 from pipestill.train.result import CPU, REFERENCE, Counted, Reporter, Result, total_steps
@@ -403,7 +403,7 @@ class Trainer:
             for rank, blocks in enumerate(ranges(partition)):
                 forms = world.broadcast(model.forms_of(blocks) if rank in world.ranks else None, rank)
                 world.copy_from(model.adopt(forms), rank)
-        structure = plan.schedule.pipeline
+        structure = plan.schedule.structure
         world.copy_from(self._loss_state(), structure.student_ranks[structure.last])
 
     def _loss_state(self) -> list[Tensor]:

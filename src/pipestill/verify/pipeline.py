@@ -67,7 +67,7 @@ def _expected(recipe: Recipe, options: RunOptions, steps: int, result: Result) -
     plain = options.as_reference()
     if result.plan is None:
         return train_few(recipe, plain, steps)[0]
-    structure = result.plan.schedule.pipeline
+    structure = result.plan.schedule.structure
     plain = dataclasses.replace(plain, microbatches=structure.num_microbatches, staleness=structure.staleness or None)
     return train_few(recipe, plain, steps, structure.student_staleness)[0]
 

@@ -17,7 +17,6 @@ from pipestill.plan.blockwise.plan import make_blockwise_plan
 from pipestill.schedule import check
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.simulate import simulate
 
 speeds = st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0])
@@ -34,7 +33,7 @@ def seconds_per_batch(costs: BlockwiseCosts, num_ranks: int) -> float:
     schedule, ranks = balanced(costs, num_ranks)
     check(schedule)
     assert schedule.structure.num_ranks == len(ranks)
-    return simulate(schedule, costs.on(ranks)).seconds_per_step / schedule.structure.num_microbatches
+    return simulate(schedule, costs.on(ranks)).seconds_per_step / schedule.structure.window
 
 
 # ---------------------------------------------------------------- always
@@ -92,7 +91,6 @@ def test_a_block_that_dominates_is_shared_by_rows() -> None:
     assert seconds_per_batch(costs, 2) == pytest.approx(7.0, rel=1e-6)
     schedule, _ = balanced(BlockwiseCosts(BlockProfile((line(0.0, 1.0), line(0.0, 2 / 12)), Link(0.1)), 12), 2)
     structure = schedule.structure
-    assert isinstance(structure, BlockwiseStructure)
     parts = {share.part for share in structure.student[0]}
     assert parts == {(Fraction(0), Fraction(7, 12)), (Fraction(7, 12), Fraction(1))}
     assert [share.rank for share in structure.student[1]] == [1] * structure.window
@@ -135,7 +133,6 @@ def test_ranks_of_different_speeds_share_rows_as_fast_as_they_are() -> None:
         costs = BlockwiseCosts(BlockProfile((heavy,), Link()), 18, pace)
         assert seconds_per_batch(costs, 2) == pytest.approx(7.0, rel=1e-6)
         structure = balanced(costs, 2)[0].structure
-        assert isinstance(structure, BlockwiseStructure)
         assert {share.part[1] for share in structure.student[0]} == {Fraction(rows, 18), Fraction(1)}
 
 
@@ -149,7 +146,6 @@ def test_layout_is_found_where_hybrid_does_not_fit() -> None:
     assert max(plan.memory_bytes) <= 1500
     assert plan.seconds_per_batch == pytest.approx(2.0)
     (structure,) = (phase.schedule.structure for phase in plan.phases)
-    assert isinstance(structure, BlockwiseStructure)
     assert {share.rank for share in structure.teacher[0]} != {share.rank for share in structure.student[0]}
 
 
@@ -163,7 +159,7 @@ def test_what_a_window_buffers_may_not_fit() -> None:
     limit = max(hybrid.chosen.memory_bytes)
     found, _ = balanced(costs, 2, limit)
     assert max(memory_bytes_of(free, costs)) > limit >= max(memory_bytes_of(found, costs))
-    assert found.structure.num_microbatches == 1
+    assert found.structure.window == 1
     refused = (
         "fits into 0.000953674 MiB a rank: the least that any needs is .*; of layouts with level loads, [0-9.]+ MiB"
     )

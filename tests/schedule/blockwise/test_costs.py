@@ -13,7 +13,8 @@ from pipestill.schedule import Action, Role, Trace
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
-from pipestill.schedule.blockwise.structure import BlockwiseStructure, Share, equal_shares
+from pipestill.schedule.blockwise.shares import Share, equal_shares
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.needs import lane
 from pipestill.schedule.simulate import message_seconds, simulate
 
@@ -24,7 +25,7 @@ TWO_AND_ONE = BlockwiseStructure(
 
 
 def seconds(costs: BlockwiseCosts, action: str) -> float:
-    return costs.action_seconds(Action.parse(action), TWO_AND_ONE)
+    return TWO_AND_ONE.work_seconds(Action.parse(action), costs)
 
 
 def test_seconds_of_work() -> None:
@@ -54,11 +55,11 @@ def test_work_is_as_fast_as_its_rank_and_links_are_as_fast_as_they_are() -> None
 def test_seconds_of_relays() -> None:
     """Block 0's output is block 1's input: 20 bytes a row."""
     costs = BlockwiseCosts(PROFILE, 6)
-    assert costs.transfer_seconds(Action.parse("T0F1@4>2"), 2, TWO_AND_ONE) == 0.5 + 3 * 20 / 100
+    assert TWO_AND_ONE.transfer_seconds(Action.parse("T0F1@4>2"), 2, costs) == 0.5 + 3 * 20 / 100
     third = Fraction(1, 3)
     shares = (Share(0, 0, (Fraction(0), third)), Share(0, 1, (third, Fraction(1))))
     structure = BlockwiseStructure(2, 1, (equal_shares([1]), shares), ((), ()))
-    assert costs.transfer_seconds(Action.parse("T0F0@4>0"), 0, structure) == pytest.approx(0.5 + 2 * 20 / 100)
+    assert structure.transfer_seconds(Action.parse("T0F0@4>0"), 0, costs) == pytest.approx(0.5 + 2 * 20 / 100)
 
 
 def test_the_last_output_is_as_large_as_its_input() -> None:
@@ -71,7 +72,7 @@ def test_seconds_of_a_block_that_moves(state: int, moved: int) -> None:
     profile = BlockProfile((BlockTimes("block", (1,), (1.0,), (1.0,), 10, 120, 0, state),), Link(0.5, 100.0))
     structure = BlockwiseStructure(2, 2, ((Share(0, 0), Share(1, 0)),), ((Share(0, 0), Share(1, 1)),))
     costs = BlockwiseCosts(profile, 6)
-    assert costs.transfer_seconds(Action.parse("S0U0@0>1"), 1, structure) == 0.5 + moved / 100
+    assert structure.transfer_seconds(Action.parse("S0U0@0>1"), 1, costs) == 0.5 + moved / 100
 
 
 @given(st.data(), groups())
@@ -110,4 +111,4 @@ def test_teacher_and_student_are_told_apart() -> None:
     for role, expected in ((Role.TEACHER, 7.0), (Role.STUDENT, 11.0)):
         structure = BlockwiseStructure(1, 1, (equal_shares([0]),) * 3, (equal_shares([0]),) * 3)
         action = Action.parse("T2F0@0" if role is Role.TEACHER else "S2B0@0")
-        assert costs.action_seconds(action, structure) == expected
+        assert structure.work_seconds(action, costs) == expected

@@ -12,11 +12,12 @@ from schedule.tasks import assert_refused, places, rows_of, swapped, with_row, w
 
 from pipestill.draw import schedule_table
 from pipestill.errors import ScheduleError
-from pipestill.schedule import Action, Kind, Lane, Op, Schedule, check, generate
+from pipestill.schedule import KINDS, Action, Kind, Lane, Op, Schedule, check, generate
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import AHEAD, Portion, alone, sliced, staged
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.blockwise.structure import BlockwiseStructure, equal_shares
+from pipestill.schedule.blockwise.shares import equal_shares
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.comms import connect, edges
 from pipestill.schedule.needs import lane, needs
 from pipestill.schedule.simulate import message_seconds, simulate
@@ -26,7 +27,6 @@ HYBRID = [(range(1), (0, 1)), (range(1, 3), (2,))]
 
 
 def blocks_of(schedule: Schedule) -> BlockwiseStructure:
-    assert isinstance(schedule.structure, BlockwiseStructure)
     return schedule.structure
 
 
@@ -116,7 +116,7 @@ def test_a_block_that_moves_never_waits(teacher_first: bool) -> None:
     trace = simulate(schedule, BlockwiseCosts(profile, 1))
     assert (trace.seconds_per_step, trace.utilisation) == (pytest.approx(10.0), pytest.approx(1.0))
     assert {str(update): rank for update, rank in blocks_of(schedule).moves} == {"S1U0@0": 0, "S1U1@0": 1}
-    assert trace.blockwise and trace.window == 2
+    assert trace.by_block and trace.batches_per_step == 2
 
 
 def test_a_rank_may_have_a_block_first_and_last() -> None:
@@ -285,7 +285,7 @@ def test_ranks_that_add_up_gradients_in_another_order_are_refused() -> None:
 @given(block_schedules)
 @settings(deadline=None, max_examples=60)
 def test_text_round_trip(schedule: Schedule) -> None:
-    assert Schedule.from_text(schedule.to_text()) == schedule
+    assert Schedule.from_text(schedule.to_text(), *KINDS) == schedule
 
 
 def test_text() -> None:
@@ -313,7 +313,7 @@ def test_text() -> None:
         f"run ahead: {schedule.run_ahead}\n"
     )
     assert rows == " ".join(map(str, schedule.rows[0])) + "\nrank 1: " + " ".join(map(str, schedule.rows[1])) + "\n"
-    assert Schedule.from_text(head + "rank 0: " + rows) == schedule
+    assert Schedule.from_text(head + "rank 0: " + rows, *KINDS) == schedule
 
 
 @pytest.mark.parametrize("schedule", [staged("relay", RELAY, barrier=True), half_a_block_moves(teacher_first=True)])
@@ -321,7 +321,7 @@ def test_text_without_one_of_its_lines(schedule: Schedule) -> None:
     lines = schedule.to_text().splitlines()
     for i, gone in enumerate(lines):
         with pytest.raises(ValueError, match="schedule") as error:
-            Schedule.from_text("\n".join([*lines[:i], *lines[i + 1 :]]))
+            Schedule.from_text("\n".join([*lines[:i], *lines[i + 1 :]]), *KINDS)
         assert gone.split(":")[0] in str(error.value)
 
 
@@ -348,16 +348,16 @@ def test_malformed_text(old: str, new: str, message: str) -> None:
     text = staged("hybrid", HYBRID).to_text()
     assert old in text
     with pytest.raises(ValueError, match=message):
-        Schedule.from_text(text.replace(old, new, 1))
+        Schedule.from_text(text.replace(old, new, 1), *KINDS)
 
 
 def test_rows_of_another_structure_are_refused() -> None:
     text = staged("hybrid", HYBRID).to_text().replace("student 1: 0@2", "student 1: none")
     with pytest.raises(ScheduleError, match="rank 2: S1B0@0 is not part of the step"):
-        check(Schedule.from_text(text))
+        check(Schedule.from_text(text, *KINDS))
 
 
 def test_lines_of_both_kinds_do_not_mix() -> None:
     text = generate("1f1b", 2, 2).to_text().replace("microbatches: 2", "microbatches: 2\nwindow: 2")
     with pytest.raises(ValueError, match="lines that mean nothing: window"):
-        Schedule.from_text(text)
+        Schedule.from_text(text, *KINDS)

@@ -10,7 +10,7 @@ from pipestill.costs import Link
 from pipestill.schedule import check
 from pipestill.schedule.comms import connect
 from pipestill.schedule.pipeline.greedy import Greedy
-from pipestill.schedule.schedule import pipeline
+from pipestill.schedule.pipeline.structure import pipeline
 from pipestill.schedule.simulate import simulate
 
 

@@ -12,7 +12,7 @@ from pipestill.costs import Link, StageCosts
 from pipestill.schedule import Op, check
 from pipestill.schedule.comms import connect
 from pipestill.schedule.pipeline.improve import Clock, Rows, improve
-from pipestill.schedule.schedule import PipelineStructure, pipeline
+from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
 from pipestill.schedule.simulate import simulate
 
 FROZEN = pipeline(2, 1)

@@ -8,8 +8,8 @@ from schedule.tasks import lists_of, texts_of, uniform
 
 from pipestill.schedule import Action, check
 from pipestill.schedule.comms import connect
+from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
 from pipestill.schedule.pipeline.weave import Edge, Weaver, in_order, stash_bounds
-from pipestill.schedule.schedule import PipelineStructure, pipeline
 
 SPLIT = pipeline(1, 2, teacher=False, split=True)
 ORDER = lists_of("S0F0@0 S0L0@0 S0I0@0 S0F1@0 S0L1@0 S0I1@0 S0U@0")

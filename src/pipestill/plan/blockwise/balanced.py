@@ -22,6 +22,7 @@ from pipestill.schedule import Role, Schedule
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import Portion, sliced, staged
 from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.simulate import simulate
 
 _WINDOWS = (2, 3, 4, 6, 8, 12, 16)
@@ -40,14 +41,14 @@ class _Layout:
 
 def balanced(
     costs: BlockwiseCosts, num_ranks: int, memory_bytes: float | None = None
-) -> tuple[Schedule, tuple[int, ...]]:
+) -> tuple[Schedule[BlockwiseStructure], tuple[int, ...]]:
     """The fastest of the level layouts over windows of several lengths, and of `hybrid`'s, by simulation; and the ranks
     that it uses, which it counts from 0.
 
     A layout that holds more than `memory_bytes` on a rank is none, what a window buffers included. Raises `PlanError` when
     nothing fits.
     """
-    best: Schedule | None = None
+    best: Schedule[BlockwiseStructure] | None = None
     used, fastest, least, refused = tuple(range(num_ranks)), math.inf, math.inf, ""
     try:
         best = _of_hybrid(costs, num_ranks, memory_bytes)
@@ -72,13 +73,13 @@ def balanced(
     return best, used
 
 
-def _of_hybrid(costs: BlockwiseCosts, num_ranks: int, memory_bytes: float | None) -> Schedule:
+def _of_hybrid(costs: BlockwiseCosts, num_ranks: int, memory_bytes: float | None) -> Schedule[BlockwiseStructure]:
     speeds = costs.speeds or None
     found = hybrid(costs.profile, costs.batch, num_ranks, memory_bytes=memory_bytes, speeds=speeds)
     return staged("balanced", [(range(stage.first, stage.end), stage.ranks) for stage in found.stages])
 
 
-def _schedules(layout: _Layout, window: int) -> Iterator[tuple[Schedule, tuple[int, ...]]]:
+def _schedules(layout: _Layout, window: int) -> Iterator[tuple[Schedule[BlockwiseStructure], tuple[int, ...]]]:
     """The layout with the teacher's forwards in two orders, and the ranks that have something to do."""
     ranks = tuple(sorted({p.rank for portions in (*layout.teacher, *layout.student) for p in portions}))
     teacher, student = (

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 
 from pipestill.schedule import Action, Kind, Op, Role, Schedule
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
-from pipestill.schedule.blockwise.structure import BlockwiseStructure, Part, rows_of_part
+from pipestill.schedule.blockwise.shares import Part, rows_of_part
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 
 
-def memory_bytes_of(schedule: Schedule, costs: BlockwiseCosts) -> tuple[int, ...]:
+def memory_bytes_of(schedule: Schedule[BlockwiseStructure], costs: BlockwiseCosts) -> tuple[int, ...]:
     """Bytes on each rank at most, from what the profile's blocks hold.
 
     That is the state of every block that a rank ever runs; the teacher's outputs, from their forward or the post of their
@@ -18,7 +19,6 @@ def memory_bytes_of(schedule: Schedule, costs: BlockwiseCosts) -> tuple[int, ...
     receiver (where no barrier is between steps); and the activations of one student's step at a time. Samples wait on the host.
     """
     structure = schedule.structure
-    assert isinstance(structure, BlockwiseStructure)
     return tuple(_state(structure, rank, costs) + _peak(schedule, rank, costs) for rank in range(structure.num_ranks))
 
 
@@ -29,10 +29,9 @@ def _state(structure: BlockwiseStructure, rank: int, costs: BlockwiseCosts) -> i
     )
 
 
-def _peak(schedule: Schedule, rank: int, costs: BlockwiseCosts) -> int:
+def _peak(schedule: Schedule[BlockwiseStructure], rank: int, costs: BlockwiseCosts) -> int:
     """The most that outputs and activations take, over enough steps for every order that the row can produce."""
     structure = schedule.structure
-    assert isinstance(structure, BlockwiseStructure)
     blocks = costs.profile.blocks
     relayed = {source for source, _ in structure.relays}
 

@@ -17,6 +17,7 @@ from pipestill.schedule import Proof, Schedule, Trace, check
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import alone, staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.simulate import simulate
 
 BLOCKWISE_STRATEGIES = {
@@ -36,7 +37,7 @@ class Phase:
 
     ranks: tuple[int, ...]
     blocks: tuple[int, ...]
-    schedule: Schedule
+    schedule: Schedule[BlockwiseStructure]
     proof: Proof = field(init=False, repr=False, compare=False)
     """What the checker established about the schedule; `ScheduleError` where that cannot run."""
 
@@ -46,7 +47,7 @@ class Phase:
     @property
     def window(self) -> int:
         """Batches of a step of the schedule."""
-        return self.schedule.structure.num_microbatches
+        return self.schedule.structure.window
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from pipestill.runtime.blockwise.windows import Window, header_length
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting, receive
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
-from pipestill.schedule.blockwise.structure import BlockwiseStructure, Part, rows_of_part
+from pipestill.schedule.blockwise.shares import Part, rows_of_part
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.needs import lane, needs
 
 
@@ -46,7 +47,7 @@ class BlockwiseExecutor:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: Schedule[BlockwiseStructure],
         rank: int,
         *,
         ranks: Sequence[int],
@@ -59,7 +60,6 @@ class BlockwiseExecutor:
         after_step: Callable[[int, Window], Waiting] | None = None,
         segment: int = 0,
     ) -> None:
-        assert isinstance(schedule.structure, BlockwiseStructure)
         self.schedule, self.rank, self.ranks, self.structure = schedule, rank, ranks, schedule.structure
         self.worker, self.contracts, self.transport, self.recorder = worker, contracts, transport, recorder
         self.source, self.groups, self.after_step, self.segment = source, groups, after_step, segment

@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 from pipestill.plan.blockwise.plan import BlockwisePlan
 from pipestill.schedule import Lane, Op
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.comms import edges
 
 Groups = dict[tuple[int, ...], dist.ProcessGroup]
@@ -28,7 +27,6 @@ def process_groups(plans: Iterable[BlockwisePlan]) -> Groups:
     shared = set[tuple[int, ...]]()
     for phase in (phase for plan in plans for phase in plan.phases):
         structure = phase.schedule.structure
-        assert isinstance(structure, BlockwiseStructure)
         for action in structure.actions():
             if action.op is Op.REDUCE:
                 shared.add(tuple(phase.ranks[structure.rank_of(a)] for a in structure.sharers(action)))

@@ -23,7 +23,6 @@ from pipestill.runtime.settings import TrainingSettings
 from pipestill.runtime.transport.protocol import Waiting
 from pipestill.runtime.world import OneProcess, World
 from pipestill.schedule import Event, Role
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
 
 
 class BlockwiseRank:
@@ -94,7 +93,6 @@ class BlockwiseRank:
     def _phase(self, number: int, phase: Phase) -> Waiting:
         """Train the blocks of one phase over all of the data."""
         local, structure = phase.ranks.index(self.rank), phase.schedule.structure
-        assert isinstance(structure, BlockwiseStructure)
         trained = structure.stages_of(local, Role.STUDENT)
         self.worker.hold(structure.stages_of(local, Role.TEACHER), trained)
         self.phase = phase

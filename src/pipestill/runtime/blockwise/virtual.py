@@ -22,7 +22,6 @@ from pipestill.runtime.transport.virtual import VirtualClock, VirtualRecorder, V
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Event, Lane, Trace
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
 
 
 class VirtualWorker:
@@ -94,7 +93,7 @@ def run_virtual_blocks(
     traces = []
     for number, phase in enumerate(plan.phases):
         events = sorted((e for mine in told for e in mine.get(number, ())), key=lambda event: event.start)
-        traces.append(Trace(len(phase.ranks), tuple(events), blockwise=True, window=phase.window))
+        traces.append(Trace(len(phase.ranks), tuple(events), by_block=True, batches_per_step=phase.window))
     return traces, sum(shares) / len(shares)
 
 
@@ -103,14 +102,13 @@ def _run_phase(
     transport: Transport,
 ) -> list[Event]:  # fmt: skip
     structure, costs, local = phase.schedule.structure, plan.costs, phase.ranks.index(rank)
-    assert isinstance(structure, BlockwiseStructure)
     latency = costs.link.latency_seconds
 
     def seconds(message: Message) -> float:
         if message.lane not in (Lane.TEACHER, Lane.STATE):
             return 0.0
         to = phase.ranks.index(message.destination)
-        return costs.transfer_seconds(message.payload, to, structure) - latency
+        return structure.transfer_seconds(message.payload, to, costs) - latency
 
     recorder = VirtualRecorder(local, clock, steps + 2)
     source = windows(_batches(costs.batch, steps * structure.window), structure.window)

@@ -24,6 +24,7 @@ from pipestill.runtime.record import Recorder
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting, receive
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.pipeline.structure import PipelineStructure
 
 _END = Batch(0, 0, True)
 
@@ -84,7 +85,7 @@ class PipelineExecutor:
 
     def __init__(
         self,
-        schedule: Schedule,
+        schedule: Schedule[PipelineStructure],
         rank: int,
         *,
         contracts: PipelineContracts,
@@ -105,7 +106,7 @@ class PipelineExecutor:
         views: bool = False,
         num_trained: Sequence[int] = (),
     ) -> None:
-        self.schedule, self.rank, self.structure = schedule, rank, schedule.pipeline
+        self.schedule, self.rank, self.structure = schedule, rank, schedule.structure
         self.contracts, self.transport, self.recorder = contracts, transport, recorder
         self.student_stages, self.teacher_stages = student_stages, teacher_stages
         self.student, self.teacher = student, teacher

@@ -26,6 +26,7 @@ from pipestill.runtime.world import World
 from pipestill.schedule import Action, Lane, Op, Role, Schedule
 from pipestill.schedule.comms import edges
 from pipestill.schedule.pipeline.gpipe import forward_only
+from pipestill.schedule.pipeline.structure import PipelineStructure
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PipelineRank:
         self.contracts = contracts
         self.settings = settings
         self.zero = zero
-        self.structure = plan.schedule.pipeline
+        self.structure = plan.schedule.structure
         self.transport = world.transport(rank, edges(self.structure), settings.timeout_seconds)
         self.recorder = Recorder(rank, device)
         self.student_stages = ranges(plan.student_partition)
@@ -97,7 +98,7 @@ class PipelineRank:
         self.task.student.train()  # the last thing that ran may have been a validation
 
     def _executor(
-        self, schedule: Schedule, source: Iterator[Batch] | None, recorder: Recorder, **rest: Any
+        self, schedule: Schedule[PipelineStructure], source: Iterator[Batch] | None, recorder: Recorder, **rest: Any
     ) -> PipelineExecutor:
         return PipelineExecutor(
             schedule, self.rank, contracts=self.contracts, student_stages=self.student_stages,

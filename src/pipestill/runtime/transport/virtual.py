@@ -27,7 +27,8 @@ from pipestill.runtime.transport.protocol import Message, Transport
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Action, Lane, Op, Role, Schedule, Trace
 from pipestill.schedule.comms import edges
-from pipestill.schedule.simulate import action_seconds, transfer_seconds
+from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
+from pipestill.schedule.pipeline.structure import PipelineStructure
 
 _UNTIMED = (Lane.INPUT,)  # samples are sent a step ahead, and costs do not know of their way
 _PROMPT_SECONDS = 5e-4  # a look at the transport that takes longer has waited
@@ -61,9 +62,9 @@ class VirtualClock:
 class VirtualStage:
     """Stands for a stage of one of the models: takes its time, and gives one number a row."""
 
-    def __init__(self, stage: int, schedule: Schedule, costs: StageCosts, clock: VirtualClock) -> None:
-        self.stage, self.structure, self.clock = stage, schedule.pipeline, clock
-        self.seconds = {a: action_seconds(a, schedule.pipeline, costs) for a in schedule.pipeline.actions()}
+    def __init__(self, stage: int, schedule: Schedule[PipelineStructure], costs: StageCosts, clock: VirtualClock) -> None:
+        self.stage, self.structure, self.clock = stage, schedule.structure, clock
+        self.seconds = {a: action_seconds(a, schedule.structure, costs) for a in schedule.structure.actions()}
 
     def _work(self, role: Role, op: Op, unit: int | None) -> None:
         self.clock.work(self.seconds[Action(role, self.stage, op, unit, 0)])
@@ -75,7 +76,7 @@ class VirtualStage:
 class VirtualStudent(VirtualStage):
     """The student's stage."""
 
-    def __init__(self, stage: int, schedule: Schedule, costs: StageCosts, clock: VirtualClock) -> None:
+    def __init__(self, stage: int, schedule: Schedule[PipelineStructure], costs: StageCosts, clock: VirtualClock) -> None:
         super().__init__(stage, schedule, costs, clock)
         self.parameters: dict[str, nn.Parameter] = {}
         self.rows: dict[tuple[int, int], int] = {}  # of each unit between its forward and its backward
@@ -188,7 +189,7 @@ def run_virtual(plan: Plan, steps: int, timeout_seconds: float) -> tuple[Trace, 
     """
     schedule, costs, world = plan.schedule, plan.stage_costs, Processes()
     rank, clock = world.rank, VirtualClock()
-    structure = schedule.pipeline
+    structure = schedule.structure
     few, more = torch.zeros(2, 1, requires_grad=True), torch.zeros(3, 1, requires_grad=True)
     contract = observe("between virtual stages", few, more, ([torch.zeros(2, 1)], [torch.zeros(3, 1)]))
     nothing = observe("no targets", None, None)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.blockwise.structure import WHOLE, BlockwiseStructure, Share, equal_shares
+from pipestill.schedule.blockwise.shares import WHOLE, Share, equal_shares
+from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.comms import connect
 from pipestill.schedule.schedule import Schedule
 
@@ -25,7 +26,7 @@ AHEAD = 2
 """Batches that a teacher's outputs may wait for their receiver, where a period is one batch."""
 
 
-def staged(strategy: str, groups: Sequence[Group], *, barrier: bool = False) -> Schedule:
+def staged(strategy: str, groups: Sequence[Group], *, barrier: bool = False) -> Schedule[BlockwiseStructure]:
     """Each group takes its blocks' teacher forwards first and passes the last on, then its student blocks' steps.
 
     `barrier`: a step waits for all updates of the one before (Pipe-BD's relaying without decoupled updates).
@@ -37,7 +38,7 @@ def staged(strategy: str, groups: Sequence[Group], *, barrier: bool = False) -> 
     return _connected(strategy, structure, [_row(structure, rank) for rank in range(num_ranks)])
 
 
-def alone(strategy: str, block: int, num_ranks: int) -> Schedule:
+def alone(strategy: str, block: int, num_ranks: int) -> Schedule[BlockwiseStructure]:
     """One block is trained, by ranks that each hold an equal part of the rows and run the teacher up to it."""
     shares = equal_shares(range(num_ranks))
     structure = BlockwiseStructure(
@@ -51,7 +52,9 @@ def _row(structure: BlockwiseStructure, rank: int) -> list[Action]:
     return [a for a in structure.actions() if a.op is not Op.DATA and structure.rank_of(a) == rank]
 
 
-def _connected(strategy: str, structure: BlockwiseStructure, rows: Sequence[Sequence[Action]]) -> Schedule:
+def _connected(
+    strategy: str, structure: BlockwiseStructure, rows: Sequence[Sequence[Action]]
+) -> Schedule[BlockwiseStructure]:
     lead = max((a.step for row in rows for a in row), default=0)
     return connect(strategy, structure, rows, (0,) * structure.num_ranks, run_ahead=lead)
 
@@ -72,7 +75,7 @@ def sliced(
     num_ranks: int,
     *,
     teacher_first: bool,
-) -> Schedule:
+) -> Schedule[BlockwiseStructure]:
     """A window of batches, in which a student block moves from one rank to another (McNaughton's wrap-around rule).
 
     A block that two ranks take in turn is the first thing that one of them does in a window, and the last of the

@@ -21,15 +21,17 @@ from typing import Any
 from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
 from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.check import examine, never_stuck
+from pipestill.schedule.check import examine
 from pipestill.schedule.comms import connect
+from pipestill.schedule.deadlock import never_stuck
 from pipestill.schedule.pipeline.clock import Clock
 from pipestill.schedule.pipeline.greedy import Greedy
 from pipestill.schedule.pipeline.improve import improve
 from pipestill.schedule.pipeline.one_f_one_b import least_stash, student_order, teacher_order, warm_up
 from pipestill.schedule.pipeline.pack import idle_windows, labelled, packed
+from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
 from pipestill.schedule.pipeline.weave import Edge, Weaver, in_order, stash_bounds
-from pipestill.schedule.schedule import PipelineStructure, Schedule, pipeline
+from pipestill.schedule.schedule import Schedule
 from pipestill.schedule.simulate import simulate
 
 _ROUNDING = 1e-9
@@ -48,7 +50,7 @@ def fill(
     stash: int | str | None = None,
     run_ahead: int | None = None,
     **work: Any,
-) -> Schedule:
+) -> Schedule[PipelineStructure]:
     """The fastest of a family of schedules that keep the declared staleness, by simulation under `costs`.
 
     `stash` bounds the student's units that a rank holds: a number of microbatches, or "n" (as many as 1F1B needs, the
@@ -103,7 +105,7 @@ class _Found:
 
     seconds: float
     ahead: int
-    schedule: Schedule
+    schedule: Schedule[PipelineStructure]
     rows: list[list[Action]]
 
 
@@ -124,7 +126,7 @@ class _Family:
         self.student = connect("student", self.alone, whole, self.ahead, run_ahead=0)
         self.student_period = 0.0 if structure.split else simulate(self.student, costs).seconds_per_step
 
-    def search(self) -> Schedule | None:
+    def search(self) -> Schedule[PipelineStructure] | None:
         """The fastest valid schedule that is found, among equals the one whose teacher is the least ahead; None where
         none keeps to `run_ahead`.
         """

@@ -10,6 +10,7 @@ from pipestill.schedule.pipeline.fill import fill
 from pipestill.schedule.pipeline.gpipe import gpipe
 from pipestill.schedule.pipeline.one_f_one_b import one_f_one_b
 from pipestill.schedule.pipeline.sequential import sequential
+from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.pipeline.tspipe import asynchronous, tspipe
 from pipestill.schedule.schedule import Schedule
 
@@ -38,7 +39,7 @@ def generate(
     stash: int | str | None = None,
     run_ahead: int | None = None,
     **work: Any,
-) -> Schedule:
+) -> Schedule[PipelineStructure]:
     """The schedule of `strategy`. `costs` and the knobs after it matter to `fill` alone.
 
     `work`: what the task demands, as fields of the `PipelineStructure` (momentum, views, batch_loss, clip). Raises `PlanError`

@@ -11,10 +11,11 @@ from typing import Any
 from pipestill.schedule.action import Action, Role
 from pipestill.schedule.comms import connect
 from pipestill.schedule.pipeline.one_f_one_b import student_order, teacher_order
-from pipestill.schedule.schedule import Schedule, pipeline
+from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
+from pipestill.schedule.schedule import Schedule
 
 
-def gpipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+def gpipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule[PipelineStructure]:
     """Every rank runs all teacher forwards, all student forwards, all backwards, then updates (GPipe, Huang et al.)."""
     structure = pipeline(num_stages, num_microbatches, teacher=teacher, **work)
     units = structure.num_units(Role.STUDENT)
@@ -23,7 +24,7 @@ def gpipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **wor
     return connect("gpipe", structure, rows, (units,) * num_stages, run_ahead)
 
 
-def forward_only(num_stages: int, num_microbatches: int) -> Schedule:
+def forward_only(num_stages: int, num_microbatches: int) -> Schedule[PipelineStructure]:
     """The student's forwards and the loss action of each microbatch, without gradients: what validation runs."""
     structure = pipeline(num_stages, num_microbatches, teacher=False, train=False)
     rows: list[list[Action]] = [[] for _ in range(num_stages)]

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Op, Role
 from pipestill.schedule.needs import needs
-from pipestill.schedule.schedule import PipelineStructure
-from pipestill.schedule.simulate import action_seconds, transfer_seconds
+from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
+from pipestill.schedule.pipeline.structure import PipelineStructure
 
 _STEPS = 12
 _ROUNDING = 1e-9

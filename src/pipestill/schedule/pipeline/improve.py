@@ -8,7 +8,7 @@ import random
 from pipestill.schedule.action import Action, Op, Role
 from pipestill.schedule.needs import needs
 from pipestill.schedule.pipeline.clock import Clock
-from pipestill.schedule.schedule import PipelineStructure
+from pipestill.schedule.pipeline.structure import PipelineStructure
 
 Rows = list[list[Action]]
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipestill.schedule.action import Action, Op, Role
 from pipestill.schedule.comms import connect
-from pipestill.schedule.schedule import PipelineStructure, Schedule, pipeline
+from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
+from pipestill.schedule.schedule import Schedule
 
 
 def teacher_order(stage: int, structure: PipelineStructure) -> list[Action]:
@@ -59,7 +60,9 @@ def least_stash(structure: PipelineStructure) -> int:
     return min(structure.num_units(Role.STUDENT), len(structure.units_of_loss(0, Role.STUDENT)) + structure.last)
 
 
-def one_f_one_b(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+def one_f_one_b(
+    num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any
+) -> Schedule[PipelineStructure]:
     """Every rank runs all teacher forwards, then the student's 1F1B (PipeDream-Flush, Narayanan et al.)."""
     structure = pipeline(num_stages, num_microbatches, teacher=teacher, **work)
     ahead = warm_up(structure, least_stash(structure))

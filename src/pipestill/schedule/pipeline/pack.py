@@ -7,7 +7,8 @@ from math import floor
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.schedule import PipelineStructure, Schedule
+from pipestill.schedule.pipeline.structure import PipelineStructure
+from pipestill.schedule.schedule import Schedule
 from pipestill.schedule.simulate import simulate
 
 _ROUNDING = 1e-9
@@ -23,7 +24,7 @@ class Window:
     loss_starts: dict[int, float]
 
 
-def idle_windows(student: Schedule, costs: StageCosts, structure: PipelineStructure) -> list[Window]:
+def idle_windows(student: Schedule[PipelineStructure], costs: StageCosts, structure: PipelineStructure) -> list[Window]:
     """Where each rank idles in the student's steady state, once steps follow each other as fast as the loads allow."""
     trace = simulate(student, costs)
     step = trace.steps()[len(trace.steps()) // 2]

@@ -10,10 +10,13 @@ from typing import Any
 
 from pipestill.schedule.action import Action, Role
 from pipestill.schedule.comms import connect
-from pipestill.schedule.schedule import Schedule, pipeline
+from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
+from pipestill.schedule.schedule import Schedule
 
 
-def sequential(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+def sequential(
+    num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any
+) -> Schedule[PipelineStructure]:
     """Each microbatch runs through the whole teacher, the whole student and back before the next one starts.
 
     A loss over the whole batch comes between all forwards and all backwards. `work`: fields of the `PipelineStructure`.

@@ -11,14 +11,15 @@ from typing import Any
 from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
 from pipestill.schedule.action import Op, Role
-from pipestill.schedule.check import never_stuck
 from pipestill.schedule.comms import connect
+from pipestill.schedule.deadlock import never_stuck
 from pipestill.schedule.pipeline.greedy import Greedy
 from pipestill.schedule.pipeline.one_f_one_b import least_stash, student_order, teacher_order, warm_up
-from pipestill.schedule.schedule import Schedule, pipeline
+from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
+from pipestill.schedule.schedule import Schedule
 
 
-def tspipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+def tspipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule[PipelineStructure]:
     """All student forwards; the first 2 (n - 1 - stage) teacher forwards of the next batch; all backwards; the rest.
 
     Backwards run in units of half a microbatch, and so does everything else here: a forward of the paper is two of these,
@@ -41,7 +42,9 @@ def tspipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **wo
     return connect("tspipe", structure, rows, (units,) * num_stages, 2 * structure.num_units(Role.TEACHER))
 
 
-def asynchronous(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule:
+def asynchronous(
+    num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any
+) -> Schedule[PipelineStructure]:
     """No step waits for the update of the one before: teacher and student read weights that are one step old.
 
     Raises `PlanError` without a momentum teacher: of a frozen one, nothing is stale.

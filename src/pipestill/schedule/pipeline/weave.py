@@ -21,8 +21,8 @@ import numpy as np
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Op, Role
 from pipestill.schedule.needs import needs
-from pipestill.schedule.schedule import PipelineStructure
-from pipestill.schedule.simulate import action_seconds, transfer_seconds
+from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
+from pipestill.schedule.pipeline.structure import PipelineStructure
 
 _ROUNDING = 1e-9
 Edge = tuple[Action, Action, int]

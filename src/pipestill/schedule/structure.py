@@ -1,0 +1,93 @@
+"""The protocol by which a kind of training says what its steps consist of.
+
+Schedules, their proof and simulation, transfers, texts and pictures ask these questions and know no kind of training.
+`pipeline.structure` and `blockwise.structure` answer them; so would a third kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from pipestill.schedule.action import Action, Lane
+from pipestill.schedule.proof import Proof
+from pipestill.schedule.text import Fields
+
+S = TypeVar("S", bound="Structure")
+
+
+class Structure(Protocol):
+    """Everything that one step computes, whatever the order, and how its parts depend on each other.
+
+    Actions are written with the step that they belong to. What is asked about is work (`Action.computes`), unless a method says
+    otherwise; the read of the data (`Op.DATA`) is a step's first work in every kind of training.
+    """
+
+    line_names: ClassVar[tuple[str, ...]]
+    """Names of lines by which a schedule's text is recognised as being of this kind."""
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks the work is spread over, counted from 0."""
+
+    # What a step consists of.
+
+    def actions(self, step: int = 0) -> Iterator[Action]:
+        """Every piece of work of one step, in the order of a plain loop: each after all that it needs."""
+
+    def rank_of(self, action: Action) -> int:
+        """The rank that computes the payload of `action`, which may be a transfer."""
+
+    # What waits for what, and how results travel.
+
+    def needs(self, work: Action) -> list[Action]:
+        """The work whose results `work` uses directly, in the order of a plain loop; of any work but the read of the data."""
+
+    def sharers(self, work: Action) -> list[Action]:
+        """The same work on every rank that takes part in a collective with it, itself included; empty where there is none."""
+
+    def lane(self, transfer: Action, destination: int) -> Lane:
+        """The channel on which the payload of `transfer`, any work but the read of the data, travels to rank `destination`."""
+
+    def batch_lane(self, destination: int) -> Lane | None:
+        """The channel on which tensors of the batch itself follow its row counts to a rank; None where it needs none."""
+
+    @property
+    def receives_by_lane(self) -> bool:
+        """Whether receives are posted lane by lane in the order of their sends, as `comms` describes."""
+
+    # What is proved and simulated.
+
+    def prove(
+        self, rows: Sequence[Sequence[Action]], num_steps: int, lookahead: int, stash: Sequence[int], run_ahead: int
+    ) -> Proof:
+        """What only this kind can say of a schedule: weight versions, and whether it keeps to its declared bounds.
+
+        `rows` are unrolled over `num_steps` steps and the `lookahead` more that a period reaches ahead.
+        """
+
+    def work_seconds(self, work: Action, costs: Any) -> float:
+        """How long `work` computes when no other rank disturbs it, under costs of this kind."""
+
+    def transfer_seconds(self, result: Action, destination: int, costs: Any) -> float:
+        """How long a result takes to arrive at rank `destination`, latency included, under costs of this kind."""
+
+    # How it is written down and drawn.
+
+    def lines(self) -> list[str]:
+        """The lines of a schedule's text that `from_lines` reads back."""
+
+    @classmethod
+    def from_lines(cls: type[S], fields: Fields) -> S:
+        """Read back `lines`, and take them out of `fields`. `KeyError` names a missing line, `ValueError` a wrong one."""
+
+    def label(self, action: Action) -> str:
+        """A short name for the payload of `action` in tables, such as `F0`, unique among the work of a rank in one step."""
+
+    @property
+    def by_block(self) -> bool:
+        """Whether pictures tell work apart by its block, and not by its microbatch; see `Trace.by_block`."""
+
+    @property
+    def batches_per_step(self) -> int:
+        """How many batches a step takes."""
