@@ -85,7 +85,7 @@ def test_positions_of_other_sizes_are_interpolated(size: int) -> None:
         model.patch_embed.proj.weight.zero_()
         got = model._embed(torch.zeros(1, 1, size, size))
     torch.testing.assert_close(got[:, 1:], expected)
-    model(torch.randn(2, 1, size, size)).sum().backward()
+    model(torch.randn(2, 1, size, size)).pow(3).sum().backward()  # the plain sum of a layer norm never changes
     assert model.pos_embed.grad is not None
     assert model.pos_embed.grad.abs().min() > 0
 
