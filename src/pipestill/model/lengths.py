@@ -31,8 +31,8 @@ def length_of(axis: int, inputs: Any, targets: Any, what: str) -> int:
     if len(sizes) != 1:
         raise DataError(
             f"{what}: length_axis is {axis}, so all tensors that have an axis {axis} must have the same size there, got "
-            f"shapes {[tuple(tensor.shape) for tensor in tensors]}; give what has another meaning there one axis only, "
-            "or leave length_axis out"
+            f"shapes {[tuple(tensor.shape) for tensor in tensors]}; give a tensor without a length no axis {axis}, or leave "
+            "length_axis out"
         )
     return sizes.pop()
 
