@@ -253,7 +253,7 @@ def test_recipes_lists_what_ships(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(out)["recipes"][0]["name"] == "soft-target"
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["train", "soft-target", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["-V"], ["train", "--help"], ["train", "soft-target", "--help"]])
 def test_help_is_status_0(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, *words)
     assert (status, err) == (0, "")

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from pipestill.busy import Busy
+from pipestill.cli.measure import built
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.errors import ConfigError
 from pipestill.recipes.recipe import BlockwiseWorkload
@@ -25,8 +27,8 @@ class CheckOptions:
     """What is checked.
 
     Args:
-        steps: updates after which the weights are compared, of each block where blocks learn alone
-        transport: ranks that take turns in one process, one process a rank, or both
+        steps: updates of the student, or of each of its blocks, after which weights are compared
+        transport: let ranks take turns in one process, be one process each, or check both ways
         json: print the result as one JSON object
     """
 
@@ -49,11 +51,12 @@ def run(words: list[str]) -> int:
     if options.devices <= 1:
         transports = ("in-process",)
     device_type = choose_device_type(options.device, max(1, options.devices))
-    workload = recipe.workload(options.seed)
+    workload = built(recipe, options.seed)
     check_strategy(recipe, workload, options)
     by_blocks = isinstance(workload, BlockwiseWorkload)
     run_it = verify_blockwise if by_blocks else verify
-    result = run_it(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)
+    with Busy(f"training {wanted.steps} steps with '{options.strategy}' and with a plain loop"):
+        result = run_it(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)
     if wanted.json:
         print(json.dumps(result))
     elif by_blocks:

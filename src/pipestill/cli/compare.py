@@ -6,6 +6,7 @@ With `--virtual`, on devices that wait instead of computing: of a recipe or a co
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipestill import draw
-from pipestill.cli.measure import CSV, costs_of_recipe, drawable
+from pipestill.busy import Busy
+from pipestill.cli.measure import CSV, built, costs_of_recipe, drawable
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.cli.simulate import WITHOUT_RECIPE, uniform, without_recipe
 from pipestill.compare.blockwise import compare_blockwise
@@ -37,23 +39,23 @@ class VirtualCompareOptions:
     """What is compared on virtual devices.
 
     Args:
-        virtual: devices wait for as long as the costs say, instead of computing
-        devices: pipeline stages, each one process
+        virtual: compare on devices that wait for as long as the costs say, instead of computing
+        devices: pipeline stages or ranks that train blocks, each one process
         microbatches: slices of a batch
         strategies: names with commas between them, among them fill+split (split backwards), fill+stale (staleness 1) and
-            fill+split+all (stash all); speedups are over the first
-        costs: a costs file, or a CSV of blocks for dp, ls, relay, relay-dpu, hybrid and balanced
-        batch: with a CSV of blocks: rows of a batch (default: the most that it was measured for)
-        uniform: T,F,BI,BW in seconds: what every stage takes for a teacher forward, a student forward, its input gradient
-            and its weight gradient
-        teacher: without a recipe: frozen, ema, or none for the student alone
+            fill+split+all (stash all); speedups are over the first one
+        costs: a file of costs, or a CSV of blocks for dp, ls, relay, relay-dpu, hybrid and balanced
+        batch: rows of a batch, with a CSV of blocks (default: the most that was measured)
+        uniform: without a recipe: T,F,BI,BW in seconds: the time that every stage takes for a teacher forward, a student forward,
+            its input gradient and its weight gradient
+        teacher: without a recipe: the teacher is frozen, a moving average (ema), or none for a student alone
         views: without a recipe: views of each sample, all seen by both models
         batch_loss: without a recipe: the loss takes the whole batch at once
         clip: without a recipe: gradients are clipped by their global norm
-        rounds: how often each is measured, in turn
-        steps: updates of each measurement, at least 6
-        timeout_seconds: deadline of every wait
-        draw: a .svg or .png file for all timelines, one above the other
+        rounds: number of times that each strategy is measured, in turn
+        steps: updates in each measurement, at least 6
+        timeout_seconds: deadline of every wait, in seconds
+        draw: a .svg or .png file to draw all timelines into, one above the other (default: none)
         json: print the figures as one JSON object
     """
 
@@ -81,11 +83,11 @@ class CompareOptions:
 
     Args:
         strategies: names with commas between them, among them fill+split (split backwards), fill+stale (staleness 1),
-            fill+split+all (stash all), reference, torch-1f1b and torch-gpipe (PyTorch's own pipelines, the teacher run
-            first); speedups are over the first
-        rounds: how often each is measured, in turn
-        steps: updates of each measurement, at least 6
-        draw: a .svg or .png file for all timelines, one above the other
+            fill+split+all (stash all), reference, torch-1f1b and torch-gpipe (PyTorch's own pipelines, the teacher run first);
+            speedups are over the first one
+        rounds: number of times that each strategy is measured, in turn
+        steps: updates in each measurement, at least 6
+        draw: a .svg or .png file to draw all timelines into, one above the other (default: none)
         json: print the figures as one JSON object
     """
 
@@ -110,17 +112,27 @@ def run(words: list[str]) -> int:
     refuse(rest, ("strategy",), "names one; 'compare' takes several: --strategies a,b,c")
     refuse(rest, ("teacher",), "is not read by 'compare': how well a teacher does takes no time")
     device_type = choose_device_type(options.device, options.devices)
-    if isinstance(recipe.workload(options.seed), BlockwiseWorkload):
+    if isinstance(built(recipe, options.seed), BlockwiseWorkload):
         given = any(word.startswith("--strategies") for word in rest)
         names = _strategies(wanted) if given else [*BLOCKWISE_STRATEGIES]
-        return _tell(
-            compare_blockwise(recipe, options, names, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type),
-            wanted,
-        )
+        with _note(names, options.devices, wanted):
+            comparison = compare_blockwise(
+                recipe, options, names, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type
+            )
+        return _tell(comparison, wanted)
     strategies = _strategies(wanted)
-    preflight(recipe, options)
-    comparison = compare(recipe, options, strategies, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type)
+    with _note(strategies, options.devices, wanted):
+        preflight(recipe, options)
+        comparison = compare(
+            recipe, options, strategies, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type
+        )
     return _tell(comparison, wanted)
+
+
+def _note(strategies: Sequence[str], devices: int, wanted: CompareOptions | VirtualCompareOptions) -> Busy:
+    return Busy(
+        f"comparing {', '.join(strategies)} on {devices} devices: {wanted.rounds} rounds, {wanted.steps} steps of each"
+    )
 
 
 def run_on_virtual_devices(words: list[str]) -> int:
@@ -146,7 +158,9 @@ def run_on_virtual_devices(words: list[str]) -> int:
         raise ConfigError("virtual is false; leave --virtual out to compare on real devices")
     options = _virtual(wanted, _strategies(wanted))
     costs = costs.with_surroundings(costs.link.only(), 1.0)
-    return _tell(compare_virtual_pipelines(costs, demands, options, microbatches=wanted.microbatches), wanted)
+    with _note(options.strategies, options.devices, wanted):
+        comparison = compare_virtual_pipelines(costs, demands, options, microbatches=wanted.microbatches)
+    return _tell(comparison, wanted)
 
 
 def _virtual(wanted: VirtualCompareOptions, strategies: list[str]) -> VirtualOptions:
@@ -164,7 +178,9 @@ def _compare_blocks(words: list[str], wanted: VirtualCompareOptions) -> int:
     strategies = _strategies(wanted) if given else list(BLOCKWISE_STRATEGIES)
     profile = BlockProfile.load(wanted.costs or "")
     batch = wanted.batch or max(block.rows[-1] for block in profile.blocks)
-    return _tell(compare_virtual_blockwise(profile, _virtual(wanted, strategies), batch=batch), wanted)
+    with _note(strategies, wanted.devices, wanted):
+        comparison = compare_virtual_blockwise(profile, _virtual(wanted, strategies), batch=batch)
+    return _tell(comparison, wanted)
 
 
 def _strategies(wanted: CompareOptions | VirtualCompareOptions) -> list[str]:

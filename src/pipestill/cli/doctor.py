@@ -24,7 +24,7 @@ class DoctorOptions:
     """How the report is printed.
 
     Args:
-        json: print one JSON object
+        json: print everything as one JSON object
     """
 
     json: bool = False

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import version
 
+from pipestill.busy import Busy
 from pipestill.errors import ConfigError, PipestillError, RankFailure, UserError, nearest
 
 COMMANDS = {
@@ -32,9 +35,8 @@ def usage() -> str:
     """The list of commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        ["usage: pipestill COMMAND [...]", "", *lines, "", "'pipestill COMMAND --help' tells a command's options."]
-    )
+    more = "'pipestill COMMAND --help' lists a command's options; 'pipestill --version' tells the version."
+    return "\n".join(["usage: pipestill COMMAND [...]", "", *lines, "", *textwrap.wrap(more, 80)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,16 +87,15 @@ def _dispatch(words: list[str]) -> int:
     if command in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if command == "--version":
-        from pipestill import __version__
-
-        print(__version__)
+    if command in ("-V", "--version"):
+        print(f"pipestill {version('pipestill')}")
         return 0
     if command not in COMMANDS:
         raise ConfigError(f"no command '{command}'{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
     if command != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(f"torchrun runs 'train' only, and '{command}' once on each rank; run it without torchrun")
-    run: Callable[[list[str]], int] = import_module(f"pipestill.cli.{command}").run
+    with Busy("loading torch"):
+        run: Callable[[list[str]], int] = import_module(f"pipestill.cli.{command}").run
     return run(rest)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pipestill.busy import Busy
 from pipestill.cli.options import parse, recipe_and_rest
 from pipestill.costs import Costs
 from pipestill.draw.boxes import write_bytes
@@ -52,7 +53,7 @@ def costs_of_recipe(command: str, words: Sequence[str], group: type[T]) -> tuple
     of a schedule, and the group. Costs that no file gives are measured in this process alone.
     """
     recipe, options, _ = recipe_of(command, words, group)
-    workload = recipe.workload(0)
+    workload = built(recipe)
     if isinstance(workload, BlockwiseWorkload):
         raise ConfigError(
             f"'{command} {recipe.name}' is of pipelines, and recipe '{recipe.name}' trains block by block, without one; "
@@ -78,13 +79,27 @@ def costs_for(
     if estimate is not None:
         if file is not None:
             raise ConfigError(f"--estimate computes costs, and '{file}' has them; give one of the two")
-        computed, task = compute(workload, Machine.parse(estimate), how)
+        with Busy(f"computing costs for {estimate}"):
+            computed, task = compute(workload, Machine.parse(estimate), how)
         return computed, task.demands
     if isinstance(workload, BlockwiseWorkload):
         blocks = workload.task()
-        return (measure(recipe, how) if file is None else _of_file(file, recipe, blocks)), Demands()
+        return (measured(recipe, how) if file is None else _of_file(file, recipe, blocks)), Demands()
     form = form_of(workload)
-    return (measure(recipe, how) if file is None else _of_file(file, recipe, form)), form.demands
+    return (measured(recipe, how) if file is None else _of_file(file, recipe, form)), form.demands
+
+
+def built(recipe: Recipe, seed: int = 0) -> AnyWorkload:
+    """Build the recipe's workload, with a note for whoever waits."""
+    with Busy("reading the data"):
+        return recipe.workload(seed)
+
+
+def measured(recipe: Recipe, how: RunOptions) -> Costs | BlockProfile:
+    """Measure the recipe's blocks, with a note for whoever waits."""
+    processes = "" if how.devices == 1 else f", in {how.devices} processes"
+    with Busy(f"measuring the blocks of {recipe.name}{processes}"):
+        return measure(recipe, how)
 
 
 def _of_file(file: str, recipe: Recipe, task: Task | Blockwise) -> Costs | BlockProfile:

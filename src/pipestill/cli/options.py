@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -18,8 +19,10 @@ from jsonargparse.typing import register_type
 from pipestill.arguments import raise_problems, real_number, whole
 from pipestill.errors import ConfigError, nearest
 from pipestill.recipes import RECIPES, find
-from pipestill.recipes.recipe import Recipe
 from pipestill.recipes.run_options import Numbers, NumBytes
+
+if TYPE_CHECKING:
+    from pipestill.recipes.recipe import Recipe  # which loads torch
 
 
 class Helped(Exception):
@@ -75,26 +78,50 @@ def _hints(groups: Sequence[type]) -> dict[str, Any]:
 
 
 def _help(command: str, groups: Sequence[type], defaults: Mapping[str, Any]) -> str:
-    """What a command's keys mean and which values they have when nothing is said, from the groups' docstrings."""
+    """The help of a command: what each key means and its usual value, from the docstrings of the dataclasses."""
     width = min(shutil.get_terminal_size().columns, 110)
-    hints = _hints(groups)
-    lines = [f"usage: pipestill {command} [--KEY VALUE ...]"]
+    lines = textwrap.wrap(f"usage: pipestill {command} [--KEY VALUE ...]", width, subsequent_indent="  ")
     for group in groups:
-        summary, _, described = (group.__doc__ or "").partition("Args:")
-        meanings = dict(re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", described, re.MULTILINE))
-        lines += ["", f"{summary.strip().rstrip('.')}:"]
+        about, _, described = inspect.cleandoc(group.__doc__ or "").partition("Args:")
+        summary, *more = (" ".join(paragraph.split()) for paragraph in about.strip().split("\n\n"))
+        for paragraph in [summary, *more] if hasattr(group, "name") else []:
+            lines += ["", *textwrap.wrap(paragraph, width)]
+        heading = "The recipe's own keys" if hasattr(group, "name") else summary.rstrip(".")
+        lines += ["", f"{heading}:"]
+        meanings = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
+        hints = _hints([group])
         for field in dataclasses.fields(group):
-            kinds = [kind for kind in get_args(hints[field.name]) or (hints[field.name],) if kind is not type(None)]
-            choices = get_origin(hints[field.name]) is Literal
-            value = "|".join(map(str, kinds)) if choices else _VALUES.get(kinds[0], "")
+            if len(groups) > 1 and meanings[field.name].startswith("without a recipe"):
+                continue  # here is one
             usual = defaults.get(field.name, field.default)
-            default = "" if usual is None or usual is False else f" (default: {usual})"
-            key = f"  --{field.name} {value}".rstrip()
-            lines += _entry(key, meanings[field.name] + default, width)
+            key = f"  --{field.name} {_shown_values(hints[field.name], usual)}".rstrip()
+            lines += _entry(key, meanings[field.name] + _shown_default(group, field.name, usual, meanings), width)
     lines += ["", "Always there:"]
     lines += _entry("  --print_config", "print all keys with their values as YAML, and do nothing else", width)
-    lines += _entry("  --help", "print this", width)
+    lines += _entry("  -h, --help", "print this help", width)
     return "\n".join(lines)
+
+
+def _shown_values(hint: Any, usual: Any) -> str:
+    """The values that a key takes, in short."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if kinds == [bool]:
+        return "true|false" if usual is True else ""
+    return "|".join(map(str, kinds)) if get_origin(hint) is Literal else _VALUES[kinds[0]]
+
+
+def _shown_default(group: type, name: str, usual: Any, meanings: Mapping[str, str]) -> str:
+    """The usual value of a key: its own, or that of the usual preset."""
+    if "(default" in meanings[name] or usual is False:
+        return ""
+    preset = ""
+    if usual is None and "preset" in meanings:
+        instance: Any = group()
+        usual, preset = getattr(instance, name), f" in preset {instance.preset}"
+    if usual is None or usual is False or usual == ():
+        return ""
+    shown = ",".join(map(str, usual)) if isinstance(usual, tuple) else "true" if usual is True else usual
+    return f" (default: {shown}{preset})"
 
 
 def _entry(key: str, meaning: str, width: int, indent: int = 30) -> list[str]:
@@ -190,9 +217,16 @@ def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe
     """The recipe that the first argument names, itself or in a YAML file; the file's keys; and the other arguments."""
     if not arguments or arguments[0].startswith("-"):
         if "--help" in arguments or "-h" in arguments:
-            recipes = "\n".join(f"  {name}  {entry.summary}" for name, entry in RECIPES.items())
+            width = min(shutil.get_terminal_size().columns, 110)
+            recipes = [
+                line for name, entry in RECIPES.items() for line in _entry(f"  {name}", entry.summary, width, 16)
+            ]
             print(
-                f"usage: pipestill {command} RECIPE|config.yaml [--KEY VALUE ...]\n\nRecipes:\n{recipes}\n\n"
+                "\n".join(
+                    [f"usage: pipestill {command} RECIPE|config.yaml [--KEY VALUE ...]", "", "Recipes:", *recipes, ""]
+                )
+            )
+            print(
                 f"'pipestill {command} {next(iter(RECIPES))} --help' lists the keys. A config.yaml holds a line\n"
                 "'recipe: NAME' and any of those keys; the command line wins over it."
             )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from pipestill.busy import Busy
 from pipestill.cli.figures import (
     block_figures,
     milliseconds,
@@ -19,7 +20,7 @@ from pipestill.cli.figures import (
     who_does_what,
     wide_console,
 )
-from pipestill.cli.measure import CSV, check_strategy, costs_for, load, recipe_of, writable, write_json
+from pipestill.cli.measure import CSV, built, check_strategy, costs_for, load, recipe_of, writable, write_json
 from pipestill.cli.options import Helped, parse, refuse
 from pipestill.cli.simulate import FOR_BLOCKS, FOR_PIPELINES, OF_BLOCKS, WITHOUT_RECIPE, rows_of_batch, without_recipe
 from pipestill.costs import Costs
@@ -40,23 +41,23 @@ class PlanOptions:
 
     Args:
         out: the file to write the plan to, also -o, for 'pipestill simulate' (default: none)
-        devices: pipeline stages, or ranks that share blocks which learn alone
-        strategy: consider this one only, with its variants; read from the command line alone
+        devices: pipeline stages, or ranks that train blocks
+        strategy: consider only this strategy, with its variants; read from the command line alone (default: all)
         microbatches: slices of a batch
-        staleness: 1 considers strategies whose momentum teacher is one step old too
-        costs: a costs file, or a CSV of blocks that learn alone; by itself, or to spare measuring a recipe
+        staleness: 1 to also consider strategies whose momentum teacher is one step old (default: 0)
+        costs: a file of costs, or a CSV of blocks; by itself, or with a recipe instead of measuring it
         profile: another name for --costs with a CSV
-        batch: rows of a batch, with a CSV of blocks (default: the most that it was measured for)
-        estimate: compute a pipeline's costs for a device instead of measuring them here: v100, a100, h100 or h200, with
-            :fp32, :bf16 or the like behind it for another precision than its usual one
-        memory: most that a device may hold, such as 80GB (default: no limit)
-        teacher: without a recipe: frozen, ema, or none for the student alone
+        batch: rows of a batch, with a CSV of blocks (default: the most that was measured)
+        estimate: compute the costs of a pipeline for a device that is not here: v100, a100, h100 or h200, with :fp32, :bf16 or
+            the like behind it for another precision than its usual one (default: measure costs here)
+        memory: most memory that a device may hold, such as 80GB (default: no limit)
+        teacher: without a recipe: the teacher is frozen, a moving average (ema), or none for a student alone
         views: without a recipe: views of each sample, all seen by both models
         batch_loss: without a recipe: the loss takes the whole batch at once
         clip: without a recipe: gradients are clipped by their global norm
-        device: cpu or cuda, as in 'pipestill profile'
-        threads: CPU threads of each process that measures (default: the cores shared out evenly)
-        json: print everything considered as one JSON object
+        device: cpu or cuda, between which links are measured (default: cuda where there are enough devices)
+        threads: CPU threads of each process that measures (default: the cores, divided evenly)
+        json: print everything that was considered as one JSON object
     """
 
     out: str | None = None
@@ -111,7 +112,7 @@ def _of_recipe(words: list[str]) -> tuple[_Problem, PlanOptions]:
     file = _file(options)
     if file is not None:
         refuse(rest, ("device", "threads"), f"is for measuring, and '{file}' is given; leave it out")
-    workload = recipe.workload(0)
+    workload = built(recipe)
     how = RunOptions(
         devices=max(1, options.devices), microbatches=max(1, options.microbatches),
         split_backward=not isinstance(workload, BlockwiseWorkload), device=options.device, threads=options.threads,
@@ -149,10 +150,10 @@ def _file(options: PlanOptions) -> str | None:
 
 
 def _pipelines(costs: Costs, demands: Demands, options: PlanOptions, recipe: str | None) -> int:
-    with Console(stderr=True).status("planning") as status:
+    with Busy("planning") as note:
         found = search_pipelines(
             costs, demands, devices=options.devices, microbatches=options.microbatches, staleness=options.staleness,
-            strategy=options.strategy, memory_bytes=options.memory, progress=lambda name: status.update(f"planning {name}"),
+            strategy=options.strategy, memory_bytes=options.memory, progress=lambda name: note.change(f"planning {name}"),
         )  # fmt: skip
         figures = {
             "kind": "pipeline", "recipe": recipe, "devices": options.devices, "microbatches": options.microbatches,
@@ -221,9 +222,10 @@ def _listed(partition: tuple[int, ...]) -> str:
 
 
 def _blocks(profile: BlockProfile, batch: int, options: PlanOptions, recipe: str | None) -> int:
-    found = search_blockwise(
-        profile, devices=options.devices, batch=batch, memory_bytes=options.memory, strategy=options.strategy
-    )
+    with Busy("planning"):
+        found = search_blockwise(
+            profile, devices=options.devices, batch=batch, memory_bytes=options.memory, strategy=options.strategy
+        )
     dp = next((one.plan for one in found.considered if one.name == "dp"), None)
     figures = {
         "kind": "blockwise", "recipe": recipe, "devices": options.devices, "batch": batch,

@@ -10,14 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipestill.busy import Busy
 from pipestill.cli.figures import milliseconds, plain_table, shown_bytes, wide_console
-from pipestill.cli.measure import CSV, recipe_of, writable, write_json
+from pipestill.cli.measure import CSV, built, measured, recipe_of, writable, write_json
 from pipestill.cli.options import Helped
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.errors import ConfigError
 from pipestill.model.devices import Machine
 from pipestill.recipes.estimate import compute
-from pipestill.recipes.measure import measure
 from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -28,18 +28,18 @@ class ProfileOptions:
     """What is measured, and where it goes.
 
     Args:
-        out: the file to write, also -o: a .json of costs, or a .csv of blocks for a recipe that trains block by block;
-            --costs takes either (default: none)
-        estimate: compute a pipeline's costs for a device instead of measuring them here: v100, a100, h100 or h200, with
-            :fp32, :bf16 or the like behind it for another precision than its usual one
-        devices: processes that the links between them, and how much they slow each other down, are measured with; blocks
-            that learn alone are measured at the shares of a batch of 1 to so many ranks
-        microbatches: slices of a batch; costs of a pipeline are for one of them
-        device: cpu or cuda: between what links are measured (default: cuda where there are enough); blocks are measured on
-            the CPU, as before a run
-        seed: of the initial weights and the data's order
-        threads: CPU threads of each process (default: the cores shared out evenly)
-        timeout_seconds: deadline of every wait
+        out: the file to write, also -o: a .json of costs, or a .csv of blocks for a recipe that trains block by block; --costs of
+            other commands takes either (default: none)
+        estimate: compute the costs of a pipeline for a device that is not here: v100, a100, h100 or h200, with :fp32, :bf16 or
+            the like behind it for another precision than its usual one (default: measure costs here)
+        devices: processes with which the links between them, and how much they slow each other down, are measured; blocks are
+            measured with the rows that 1 to this many ranks would have of a batch
+        microbatches: slices of a batch; costs of a pipeline are for one slice
+        device: cpu or cuda, between which links are measured (default: cuda where there are enough devices); blocks are measured
+            on the CPU, as before a run
+        seed: seed of the initial weights and of the order of the data
+        threads: CPU threads of each process that measures (default: the cores, divided evenly)
+        timeout_seconds: deadline of every wait, in seconds
         json: print what was measured as one JSON object
     """
 
@@ -64,14 +64,14 @@ def run(words: list[str]) -> int:
         raise ConfigError(
             f"devices {options.devices} and microbatches {options.microbatches}; expected at least 1 each"
         )
-    workload = recipe.workload(options.seed)
+    workload = built(recipe, options.seed)
     by_blocks = isinstance(workload, BlockwiseWorkload)
     _check_file(options.out, recipe.name, by_blocks)
     how = RunOptions(
         devices=options.devices, microbatches=options.microbatches, split_backward=not by_blocks, device=options.device,
         seed=options.seed, threads=options.threads, timeout_seconds=options.timeout_seconds,
     )  # fmt: skip
-    costs = measure(recipe, how) if options.estimate is None else _computed(workload, options, how)
+    costs = measured(recipe, how) if options.estimate is None else _computed(workload, options, how)
     figures: dict[str, Any] = {"recipe": recipe.name, "devices": options.devices, "file": options.out}
     if isinstance(costs, BlockProfile):
         blocks = [asdict(block) for block in costs.blocks]
@@ -102,7 +102,8 @@ def _computed(workload: AnyWorkload, options: ProfileOptions, how: RunOptions) -
         raise ConfigError(
             "--devices starts processes that measure, and --estimate measures nothing; leave one of them out"
         )
-    return compute(workload, Machine.parse(options.estimate), how)[0]
+    with Busy(f"computing costs for {options.estimate}"):
+        return compute(workload, Machine.parse(options.estimate), how)[0]
 
 
 def _check_file(path: str | None, recipe: str, by_blocks: bool) -> None:

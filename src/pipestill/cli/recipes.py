@@ -20,7 +20,7 @@ class RecipesOptions:
     """How the list is printed.
 
     Args:
-        json: print one JSON object
+        json: print everything as one JSON object
     """
 
     json: bool = False

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pipestill import draw
 from pipestill.cli.figures import block_figures, milliseconds, pipeline_figures, stages_table, who_does_what
-from pipestill.cli.measure import check_strategy, costs_for, drawable, load, recipe_of
+from pipestill.cli.measure import built, check_strategy, costs_for, drawable, load, recipe_of
 from pipestill.cli.options import Helped, parse, refuse
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
@@ -38,28 +38,29 @@ class SimulateOptions:
     """What is simulated, and what is shown of it.
 
     Args:
-        devices: pipeline stages, or ranks that share blocks which learn alone
-        strategy: sequential, gpipe, 1f1b, tspipe, async or fill; for blocks that learn alone dp, ls, relay, relay-dpu,
-            hybrid or balanced (default: fill, or balanced)
+        devices: pipeline stages, or ranks that train blocks
+        strategy: sequential, gpipe, 1f1b, tspipe, async or fill for a pipeline; dp, ls, relay, relay-dpu, hybrid or balanced for
+            blocks (default: fill, or balanced)
         microbatches: slices of a batch
-        staleness: of a momentum teacher under 'fill': 0 or 1
-        split_backward: 'fill' takes gradients of weights apart from those of inputs
-        stash: most microbatches that a rank of 'fill' holds: a number, n, 2n-1 or all
-        run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student
-        uniform: T,F,BI,BW such as 1,1,1,1: what every stage takes for a teacher forward, a student forward,
-            its input gradient and its weight gradient
-        teacher: without a recipe: frozen, ema, or none for the student alone
+        staleness: steps by which the weights of a momentum teacher under 'fill' may be old, 0 or 1 (default: 0)
+        split_backward: let 'fill' compute gradients of weights apart from those of inputs
+        stash: most microbatches that a rank of 'fill' holds between forward and backward: a number, n, 2n-1 or all (default: n,
+            and 2n-1 with split backwards)
+        run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as many as help)
+        uniform: without a recipe: T,F,BI,BW such as 1,1,1,1: the time that every stage takes for a teacher forward, a student
+            forward, its input gradient and its weight gradient
+        teacher: without a recipe: the teacher is frozen, a moving average (ema), or none for a student alone
         views: without a recipe: views of each sample, all seen by both models
         batch_loss: without a recipe: the loss takes the whole batch at once
         clip: without a recipe: gradients are clipped by their global norm
-        costs: a costs file, or a CSV of blocks that learn alone; by itself, or to spare measuring a recipe
-        batch: rows of a batch, with a CSV of blocks (default: the most that it was measured for)
-        estimate: compute a pipeline's costs for a device instead of measuring them here: v100, a100, h100 or h200, with
-            :fp32, :bf16 or the like behind it for another precision than its usual one
-        memory: most that a device may hold, such as 80GB (default: no limit)
-        draw: a .svg or .png file for the picture
+        costs: a file of costs, or a CSV of blocks; by itself, or with a recipe instead of measuring it
+        batch: rows of a batch, with a CSV of blocks (default: the most that was measured)
+        estimate: compute the costs of a pipeline for a device that is not here: v100, a100, h100 or h200, with :fp32, :bf16 or
+            the like behind it for another precision than its usual one (default: measure costs here)
+        memory: most memory that a device may hold, such as 80GB (default: no limit)
+        draw: a .svg or .png file to draw the picture into (default: none)
         steps: steady steps in the picture (default: 2, or one window of batches)
-        text: print the schedule too: each rank's work in order, with @1 after work for the step after
+        text: print the schedule too: the actions of each rank in order, with @1 behind those of the next step
         json: print the figures as one JSON object
     """
 
@@ -193,7 +194,7 @@ def _of_recipe(words: list[str]) -> tuple[Plan | BlockwisePlan, SimulateOptions,
     recipe, options, rest = recipe_of("simulate", words, SimulateOptions)
     drawable(options.draw)
     refuse(rest, ("uniform", *WITHOUT_RECIPE), "is for stages without a recipe; leave it out, or leave out the recipe")
-    workload = recipe.workload(0)
+    workload = built(recipe)
     by_blocks = isinstance(workload, BlockwiseWorkload)
     devices = max(1, options.devices) if by_blocks else 1
     how = RunOptions(devices=devices, microbatches=max(1, options.microbatches), split_backward=options.split_backward)

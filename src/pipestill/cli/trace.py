@@ -26,8 +26,8 @@ class TraceOptions:
     """What is drawn.
 
     Args:
-        draw: a .svg or .png file for the picture (default: RUN_DIR/timeline.svg)
-        steps: steady steps in the picture; where blocks learn alone, steps of the schedule, which may hold several batches
+        draw: a .svg or .png file to draw the picture into (default: RUN_DIR/timeline.svg)
+        steps: steady steps in the picture; of a schedule for blocks, whose steps may hold several batches
         json: print the figures as one JSON object
     """
 

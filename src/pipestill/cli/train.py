@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from pipestill.busy import Busy
 from pipestill.cli.options import Helped, parse, recipe_and_rest, vars_of
 from pipestill.errors import PlanError
 from pipestill.recipes.run import preflight, run_recipe
@@ -26,8 +27,8 @@ class Output:
     """Where results go.
 
     Args:
-        out: the run's directory (default: runs/RECIPE-N)
-        json: print the summary as one JSON object instead of progress and a table
+        out: the directory of the run, also -o (default: runs/RECIPE-N)
+        json: print the summary as one JSON object, instead of progress and a table
     """
 
     out: str | None = None
@@ -46,7 +47,8 @@ def run(words: list[str]) -> int:
     device_type = choose_device_type(options.device, options.devices)
     directory = None
     if in_main_process():
-        preflight(recipe, options)
+        with Busy("checking models, data and options"):
+            preflight(recipe, options)
         directory = RunDirectory.create(output.out, recipe.name)
         everything = {"recipe": recipe.name, **vars_of(recipe), **vars_of(options)}
         directory.write("config.yaml", yaml.safe_dump(everything, sort_keys=False))

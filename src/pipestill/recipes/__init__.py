@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from pipestill.errors import ConfigError, nearest
-from pipestill.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pipestill.recipes.recipe import Recipe  # which loads torch
 
 
 @dataclass(frozen=True, slots=True)

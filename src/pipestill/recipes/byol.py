@@ -56,24 +56,24 @@ class Byol:
 
     Args:
         preset: form of the data, sizes and rates: digits, or TSPipe's configuration for imagenet100, cifar10 and stl10
-        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with a folder of images a class; or
+        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with one folder of images for each class; or
             noise, to measure speed (default for digits: those that ship inside scikit-learn)
-        image_size: pixels that views of photographs are brought to, in height and width
-        network: the encoder: a plain CNN of the width and depth given, or a ResNet
-        width: channels of the cnn's first half; the second has twice as many
-        depth: convolutions of the cnn after its first
+        image_size: pixels to which views of photographs are resized, in height and in width
+        network: the encoder: a plain CNN (see width and depth), or a ResNet
+        width: channels in the first half of the cnn; the second half has twice as many
+        depth: convolutions of the cnn after its first one
         projection: outputs of the projector and of the predictor
-        hidden: units of their hidden layers
-        dropout: share of channels that the student's cnn drops
-        momentum: m of the teacher at the start; it rises to 1 along a cosine
+        hidden: units in the hidden layers of the projector and of the predictor
+        dropout: fraction of channels that the student's cnn drops
+        momentum: momentum m of the teacher's moving average at the start; it rises to 1 along a cosine
         batch_size: samples of one update
         epochs: passes over the data
-        warm_up_epochs: of these, those in which the learning rate rises
-        optimizer: of the student
+        warm_up_epochs: epochs at the start in which the learning rate rises evenly
+        optimizer: optimizer of the student
         lr: highest learning rate; after the warm-up it falls along a cosine
-        sgd_momentum: SGD's and LARS's own momentum
-        weight_decay: L2 penalty (SGD, LARS) or decoupled decay (AdamW)
-        workers: processes that read images and make views of them beside the training
+        sgd_momentum: momentum of SGD and LARS themselves
+        weight_decay: L2 penalty (SGD, LARS) or decoupled weight decay (AdamW)
+        workers: processes that read images and make views of them, beside those that train
     """
 
     name: ClassVar[str] = "byol"

@@ -67,31 +67,33 @@ class Compress:
 
     Args:
         preset: form of the data, sizes and epochs: digits, or Pipe-BD's configurations of VGG-16 for cifar10 and imagenet
-        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with a folder of images a class; or
+        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with one folder of images for each class; or
             noise, to measure speed (default for digits: those that ship inside scikit-learn)
-        image_size: pixels that images of folders are brought to, in height and width
-        network: the teacher's family
-        teacher_norm: batch norm after a VGG teacher's convolutions
+        image_size: pixels to which images from folders are resized, in height and in width
+        network: family of the teacher and the student
+        teacher_norm: put batch norm behind the convolutions of a VGG teacher
         widths: channels of each stage, such as 64,128,256,512,512
-        depths: convolutions (vgg) or residual blocks of two (resnet) in each stage of the teacher
-        student_depths: the same for the student
-        hidden: units of the hidden layers of a VGG teacher's classifier; [] is none. The student's has none
-        block_loss: of each block but the last: mean squared error, the same relative to the teacher's, or 1 - cosine
-        temperature: T that softens both models' logits in the last block's loss
-        fine_tuning_temperature: the same in the fine-tuning, whose loss is softened logits and labels
+        depths: convolutions (vgg) or residual blocks of two convolutions (resnet) in each stage of the teacher
+        student_depths: convolutions (vgg) or residual blocks of two convolutions (resnet) in each stage of the student
+        hidden: units in the hidden layers of a VGG teacher's classifier, [] for none; the student's classifier has none
+        block_loss: loss of each block but the last: mean squared error, mean squared error relative to the teacher's outputs, or
+            1 - cosine
+        temperature: temperature T that softens the logits of both models in the loss of the last block
+        fine_tuning_temperature: temperature T that softens the logits of both models in the fine-tuning, whose loss has softened
+            logits and labels
         batch_size: samples of one update
         epochs: passes over the data for the student's blocks
         teacher_epochs: passes over the data for the teacher
-        fine_tuning_epochs: passes over the data end to end, after the blocks; 0 is none. The student without a teacher has
-            as many as the blocks and this together
-        optimizer: of each block; end to end it is always sgd
-        lr: learning rate of the blocks at the start; each rate falls along a cosine
-        teacher_lr: learning rate of the teacher, and of the student without one
-        fine_tuning_lr: learning rate of the fine-tuning
-        sgd_momentum: SGD's own momentum
-        weight_decay: L2 penalty (SGD) or decoupled decay (AdamW)
-        augment: train on images that are moved and mirrored, and on random parts of those of folders
-        workers: processes that read images beside the training
+        fine_tuning_epochs: passes over the data end to end, after the blocks; 0 for none. The student without a teacher is
+            trained for epochs and fine_tuning_epochs together
+        optimizer: optimizer of each block; trainings end to end have sgd always
+        lr: learning rate of the blocks at the start; each learning rate falls along a cosine
+        teacher_lr: learning rate of the teacher, and of the student without a teacher, at the start
+        fine_tuning_lr: learning rate of the fine-tuning at the start
+        sgd_momentum: momentum of SGD itself
+        weight_decay: L2 penalty (SGD) or decoupled weight decay (AdamW)
+        augment: train on images that are shifted and mirrored at random, and on random parts of those from folders
+        workers: processes that read images, beside those that train
     """
 
     name: ClassVar[str] = "compress"

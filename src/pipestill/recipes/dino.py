@@ -62,35 +62,36 @@ class Dino:
     The teacher sees the two large views of each image only. What is not given is the preset's, shown by --print_config.
 
     Args:
-        preset: form of the data, sizes and rates: digits, or the paper's for imagenet
-        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with a folder of images a class; or
+        preset: form of the data, sizes and rates: digits, or those of the paper for imagenet
+        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with one folder of images for each class; or
             noise, to measure speed (default for digits: those that ship inside scikit-learn)
-        image_size: pixels of the two large views, in height and width
-        local_size: pixels of the small ones
-        local_views: how many of these
-        model: the encoder: a plain CNN of the width and depth given, or a Vision Transformer: vit-t with patches of 2 x 2
-            pixels, the others of 16 x 16
-        width: channels of the cnn's first half; the second has twice as many
-        depth: convolutions of the cnn after its first, or layers of a transformer
-        hidden: units of the head's hidden layers
-        bottleneck: of the head before its last layer
+        image_size: pixels of the two large views, in height and in width
+        local_size: pixels of the small views, in height and in width
+        local_views: number of small views of each image
+        model: the encoder: a plain CNN (see width and depth), or a Vision Transformer: vit-t with patches of 2 x 2 pixels, the
+            others with patches of 16 x 16
+        width: channels in the first half of the cnn; the second half has twice as many
+        depth: convolutions of a cnn after its first one, or layers of a transformer (default for a transformer: as many as the
+            model has)
+        hidden: units in the hidden layers of the head
+        bottleneck: units of the head before its last layer
         prototypes: outputs of the head
-        head_norm: batch norm in the head's hidden layers
-        student_temperature: of the student's outputs
-        warm_up_temperature: of the teacher's at the start
-        temperature: of the teacher's from temperature_epochs on, to which it rises evenly
-        temperature_epochs: passes over the data until then
-        dropout: share of channels (cnn) or values that the student drops
-        momentum: m of the teacher at the start; it rises to 1 along a cosine
-        center_momentum: share of the teacher's center that stays with each batch
+        head_norm: put batch norm into the hidden layers of the head
+        student_temperature: temperature that divides the student's outputs
+        warm_up_temperature: temperature that divides the teacher's outputs at the start
+        temperature: temperature that divides the teacher's outputs from temperature_epochs on; it rises evenly until then
+        temperature_epochs: epochs in which the teacher's temperature rises
+        dropout: fraction of channels (cnn) or of values (transformer) that the student drops
+        momentum: momentum m of the teacher's moving average at the start; it rises to 1 along a cosine
+        center_momentum: fraction of the teacher's center that each batch keeps
         batch_size: samples of one update
         epochs: passes over the data
-        warm_up_epochs: of these, those in which the learning rate rises
-        lr: AdamW's highest learning rate; after the warm-up it falls along a cosine (default for imagenet: 5e-4 for each 256
+        warm_up_epochs: epochs at the start in which the learning rate rises evenly
+        lr: highest learning rate of AdamW; after the warm-up it falls along a cosine (default for imagenet: 5e-4 for each 256
             samples of a batch)
         weight_decay: decoupled decay of weights at the start; biases and norms have none
-        final_weight_decay: the same at the end, to which it rises along a cosine
-        workers: processes that read images and make views of them beside the training
+        final_weight_decay: decoupled decay of weights at the end, to which it rises along a cosine
+        workers: processes that read images and make views of them, beside those that train
     """
 
     name: ClassVar[str] = "dino"

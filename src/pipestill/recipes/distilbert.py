@@ -75,34 +75,39 @@ class DistilBert:
     the preset's, shown by --print_config.
 
     Args:
-        preset: sizes, batch and epochs: reference (embedded), or those published for bert-base and bert-large
-        teacher_model: directory or hub name of a BERT to distil, whose sizes and tokenizer are taken; without one the
+        preset: sizes, batch and epochs: reference (a small BERT on embedded text), or those published for bert-base and
+            bert-large
+        teacher_model: directory or hub name of a BERT to distil, which brings its sizes and its tokenizer; without it, the
             published presets distil a teacher of random weights, which shows speed and teaches nothing
-        student_model: directory or hub name of a DistilBERT to start from, instead of layers of the teacher
-        data: a text file, a folder of .txt files, or a dataset saved with save_to_disk (default: the language reference)
-        tokenizer: a tokenizer.json, or directory or hub name of one (default: the teacher model's, or one trained on the text)
-        vocab_size: tokens of the models, and most of a tokenizer that is trained
+        student_model: directory or hub name of a DistilBERT to start from (default: a student that starts from layers of the
+            teacher)
+        data: a text file, a folder of .txt files, or a dataset saved with save_to_disk (default: the language reference of
+            Python)
+        tokenizer: a tokenizer.json, or directory or hub name of a tokenizer (default: the teacher model's, or one trained on the
+            text)
+        vocab_size: tokens that the models know, and the most that a tokenizer trained here may have
         max_length: most tokens of a sequence
-        group_by_length: batches of sequences about as long, padded to the longest; else all are padded to max_length
-        mask_probability: share of tokens to be found
-        layers: of the teacher
-        student_layers: of the student (default with a teacher_model: half as many)
-        hidden_size: width of both models
-        heads: of each layer's attention
-        intermediate_size: units of each layer's feed-forward network
-        dropout: share of units and of attention that both models drop while they train
-        temperature: T that softens both models' logits
-        soft_target_weight: of T^2 KL(teacher, student) over all tokens
-        cross_entropy_weight: of the cross entropy with the masked tokens
-        cosine_weight: of 1 - cosine similarity of the last hidden states
+        group_by_length: make batches of sequences of similar length and pad them to the longest; else all are padded to
+            max_length
+        mask_probability: fraction of the tokens that are masked, to be predicted
+        layers: layers of the teacher
+        student_layers: layers of the student (default with a teacher_model: half as many as it has)
+        hidden_size: width of the hidden states of both models
+        heads: attention heads of each layer
+        intermediate_size: units in the feed-forward network of each layer
+        dropout: fraction of units and of attention that both models drop while they train
+        temperature: temperature T that softens the logits of both models
+        soft_target_weight: weight of T^2 KL(teacher, student) over all tokens
+        cross_entropy_weight: weight of the cross entropy with the masked tokens
+        cosine_weight: weight of 1 - cosine similarity of the last hidden states
         freeze_positions: leave the student's position embeddings as the teacher's are
-        tie_embeddings: the output layer shares the embeddings' weights, which needs both in one stage, so one device
+        tie_embeddings: let the output layer share the weights of the embeddings, which needs both in one stage, so one device
         batch_size: sequences of one update
         epochs: passes over the data for the student, with and without a teacher
         teacher_epochs: passes over the data for a teacher that is trained here
-        lr: largest learning rate of the student; it rises over the warm-up and falls evenly to 0
-        teacher_lr: the same of a teacher that is trained here
-        warm_up: share of the steps in which the rate rises
+        lr: highest learning rate of the student; it rises in the warm-up and then falls evenly to 0
+        teacher_lr: highest learning rate of a teacher that is trained here; it rises in the warm-up and then falls evenly to 0
+        warm_up: fraction of the steps in which learning rates rise
         weight_decay: AdamW's decay of matrices; biases and norms have none
     """
 

@@ -59,25 +59,25 @@ class MocoV3:
 
     Args:
         preset: form of the data, sizes and rates: digits, or TSPipe's configuration for imagenet
-        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with a folder of images a class; or
+        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with one folder of images for each class; or
             noise, to measure speed (default for digits: those that ship inside scikit-learn)
-        image_size: pixels that views of photographs are brought to, in height and width
-        model: the encoder: a Vision Transformer, vit-t with patches of 2 x 2 pixels, the others of 16 x 16
-        depth: layers of the encoder, instead of the model's own
+        image_size: pixels to which views of photographs are resized, in height and in width
+        model: the encoder, a Vision Transformer: vit-t with patches of 2 x 2 pixels, the others with patches of 16 x 16
+        depth: layers of the encoder (default: as many as the model has)
         projection: outputs of the projector and of the predictor
-        hidden: units of their hidden layers
-        temperature: of the cosines between views
-        dropout: share of values that the student's layers drop
-        momentum: m of the teacher at the start; it rises to 1 along a cosine
+        hidden: units in the hidden layers of the projector and of the predictor
+        temperature: temperature that divides the cosines between views
+        dropout: fraction of values that the student's layers drop
+        momentum: momentum m of the teacher's moving average at the start; it rises to 1 along a cosine
         batch_size: samples of one update
         epochs: passes over the data
-        warm_up_epochs: of these, those in which the learning rate rises
-        optimizer: of the student
-        lr: highest learning rate; after the warm-up it falls along a cosine (default for imagenet: 1.5e-4 for each 256
-            samples of a batch)
-        sgd_momentum: SGD's and LARS's own momentum
-        weight_decay: L2 penalty (SGD, LARS) or decoupled decay (AdamW)
-        workers: processes that read images and make views of them beside the training
+        warm_up_epochs: epochs at the start in which the learning rate rises evenly
+        optimizer: optimizer of the student
+        lr: highest learning rate; after the warm-up it falls along a cosine (default for imagenet: 1.5e-4 for each 256 samples of
+            a batch)
+        sgd_momentum: momentum of SGD and LARS themselves
+        weight_decay: L2 penalty (SGD, LARS) or decoupled weight decay (AdamW)
+        workers: processes that read images and make views of them, beside those that train
     """
 
     name: ClassVar[str] = "moco-v3"

@@ -106,37 +106,39 @@ class Nas:
 
     Args:
         preset: form of the data, sizes and epochs: digits, or Pipe-BD's configurations for cifar10 and imagenet
-        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with a folder of images a class; or
+        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with one folder of images for each class; or
             noise, to measure speed (default for digits: those that ship inside scikit-learn)
-        image_size: pixels that images of folders are brought to, in height and width
+        image_size: pixels to which images from folders are resized, in height and in width
         widths: channels of each block
         teacher_cells: MBConvs (k3e6) in each block of the teacher
         cells: places to fill in each block of the student
-        strides: by what the first cell of each block divides the image's height and width
+        strides: divisors of the image's height and width in the first cell of each block
         stem: channels of the first convolution, and of the MBConv (k3e1) behind it
-        stem_stride: of the first convolution
+        stem_stride: divisor of the image's height and width in the first convolution
         head: channels of the last convolution, before the classifier
-        kernels: sizes of convolutions to choose from, odd
+        kernels: sizes of convolutions to choose from, all odd
         expansions: factors on the channels inside an MBConv to choose from
-        block_loss: of each block but the last: mean squared error, the same relative to the teacher's, or 1 - cosine
-        temperature: T that softens logits in the last block's loss and in the fine-tuning
-        flops_weight: of a block's expected FLOPs, as a share of the most it could have, in the loss of its paths
-        held_out: share of the training data on which paths learn, and weights do not
-        every: batches for the weights before each one for the paths
-        warm_up: share of the epochs before paths learn
+        block_loss: loss of each block but the last: mean squared error, mean squared error relative to the teacher's outputs, or
+            1 - cosine
+        temperature: temperature T that softens logits in the loss of the last block and in the fine-tuning
+        flops_weight: weight of a block's expected FLOPs, as a fraction of the most it could have, in the loss of its paths
+        held_out: fraction of the training data on which paths are trained, and weights are not
+        every: batches for the weights before each batch for the paths
+        warm_up: fraction of the epochs before paths are trained
         batch_size: samples of one update
         epochs: passes over the data for the student's blocks
         teacher_epochs: passes over the data for the teacher
-        fine_tuning_epochs: passes over the data end to end, after the blocks; 0 is none. The network without a teacher has
-            as many as the blocks and this together
-        lr: learning rate of the blocks' weights (SGD, Nesterov) at the start; each rate but alpha_lr falls along a cosine
-        alpha_lr: learning rate of the paths (Adam)
-        teacher_lr: learning rate of the teacher, and of the network without one
-        fine_tuning_lr: learning rate of the fine-tuning
-        sgd_momentum: SGD's own momentum
+        fine_tuning_epochs: passes over the data end to end, after the blocks; 0 for none. The network without a teacher is
+            trained for epochs and fine_tuning_epochs together
+        lr: learning rate of the blocks' weights (SGD, Nesterov) at the start; each learning rate but alpha_lr falls along a
+            cosine
+        alpha_lr: constant learning rate of the paths (Adam)
+        teacher_lr: learning rate of the teacher, and of the network without a teacher, at the start
+        fine_tuning_lr: learning rate of the fine-tuning at the start
+        sgd_momentum: momentum of SGD itself
         weight_decay: L2 penalty of weights
-        augment: train on images that are moved and mirrored, and on random parts of those of folders
-        workers: processes that read images beside the training
+        augment: train on images that are shifted and mirrored at random, and on random parts of those from folders
+        workers: processes that read images, beside those that train
     """
 
     name: ClassVar[str] = "nas"

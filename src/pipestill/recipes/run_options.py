@@ -41,28 +41,29 @@ class RunOptions:
     """How a recipe is run.
 
     Args:
-        devices: pipeline stages, or ranks that share blocks; each one process with one device
-        strategy: reference, sequential, gpipe, 1f1b, tspipe, async or fill; for a recipe that trains block by block
-            reference, dp, ls, relay, relay-dpu, hybrid or balanced
+        devices: pipeline stages, or ranks that train blocks; each is one process with one device
+        strategy: reference, sequential, gpipe, 1f1b, tspipe, async or fill for a pipeline; reference, dp, ls, relay, relay-dpu,
+            hybrid or balanced for a recipe that trains block by block
         microbatches: slices of a batch whose gradients add up, where a model is trained end to end
-        staleness: of a momentum teacher under 'fill': 0 is exact, with 1 it is one step old (default: 0)
-        split_backward: 'fill' takes gradients of weights apart from those of inputs, and fills bubbles with them
-        stash: most microbatches that a rank of 'fill' holds between forward and backward: a number, n (as many as
+        staleness: steps by which the weights of a momentum teacher under 'fill' may be old: 0 is exact, 1 is faster (default: 0)
+        split_backward: let 'fill' compute gradients of weights apart from those of inputs, and fill bubbles with them
+        stash: most microbatches that a rank of 'fill' holds between forward and backward: a number, n (as many as there are
             stages), 2n-1 or all (default: n, and 2n-1 with split backwards)
         clip_grad_norm: largest norm of all gradients together, where a model is trained end to end (default: no limit)
-        batch_norm: running statistics move with each microbatch, once a batch (deferred), or not at all (frozen)
-        run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as needed)
-        student_partition: blocks of each student stage, such as 3,3 (default: levelled from measured costs)
-        teacher_partition: blocks of each teacher stage
-        costs: a costs file to plan pipelines with, instead of measuring
-        profile: a CSV of blocks to plan blockwise training with, instead of measuring
-        memory: most that blockwise training may hold on a device, such as 80GB (default: no limit)
-        teacher: a teacher's model.safetensors of an earlier run, instead of training one
-        device: cpu or cuda (default: cuda where there are enough)
-        seed: of the initial weights, the data's order and dropout
+        batch_norm: when the running statistics of batch norm move: with each microbatch, once a batch (deferred), or never
+            (frozen)
+        run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as many as help)
+        student_partition: blocks of each student stage, such as 3,3 (default: levelled by the costs)
+        teacher_partition: blocks of each teacher stage, such as 3,3 (default: levelled by the costs)
+        costs: a file of costs to plan pipelines with (default: measure them)
+        profile: a CSV of blocks to plan blockwise training with (default: measure it)
+        memory: most memory that blockwise training may hold on a device, such as 80GB (default: no limit)
+        teacher: a model.safetensors of an earlier run to read the teacher from (default: train one)
+        device: cpu or cuda (default: cuda where there are enough devices)
+        seed: seed of the initial weights, of the order of the data and of dropout
         log_every: steps between two lines of metrics.jsonl
-        threads: CPU threads of each process (default: the cores shared out evenly)
-        timeout_seconds: deadline of every wait
+        threads: CPU threads of each process (default: the cores, divided evenly)
+        timeout_seconds: deadline of every wait, in seconds
     """
 
     devices: int = 1

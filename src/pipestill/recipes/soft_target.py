@@ -14,7 +14,7 @@ from pipestill import lr_schedules
 from pipestill.errors import ConfigError, nearest
 from pipestill.losses import SoftTarget as SoftTargetLoss
 from pipestill.losses import accuracy, cross_entropy
-from pipestill.model.families.load import LIBRARIES, load_model
+from pipestill.model.families.image_models import LIBRARIES, load_model
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images, digits
 from pipestill.recipes.networks import RESNETS, network
@@ -70,36 +70,38 @@ class SoftTarget:
     What is not given is the preset's, shown by --print_config.
 
     Args:
-        preset: form of the data, models and how they are trained: digits, or TSPipe's benchmark on ImageNet or a list of 100
+        preset: form of the data, models and how they are trained: digits, or TSPipe's benchmark on ImageNet or on a list of 100
             of its classes
-        data: a directory of 'train' and 'val', each with a folder of images a class, or of CIFAR-10's python files; or noise,
-            to measure speed (default for digits: those that ship inside scikit-learn)
-        classes: a file that names a folder of images in each line: only these classes are learnt, in this order
-        image_size: pixels that images of folders are brought to, in height and width
-        teacher_model: cnn, vit-s, vit-b, vit-l, resnet18, 34, 50, 101 or 152, or a name from timm or torchvision, such as
-            timm:vit_large_patch16_224 (with random weights: nothing is downloaded)
-        student_model: the same
-        teacher_width: channels of a cnn's first convolution or of a resnet's first stage, width of a vit (default: 32 for a
-            cnn, else the model's own)
-        teacher_depth: convolutions of a cnn after its first, residual blocks at most in each stage of a resnet, layers of a vit
-            (default: 4 for a cnn, else the model's own)
-        student_width: the same for the student (default: 3 for a cnn)
-        student_depth: the same for the student (default: 3 for a cnn)
-        dropout: share of channels or units that a cnn or a vit drops as the student while it trains
-        temperature: T that softens both models' logits
-        weight: of the soft-target term beside the cross entropy
+        data: a directory of 'train' and 'val', each with one folder of images for each class, or of CIFAR-10's python files; or
+            noise, to measure speed (default for digits: those that ship inside scikit-learn)
+        classes: a file with the name of a folder of images in each line: only these classes are read, in this order
+        image_size: pixels to which images from folders are resized, in height and in width
+        teacher_model: the teacher: cnn, vit-s, vit-b, vit-l, resnet18, 34, 50, 101 or 152, or a name from timm or torchvision,
+            such as timm:vit_large_patch16_224 (with random weights: nothing is downloaded)
+        student_model: the student, by a name as for teacher_model
+        teacher_width: channels of the first convolution of the teacher's cnn or of the first stage of its resnet, or width of its
+            vit (default: 32 for a cnn, else the model's own)
+        teacher_depth: convolutions of the teacher's cnn after its first one, most residual blocks in each stage of its resnet, or
+            layers of its vit (default: 4 for a cnn, else the model's own)
+        student_width: channels of the first convolution of the student's cnn or of the first stage of its resnet, or width of its
+            vit (default: 3 for a cnn, else the model's own)
+        student_depth: convolutions of the student's cnn after its first one, most residual blocks in each stage of its resnet, or
+            layers of its vit (default: 3 for a cnn, else the model's own)
+        dropout: fraction of channels or units that the student's cnn or vit drops while it trains
+        temperature: temperature T that softens the logits of both models
+        weight: weight of the soft-target term beside the cross entropy
         batch_size: samples of one update
         epochs: passes over the data for the student, with and without a teacher
         teacher_epochs: passes over the data for the teacher; with 0, and without --teacher, its weights stay random
-        optimizer: of both models
-        lr: learning rate of the student at its start
-        teacher_lr: learning rate of the teacher at its start
-        schedule: rates fall along a cosine, or in steps: to a tenth at half and again at three quarters of the epochs
-        sgd_momentum: SGD's own momentum
-        nesterov: SGD's momentum is Nesterov's
-        weight_decay: L2 penalty (SGD) or decoupled decay (AdamW)
-        augment: train on images that are moved and mirrored, and on random parts of those of folders
-        workers: processes that read images beside the training
+        optimizer: optimizer of both models
+        lr: learning rate of the student at the start
+        teacher_lr: learning rate of the teacher at the start
+        schedule: learning rates fall along a cosine, or in steps: to a tenth at half and again at three quarters of the epochs
+        sgd_momentum: momentum of SGD itself
+        nesterov: let SGD's momentum be Nesterov's
+        weight_decay: L2 penalty (SGD) or decoupled weight decay (AdamW)
+        augment: train on images that are shifted and mirrored at random, and on random parts of those from folders
+        workers: processes that read images, beside those that train
     """
 
     name: ClassVar[str] = "soft-target"
