@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipestill.errors import DataError, ModelError
-from pipestill.model.boundary import detached, enter
+from pipestill.model.boundary import detached, start_graph
 from pipestill.model.contracts import AliasLeaf, ConstantLeaf, Contract, TensorLeaf, observe
 from pipestill.model.nests import copied, distinct_tensors, num_rows, rows_of
 from pipestill.model.tensor_form import FEW, MORE, LinearInRows, TensorForm
@@ -230,7 +230,7 @@ def test_cut_gives_gradients_as_they_come() -> None:
 
 
 def test_cut_tensors_may_be_written_to() -> None:
-    tensors, gradients = enter([torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0])])
+    tensors, gradients = start_graph([torch.tensor([-1.0, 2.0]), torch.tensor([1.0, 1.0])])
     flat = torch.nn.Flatten(0)(tensors[0])
     (flat.relu_() * tensors[1].mul_(3.0)).sum().backward()
     assert torch.equal(torch.stack([g for g in gradients if g is not None]), torch.tensor([[0.0, 3.0], [0.0, 6.0]]))

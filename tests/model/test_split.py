@@ -12,10 +12,10 @@ from support.models import CLASSES, vectors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipestill.model.boundary import detached
+from pipestill.model.boundary import detached, start_of
 from pipestill.model.dry_run import dry_run
 from pipestill.model.nests import distinct_tensors
-from pipestill.model.split import SplitBlock, start_of, why_whole
+from pipestill.model.split import SplitBlock, why_whole
 
 
 class Product(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""One block of a model: the atom that partitions into stages are made of."""
+"""A block: an indivisible slice of a model, the atom that partitions into stages are made of."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Block:
-    """An indivisible slice of a model: `call` maps the value before it to the value after it.
+    """An indivisible slice of a model, for a cut that is no submodule.
 
-    `uses` names the submodules and parameters of the model that `call` reads; they move and train with it.
+    Args:
+        name: the block's name in messages, pictures and profiles, such as "stem".
+        call: the function that maps the value before the block to the value after it. A value is a tensor, or any nest of
+            tuples, lists and dicts over tensors; the first block takes a batch's inputs as the loader gives them.
+        uses: names of the submodules and parameters of the model that `call` reads, as in `model.named_modules()` and
+            `model.named_parameters()`; "" names the whole model. They move between devices and are trained with the block.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""Any `nn.Module` -> ordered blocks that keep the names of the unsplit model."""
+"""Cuts any `nn.Module` into ordered blocks, whose tensors keep the names of the unsplit model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,28 @@ from pipestill.model.block import Block
 from pipestill.model.families.registry import known_blocks
 
 
-class BlockModel:
-    """A model together with its ordered blocks. The model itself stays whole; its state dict is never renamed.
+class TensorState(NamedTuple):
+    """What a process must know of a tensor that it will receive from another copy of the model."""
 
-    `cuts` lists the blocks in order: names of submodules that each take the value of the one before, or `Block`s for
-    anything else. Without cuts, an `nn.Sequential` is cut at every child (nested ones too), a model of a known family
-    (see `families`) at its layers, and any other is asked for `pipeline_blocks()`, which returns such a list. Raises
-    `ModelError` when there is none, when a name is unknown, or when a parameter belongs to no block.
+    shape: torch.Size
+    dtype: torch.dtype
+    is_parameter: bool
+
+
+class BlockModel:
+    """A model together with its ordered blocks. The model itself stays whole; the names in its state dict do not change.
+
+    Without `cuts`, a model that has a method `pipeline_blocks()`, which returns such a list, is cut as that says; an
+    `nn.Sequential` is cut at every child, nested ones too; and a model of a known family (see `pipestill.model.families`) is
+    cut at its layers.
+
+    Args:
+        model: the model, any `nn.Module` whose parameters have their sizes.
+        cuts: the blocks in order. Each is the name of a submodule that takes the value of the block before, or a `Block` for
+            anything else.
+
+    Raises:
+        ModelError: no blocks are known, a name is unknown, or a parameter or buffer belongs to no block.
     """
 
     def __init__(self, model: nn.Module, cuts: Sequence[str | Block] | None = None) -> None:
@@ -32,7 +47,7 @@ class BlockModel:
         lazy = [name for name, p in model.named_parameters() if is_lazy(p)]
         if lazy:
             raise ModelError(
-                f"{type(model).__name__} has no sizes yet of {', '.join(lazy[:5])}; call it once beforehand"
+                f"{type(model).__name__} has parameters without sizes ({', '.join(lazy[:5])}); call it once on a batch beforehand"
             )
         self.model = model
         self.blocks: tuple[Block, ...] = tuple(
@@ -41,7 +56,7 @@ class BlockModel:
         if not self.blocks:
             raise ModelError(f"{type(model).__name__} has no block; expected at least one")
         self.frozen_norms: Sequence[nn.Module] = ()
-        """Layers that stay in eval mode while the model trains."""
+        """Batch-norm layers that stay in eval mode while the model trains."""
         self._owned = [self._names_used(block) for block in self.blocks]
         owned = set[str]().union(*self._owned)
         left = [name for name, _ in self._named_tensors() if name not in owned]
@@ -55,11 +70,12 @@ class BlockModel:
         return len(self.blocks)
 
     def _named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter and buffer under all of its names."""
         yield from self.model.named_parameters(remove_duplicate=False)
         yield from self.model.named_buffers(remove_duplicate=False)
 
     def _names_used(self, block: Block) -> set[str]:
-        """Every parameter and buffer that the block uses, under all the names it has."""
+        """The names of the parameters and buffers that a block uses, all names of each."""
         mine = {
             id(tensor)
             for name, tensor in self._named_tensors()
@@ -68,9 +84,12 @@ class BlockModel:
         return {name for name, tensor in self._named_tensors() if id(tensor) in mine}
 
     def in_mode(self, train: bool) -> None:
-        """Put the whole model in train or eval mode: containers and modules that stages share count too.
+        """Put the whole model in train or eval mode, with modules that several stages share.
 
-        Stages that take turns in one process may be in different modes, so each asks before it runs.
+        Stages that take turns in one process may need different modes, so each calls this before it runs.
+
+        Args:
+            train: True for train mode, False for eval mode.
         """
         if self.model.training is not train:
             self.model.train(train)
@@ -78,31 +97,55 @@ class BlockModel:
                 layer.eval()
 
     def modules_of(self, blocks: range) -> list[nn.Module]:
-        """The modules that consecutive blocks use, with all inside them."""
+        """List the modules that consecutive blocks use, and the modules inside these.
+
+        Args:
+            blocks: a range of block numbers.
+        """
         uses = [use for i in blocks for use in self.blocks[i].uses]
         named = self.model.named_modules()
         return [m for name, m in named if any(not use or name == use or name.startswith(f"{use}.") for use in uses)]
 
     def parameters_of(self, blocks: range) -> dict[str, nn.Parameter]:
-        """The parameters of consecutive blocks under their names in the unsplit model, in its order, once each."""
+        """The parameters of consecutive blocks by their names in the unsplit model, in the model's order, once each.
+
+        Args:
+            blocks: a range of block numbers.
+        """
         owned = set[str]().union(*(self._owned[i] for i in blocks))
         return {name: p for name, p in self.model.named_parameters() if name in owned}
 
     def tensors_of(self, blocks: range) -> dict[str, Tensor]:
-        """Parameters and buffers of consecutive blocks, once each: what moves between devices and ranks."""
-        owned = set[str]().union(*(self._names_used(self.blocks[i]) for i in blocks))  # anew: a forward may add some
+        """The parameters and buffers of consecutive blocks by name, once each: what moves between devices and ranks.
+
+        Args:
+            blocks: a range of block numbers.
+        """
+        owned = set[str]().union(
+            *(self._names_used(self.blocks[i]) for i in blocks)
+        )  # asked again: a forward may add buffers
         return {**self.parameters_of(blocks), **{n: b for n, b in self.model.named_buffers() if n in owned}}
 
-    def forms_of(self, blocks: range) -> dict[str, tuple[torch.Size, torch.dtype, bool]]:
-        """Shape, type and whether it is a parameter, of each of `tensors_of`, under its name."""
+    def forms_of(self, blocks: range) -> dict[str, TensorState]:
+        """Describe each tensor of `tensors_of(blocks)`, for `adopt` in another process.
+
+        Args:
+            blocks: a range of block numbers.
+        """
         tensors = self.tensors_of(blocks).items()
-        return {name: (tensor.shape, tensor.dtype, isinstance(tensor, nn.Parameter)) for name, tensor in tensors}
+        return {name: TensorState(t.shape, t.dtype, isinstance(t, nn.Parameter)) for name, t in tensors}
 
-    def adopt(self, forms: Mapping[str, tuple[torch.Size, torch.dtype, bool]]) -> list[Tensor]:
-        """The tensors of these names, to be filled with what another copy of this model has there.
+    def adopt(self, forms: Mapping[str, TensorState]) -> list[Tensor]:
+        """List this model's tensors of these names, to be filled from another copy of the model.
 
-        Buffers that are missing here, or of another form, are made anew: their owner may have replaced them. Raises
-        `ModelError` where the parameters differ.
+        Buffers that this copy lacks, or has in another form, are made first: the other copy's forwards may have replaced
+        its buffers.
+
+        Args:
+            forms: what `forms_of` returned in the other process.
+
+        Raises:
+            ModelError: the two processes built models with different parameters.
         """
         known = dict(self._named_tensors())
         modules = dict(self.model.named_modules(remove_duplicate=False))
@@ -121,7 +164,14 @@ class BlockModel:
         return [known[name].detach() for name in forms]
 
     def check_ties(self, stages: Sequence[range]) -> None:
-        """Refuse a trained tensor that two stages would share (`ModelError`): their updates would drift apart."""
+        """Refuse a tensor that two stages share: each would update its own copy, and the copies would drift apart.
+
+        Args:
+            stages: the range of block numbers of each stage.
+
+        Raises:
+            ModelError: two stages share a tensor; names it and the stages.
+        """
         owner: dict[int, tuple[int, str]] = {}
         for stage, blocks in enumerate(stages):
             for name, tensor in self.tensors_of(blocks).items():
@@ -134,13 +184,18 @@ class BlockModel:
                     )
 
     def __call__(self, value: Any) -> Any:
-        """The whole model, block by block."""
+        """Run the whole model, block by block.
+
+        Args:
+            value: a batch's inputs, as the first block takes them.
+        """
         for block in self.blocks:
             value = block.call(value)
         return value
 
 
 def _own_cuts(model: nn.Module) -> list[str | Block]:
+    """The cuts of a model for which the user names none."""
     declared = getattr(model, "pipeline_blocks", None)
     if callable(declared):
         return list(declared())
@@ -157,6 +212,7 @@ def _own_cuts(model: nn.Module) -> list[str | Block]:
 
 
 def _sequential_names(model: nn.Sequential, prefix: str) -> Iterator[str]:
+    """The names of an `nn.Sequential`'s children, in order; sequentials inside it are taken apart too."""
     for name, child in model._modules.items():  # named_children() leaves out a module that comes a second time
         if type(child) is nn.Sequential and not child._forward_hooks and not child._forward_pre_hooks:
             yield from _sequential_names(child, f"{prefix}{name}.")
@@ -165,6 +221,7 @@ def _sequential_names(model: nn.Sequential, prefix: str) -> Iterator[str]:
 
 
 def _block(model: nn.Module, cut: str | Block) -> Block:
+    """The block that a cut stands for; `ModelError` where the model lacks what it names."""
     names = dict(model.named_modules(remove_duplicate=False))
     if isinstance(cut, Block):
         tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
@@ -185,6 +242,6 @@ def _block(model: nn.Module, cut: str | Block) -> Block:
 
 
 def ranges(partition: Sequence[int]) -> list[range]:
-    """Stage sizes in blocks -> the range of block indices of every stage."""
+    """Turn a partition, the number of blocks of each stage, into the range of block numbers of each stage."""
     ends = [sum(partition[: i + 1]) for i in range(len(partition))]
     return [range(end - size, end) for end, size in zip(ends, partition, strict=True)]

@@ -1,9 +1,13 @@
-"""Where the graph of a model is divided: a value leaves one graph and is the start of the next."""
+"""Divides autograd's graph at a boundary between blocks: the value before it becomes the start of a new graph.
+
+The new graph's backward leaves the gradients of that value in a list, from which they go on into the old graph, on this rank
+or another.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +16,11 @@ from torch.utils import _pytree as pytree
 from pipestill.model.nests import distinct_tensors
 
 
-class _Enter(torch.autograd.Function):
-    """Starts a graph at given values, and hands out the gradients that reach it as they are.
+class _GraphStart(torch.autograd.Function):
+    """A node that starts a graph at given tensors and hands out the gradients that reach it, unchanged.
 
-    Leaves of autograd would do for most models, but refuse to be written to in place and keep their gradients in
-    their own order of memory instead of in the one that they came in.
+    Autograd's own leaves would do for most models. But they refuse to be written to in place, and they keep gradients in
+    their own memory format instead of the one in which the gradients came.
     """
 
     @staticmethod
@@ -31,25 +35,44 @@ class _Enter(torch.autograd.Function):
         return (None, None, *(None for _ in gradients))
 
 
-def enter(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Where a graph is cut: the same tensors as the start of a new one, and a list that its backward fills.
+def start_graph(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Start a new graph at `tensors`. Returns the tensors in that graph, and a list that its backward fills.
 
-    After the backward, the list holds the gradient of each tensor, or None for one that was not used.
+    After the backward, the list holds the gradient of each tensor, or None for a tensor that was not used.
     """
     gradients: list[Tensor | None] = [None] * len(tensors)
     if not tensors:
         return [], gradients
     start = torch.zeros((), requires_grad=True)
-    entered = _Enter.apply(start, gradients, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
+    entered = _GraphStart.apply(start, gradients, *(tensor.detach() for tensor in tensors))  # type: ignore[no-untyped-call]
     return list(entered), gradients
 
 
-def detached(value: Any) -> tuple[Any, list[Tensor], list[Tensor | None]]:
-    """The same nest (aliases kept) as the start of a new graph; its tensors that carry the old one; their gradients.
+class Detached(NamedTuple):
+    """A nest as the start of a new graph, and what joins it to the old one."""
 
-    The backward of the new graph fills the last list (see `enter`).
-    """
+    value: Any
+    """The same nest, over tensors of the new graph."""
+    tracked: list[Tensor]
+    """The distinct tensors of the old nest that carry the old graph."""
+    gradients: list[Tensor | None]
+    """The gradient of each of `tracked`, once the new graph's backward has run; None before, or where it is not used."""
+
+
+def detached(value: Any) -> Detached:
+    """Start a new graph at a nest, at those of its tensors that carry a graph."""
     tracked = [tensor for tensor in distinct_tensors(value) if tensor.requires_grad]
-    entered, gradients = enter(tracked)
+    entered, gradients = start_graph(tracked)
     fresh = {id(old): new for old, new in zip(tracked, entered, strict=True)}
-    return pytree.tree_map_only(Tensor, lambda t: fresh.get(id(t), t), value), tracked, gradients
+    return Detached(pytree.tree_map_only(Tensor, lambda t: fresh.get(id(t), t), value), tracked, gradients)
+
+
+def start_of(value: Any) -> Tensor | None:
+    """Find the leaf of autograd at which the graph of a nest from `start_graph` or `detached` begins; None if it carries none."""
+    entered = [tensor for tensor in distinct_tensors(value) if tensor.requires_grad]
+    if not entered:
+        return None
+    node = entered[0].grad_fn
+    assert node is not None and node.next_functions[0][0] is not None
+    start: Tensor = node.next_functions[0][0].variable  # type: ignore[attr-defined]
+    return start

@@ -21,11 +21,11 @@ from torch.utils.flop_counter import flop_registry
 from pipestill.costs import Costs
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached
+from pipestill.model.boundary import detached, start_of
 from pipestill.model.devices import Machine
 from pipestill.model.nests import distinct_tensors
 from pipestill.model.profile import Seconds, assemble, counted_stashes, microbatch_of
-from pipestill.model.split import SplitBlock, Unsplittable, start_of
+from pipestill.model.split import SplitBlock, Unsplittable
 from pipestill.model.stepwise import stepwise, untouched
 from pipestill.model.tasks import Momentum, Task
 
@@ -188,7 +188,7 @@ def _weight_shares(model: BlockModel, outputs: list[Any], machine: Machine) -> l
     shares = [1.0]
     for i in range(1, len(model)):
         entered, _, _ = detached(outputs[i - 1])
-        start = start_of([tensor for tensor in distinct_tensors(entered) if tensor.requires_grad])
+        start = start_of(entered)
         value = model.blocks[i].call(entered)
         roots = [(tensor, torch.empty_like(tensor)) for tensor in distinct_tensors(value) if tensor.requires_grad]
         block, clock = SplitBlock(start), RooflineClock(machine)

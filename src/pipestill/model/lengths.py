@@ -1,7 +1,7 @@
-"""Batches that differ in length, such as token sequences that are padded to the longest of their batch.
+"""Contracts of batches that differ in length, such as token sequences that are padded to the longest of their batch.
 
-Every whole number of a contract (a size, a stride) is taken to be a polynomial of degree 2 in the length: an attention mask
-has length x length numbers. It is learnt by dry runs at three lengths.
+Every whole number of a contract (a size, a stride) is taken to be a polynomial of degree 2 in the length, since an attention
+mask has length x length elements. Dry runs at three lengths determine it.
 """
 
 from __future__ import annotations
@@ -16,38 +16,40 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import DataError, ModelError
-from pipestill.model.contracts import AliasLeaf, ConstantLeaf, Contract, TensorLeaf
+from pipestill.model.contracts import ConstantLeaf, Contract, Leaf, TensorLeaf
 from pipestill.model.nests import distinct_tensors
 from pipestill.model.tensor_form import LinearInRows, TensorForm
 
-Leaf = TensorLeaf | AliasLeaf | ConstantLeaf
-
 
 def length_of(axis: int, inputs: Any, targets: Any, what: str) -> int:
-    """The size of `axis`, which all tensors that have it share; `DataError` when they do not, or none has it."""
+    """Find the length of a batch: the size of `axis`, which all of its tensors that have such an axis share.
+
+    Raises `DataError`, which begins with `what`, when they differ in it or none has it.
+    """
     tensors = [*distinct_tensors(inputs), *distinct_tensors(targets)]
     sizes = {tensor.shape[axis] for tensor in tensors if tensor.dim() > axis}
     if len(sizes) != 1:
         raise DataError(
             f"{what}: length_axis is {axis}, so all tensors that have an axis {axis} must have the same size there, got "
-            f"shapes {[tuple(tensor.shape) for tensor in tensors]}; give what has another meaning there one axis only, "
-            "or leave length_axis out"
+            f"shapes {[tuple(tensor.shape) for tensor in tensors]}; give a tensor without a length no axis {axis}, or leave "
+            "length_axis out"
         )
     return sizes.pop()
 
 
 def shortened(axis: int, value: Any, length: int) -> Any:
-    """The same nest with the first `length` places of that axis, from the beginning again where there are too few."""
+    """Take the first `length` places of `axis` in every tensor that has it, from the beginning again where there are too few."""
 
-    def cut(tensor: Tensor) -> Tensor:
+    def taken(tensor: Tensor) -> Tensor:
         return tensor.index_select(axis, torch.arange(length) % tensor.shape[axis]) if tensor.dim() > axis else tensor
 
-    return pytree.tree_map_only(Tensor, cut, value)
+    return pytree.tree_map_only(Tensor, taken, value)
 
 
 def sample_lengths(length: int) -> tuple[int, int, int]:
-    """Three lengths to learn from, the longest is the given one: multiples of as large a power of two as it allows, since a
-    model may halve lengths.
+    """Choose three lengths for dry runs, evenly spaced; the longest is `length`, or 3 where that is larger.
+
+    They are multiples of as large a power of two as `length` allows, since a model may halve lengths again and again.
     """
     step = 1
     while length % (2 * step) == 0 and length - 4 * step >= 1:
@@ -58,13 +60,13 @@ def sample_lengths(length: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class ContractByLength:
-    """One contract at three lengths."""
+    """The contract of one boundary for batches of any length, from its contracts at three lengths."""
 
     lengths: tuple[int, int, int]
     contracts: tuple[Contract, Contract, Contract]
 
     def __post_init__(self) -> None:
-        """Raises `ModelError` where they differ in more than their numbers."""
+        """Raise `ModelError` where the three contracts differ in more than their numbers."""
         first = self.contracts[0]
         for other in self.contracts[1:]:
             if other.spec != first.spec or len(other.leaves) != len(first.leaves):
@@ -72,11 +74,12 @@ class ContractByLength:
         self.at(self.lengths[0])
 
     def at(self, length: int) -> Contract:
-        """The contract of batches of that length."""
+        """The boundary's contract for batches of that length."""
         leaves = zip(*(contract.leaves for contract in self.contracts), strict=True)
         return replace(self.contracts[0], leaves=tuple(self._leaf(same, length) for same in leaves))
 
     def _leaf(self, same: Sequence[Leaf], length: int) -> Leaf:
+        """One leaf at that length. `same`: the leaf at the three known lengths."""
         first, where = same[0], self.contracts[0].where
         if isinstance(first, TensorLeaf) and all(isinstance(leaf, TensorLeaf) for leaf in same):
             tensors = [leaf for leaf in same if isinstance(leaf, TensorLeaf)]
@@ -89,27 +92,31 @@ class ContractByLength:
         if isinstance(first, ConstantLeaf) and all(isinstance(leaf, ConstantLeaf) for leaf in same):
             values = [leaf.value for leaf in same if isinstance(leaf, ConstantLeaf)]
             if all(isinstance(value, (int, LinearInRows)) and not isinstance(value, bool) for value in values):
-                scaled = [value if isinstance(value, LinearInRows) else LinearInRows(0, value) for value in values]
-                number = self._scaled(scaled, length)
+                numbers = [value if isinstance(value, LinearInRows) else LinearInRows(0, value) for value in values]
+                number = self._number(numbers, length)
                 return ConstantLeaf(number if number.per_row else number.fixed)
         if any(leaf != first for leaf in same):
             raise ModelError(f"{where}: {first} changes with the length, to {same[-1]}; pass a tensor")
         return first
 
     def _form(self, forms: Sequence[TensorForm], length: int) -> TensorForm:
+        """One tensor's form at that length, from its forms at the three known lengths."""
         if len({(form.dtype, len(form.shape)) for form in forms}) > 1:
             raise ModelError(f"{self.contracts[0].where}: a tensor's type or axes change with the length")
-        shape = tuple(self._scaled(sizes, length) for sizes in zip(*(form.shape for form in forms), strict=True))
-        strides = tuple(self._scaled(sizes, length) for sizes in zip(*(form.strides for form in forms), strict=True))
+        shape = tuple(self._number(sizes, length) for sizes in zip(*(form.shape for form in forms), strict=True))
+        strides = tuple(self._number(sizes, length) for sizes in zip(*(form.strides for form in forms), strict=True))
         return TensorForm(shape, forms[0].dtype, strides, any(form.lasting for form in forms))
 
-    def _scaled(self, numbers: Sequence[LinearInRows], length: int) -> LinearInRows:
+    def _number(self, numbers: Sequence[LinearInRows], length: int) -> LinearInRows:
+        """One size or stride at that length, from those at the three known lengths."""
         per_row, fixed = ([getattr(n, name) for n in numbers] for name in ("per_row", "fixed"))
         return LinearInRows(self._value(per_row, length), self._value(fixed, length))
 
     def _value(self, known: Sequence[int], length: int) -> int:
-        """The polynomial of degree 2 through the known values (Lagrange). One that is no whole number is rounded down: a
-        boundary whose sizes follow another law is found out as its first batch of such a length crosses it.
+        """Evaluate the polynomial of degree 2 through the three known values (Lagrange's form) at that length.
+
+        A value that is no whole number is rounded down. A boundary whose sizes follow another law is refused by `split`
+        once a batch of such a length crosses it.
         """
         a, b, c = self.lengths
         x, y, z = known

@@ -1,4 +1,8 @@
-"""Nested values (tuples, lists, dicts and registered classes over tensors), and what is done with all of their tensors."""
+"""Functions on nests: tensors, and tuples, lists, dicts and classes known to PyTorch's pytree that hold tensors.
+
+A batch's inputs, a batch's targets and the value between two blocks are nests. Two places of a nest may hold the same tensor
+(an alias); functions that make new tensors keep such places alike.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,15 @@ from pipestill.errors import DataError
 
 
 def distinct_tensors(value: Any) -> list[Tensor]:
-    """The tensors of a nest, each once, in order."""
+    """List the tensors of a nest in its order, aliases once."""
     return list({id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}.values())
 
 
 def num_rows(value: Any, what: str) -> int:
-    """The length of the first axis, which every tensor of a batch shares; `DataError` when they do not."""
+    """Count the rows of a batch: the size of the first axis, which all of its tensors share.
+
+    Raises `DataError`, which begins with `what`, for a batch without dense tensors or whose tensors differ in their rows.
+    """
     sizes = {leaf.shape[0] if leaf.dim() else None for leaf in distinct_tensors(value)}
     if not sizes:
         kinds = sorted({type(leaf).__name__ for leaf in pytree.tree_leaves(value)})
@@ -35,23 +42,23 @@ def num_rows(value: Any, what: str) -> int:
 
 
 def rows_of(value: Any, index: slice | Tensor) -> Any:
-    """The same nest with only some rows of every tensor."""
+    """Select the same rows of every tensor of a nest."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor[index], value)
 
 
 def copied(value: Any) -> Any:
-    """The same nest (aliases kept) over copies of its tensors."""
+    """Copy a nest and its tensors, pinned ones into pinned memory."""
     copies = {id(t): t.clone().pin_memory() if t.is_pinned() else t.clone() for t in distinct_tensors(value)}
     return pytree.tree_map_only(Tensor, lambda tensor: copies[id(tensor)], value)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """The same nest with every tensor on `device`."""
+    """Move every tensor of a nest to `device`; from pinned memory the host does not wait for it."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 def describe(value: Any) -> str:
-    """Types and shapes of a nest, for messages."""
+    """Describe a nest for messages: types and shapes in place of tensors, as in `(float32[8, 3], int64[8])`."""
     shown = pytree.tree_map(
         lambda x: f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if isinstance(x, Tensor) else repr(x), value
     )

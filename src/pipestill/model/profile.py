@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached
+from pipestill.model.boundary import detached, start_of
 from pipestill.model.nests import copied, distinct_tensors, rows_of
 from pipestill.model.pipeline_contracts import PipelineContracts
-from pipestill.model.split import SplitBlock, start_of
+from pipestill.model.split import SplitBlock
 from pipestill.model.stepwise import stepwise, untouched
 from pipestill.model.tasks import Task
 
@@ -194,7 +194,7 @@ def _weight_shares(model: BlockModel, outputs: list[Any], contracts: PipelineCon
         halves: list[tuple[float, float]] = []
         for _ in range(0 if i in contracts.unsplit else 3):
             entered, _, _ = detached(copied(outputs[i - 1]))
-            start = start_of([tensor for tensor in distinct_tensors(entered) if tensor.requires_grad])
+            start = start_of(entered)
             value = model.blocks[i].call(entered)
             roots = [(tensor, torch.ones_like(tensor)) for tensor in distinct_tensors(value) if tensor.requires_grad]
             block, watch = SplitBlock(start), _Stopwatch()

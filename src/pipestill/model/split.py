@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from pipestill.model.boundary import detached
+from pipestill.model.boundary import detached, start_of
 from pipestill.model.nests import copied, distinct_tensors
 
 Roots = list[tuple[Tensor, Tensor]]
@@ -134,16 +134,6 @@ def _leaves(node: Node) -> list[Tensor]:
     return found
 
 
-def start_of(entered: Sequence[Tensor]) -> Tensor | None:
-    """The leaf at which the graph of what `boundary.enter` gave begins."""
-    if not entered:
-        return None
-    node = entered[0].grad_fn
-    assert node is not None and node.next_functions[0][0] is not None
-    start: Tensor = node.next_functions[0][0].variable  # type: ignore[attr-defined]
-    return start
-
-
 def why_whole(call: Callable[[Any], Any], parameters: Sequence[nn.Parameter], value: Any) -> str | None:
     """Why the backward of a block has to stay whole, found out on a value before it; None when it can be split.
 
@@ -154,7 +144,7 @@ def why_whole(call: Callable[[Any], Any], parameters: Sequence[nn.Parameter], va
     def forward() -> tuple[Roots, Tensor | None, list[Tensor | None]]:
         torch.manual_seed(0)
         entered, _, gradients = detached(copied(value))
-        start = start_of([tensor for tensor in distinct_tensors(entered) if tensor.requires_grad])
+        start = start_of(entered)
         outputs = [tensor for tensor in distinct_tensors(call(entered)) if tensor.requires_grad]
         torch.manual_seed(1)
         return [(tensor, torch.randn_like(tensor)) for tensor in outputs], start, gradients

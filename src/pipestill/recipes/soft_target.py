@@ -14,7 +14,7 @@ from pipestill import lr_schedules
 from pipestill.errors import ConfigError, nearest
 from pipestill.losses import SoftTarget as SoftTargetLoss
 from pipestill.losses import accuracy, cross_entropy
-from pipestill.model.families.image_models import LIBRARIES, load_model
+from pipestill.model.families.load import LIBRARIES, load_model
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images, digits
 from pipestill.recipes.networks import RESNETS, network

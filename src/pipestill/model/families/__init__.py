@@ -1,1 +1,1 @@
-"""Model families that are cut into blocks as they are."""
+"""Families of models of other libraries, and where each is cut into blocks."""

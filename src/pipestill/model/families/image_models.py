@@ -1,27 +1,27 @@
-"""Blocks of timm's and torchvision's image models, told by their classes' names, and such models by name."""
+"""Where image classifiers of timm and torchvision are cut: ResNets, ViTs, ConvNeXts, MobileNets and EfficientNets.
+
+A model is known by the name of its class. Neither library is imported.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
-from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipestill.errors import ConfigError, nearest
 from pipestill.model.block import Block
 
 Cuts = list[str | Block]
+"""The blocks of a model in order: names of submodules, or `Block`s."""
 
 
 def image_model_blocks(model: nn.Module) -> Cuts | None:
-    """The blocks of an image classifier of timm or torchvision: (rows, 3, height, width) -> logits (rows, classes).
+    """The blocks of an image classifier of timm or torchvision; None for any other model, subclasses of these included.
 
-    ResNets, ViTs, ConvNeXts, MobileNets and EfficientNets are known, one block a residual or transformer block; None for
-    anything else, subclasses of these included. Neither library is imported.
+    Such a model maps images (rows, 3, height, width) to logits (rows, classes). Each residual or transformer block is one
+    block.
     """
     kind = type(model)
     library = kind.__module__.partition(".")[0]
@@ -30,7 +30,7 @@ def image_model_blocks(model: nn.Module) -> Cuts | None:
 
 
 def _resnet(model: Any) -> Cuts:
-    """Both libraries' ResNets have the same children but for the ends."""
+    """Cut a ResNet; those of the two libraries differ in the names at both ends only."""
 
     def stem(x: Tensor) -> Any:
         return model.maxpool((model.act1 if hasattr(model, "act1") else model.relu)(model.bn1(model.conv1(x))))
@@ -46,6 +46,8 @@ def _resnet(model: Any) -> Cuts:
 
 
 def _timm_vit(model: Any) -> Cuts:
+    """Cut timm's vision transformer: patches, one block a layer, head."""
+
     def embed(x: Tensor) -> Any:
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
 
@@ -57,6 +59,8 @@ def _timm_vit(model: Any) -> Cuts:
 
 
 def _torchvision_vit(model: Any) -> Cuts:
+    """Cut torchvision's vision transformer: patches, one block a layer, head."""
+
     def embed(x: Tensor) -> Any:
         x = model._process_input(x)
         x = torch.cat([model.class_token.expand(x.shape[0], -1, -1), x], dim=1)
@@ -70,6 +74,8 @@ def _torchvision_vit(model: Any) -> Cuts:
 
 
 def _timm_convnext(model: Any) -> Cuts:
+    """Cut timm's ConvNeXt: stem, every block and every downsampling that has weights, head."""
+
     def classify(x: Tensor) -> Any:
         return model.forward_head(model.norm_pre(x))
 
@@ -82,7 +88,7 @@ def _timm_convnext(model: Any) -> Cuts:
 
 
 def _timm_efficientnet(model: Any) -> Cuts:
-    """MobileNetV2 and EfficientNets; MobileNetV3's head comes after the pooling, in `forward_head`."""
+    """Cut timm's MobileNets and EfficientNets. MobileNetV3's last convolution comes after the pooling, in `forward_head`."""
 
     def stem(x: Tensor) -> Any:
         return model.bn1(model.conv_stem(x))
@@ -96,7 +102,7 @@ def _timm_efficientnet(model: Any) -> Cuts:
 
 
 def _torchvision_features(model: Any) -> Cuts:
-    """ConvNeXts, MobileNets and EfficientNets: `features`, pooling, `classifier`."""
+    """Cut torchvision's ConvNeXts, MobileNets and EfficientNets: `features`, then pooling and `classifier`."""
 
     def classify(x: Tensor) -> Any:
         x = model.avgpool(x) if hasattr(model, "avgpool") else nn.functional.adaptive_avg_pool2d(x, (1, 1))
@@ -121,7 +127,7 @@ _FAMILIES: dict[tuple[str, str], Callable[[Any], Cuts]] = {
 
 
 def _inside(model: nn.Module, name: str) -> Iterator[str]:
-    """The names of what a plain sequence consists of, sequences within it taken apart too."""
+    """The names of a sequential's children, in order; sequentials inside it are taken apart too."""
     for key, child in model.get_submodule(name).named_children():
         if type(child) is nn.Sequential and len(child):
             yield from _inside(model, f"{name}.{key}")
@@ -130,70 +136,11 @@ def _inside(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def _there(model: nn.Module, *names: str) -> tuple[str, ...]:
-    """Those of the submodules that the model has."""
+    """Those of `names` that are submodules of the model."""
     return tuple(name for name in names if isinstance(getattr(model, name, None), nn.Module))
 
 
 def _own(model: nn.Module) -> tuple[str, ...]:
-    """Parameters and buffers of the model itself, such as tokens and positions."""
+    """The names of the model's own parameters and buffers, such as class tokens and positions."""
     named = (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False))
     return tuple(name for name, _ in named)
-
-
-# ---------------------------------------------------------------- models by name
-
-LIBRARIES = ("timm", "torchvision")
-
-
-def load_model(name: str, num_classes: int | None = None, seed: int = 0) -> nn.Module:
-    """The model that `timm:NAME` or `torchvision:NAME` names, initialised from `seed`; nothing is downloaded.
-
-    `num_classes`: outputs of its last layer (default: the library's, mostly ImageNet's 1,000). `ConfigError` where the
-    library is missing, does not fit the installed torch, or has no such model.
-    """
-    library, _, wanted = name.partition(":")
-    if library not in LIBRARIES or not wanted:
-        raise ConfigError(f"no model '{name}'; expected timm:NAME or torchvision:NAME, such as torchvision:resnet152")
-    module = _imported(library)
-    models = module if library == "timm" else import_module("torchvision.models")
-    known = list(models.list_models())
-    if wanted not in known:
-        raise ConfigError(f"{library} {_version_of(library)} has no model '{wanted}'{nearest(wanted, known)}")
-    options = {} if num_classes is None else {"num_classes": num_classes}
-    make = (
-        partial(models.create_model, pretrained=False) if library == "timm" else partial(models.get_model, weights=None)
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built: nn.Module = make(wanted, **options)
-        return built
-
-
-def _imported(library: str) -> Any:
-    try:
-        return import_module(library)
-    except ModuleNotFoundError as error:
-        if error.name is not None and error.name.partition(".")[0] in (library, "torchvision"):
-            needs = "" if error.name == library else f" (it needs {error.name})"
-            raise ConfigError(
-                f"models of {library} need {library}, which is not installed{needs}; run pip install 'pipestill[vision]'"
-            ) from None
-        raise ConfigError(f"{library} cannot be imported: {error}; run pip install 'pipestill[vision]'") from None
-    except Exception as error:  # built for another torch, it fails in ways of its own: operators, symbols, libraries
-        what = " ".join(str(error).split())
-        raise ConfigError(
-            f"the installed torchvision {_version_of('torchvision')} does not fit torch {torch.__version__}"
-            f"{', and timm needs it' if library == 'timm' else ''} ({type(error).__name__}: {what}); install both from one "
-            f"index, as in pip install torch torchvision --index-url https://download.pytorch.org/whl/{_index()}"
-        ) from None
-
-
-def _index() -> str:
-    return "cpu" if torch.version.cuda is None else f"cu{torch.version.cuda.replace('.', '')}"
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "(of unknown version)"

@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 from pipestill.errors import DeviceError, ModelError
 from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached, enter
+from pipestill.model.boundary import detached, start_graph, start_of
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import distinct_tensors
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
-from pipestill.model.split import SplitBlock, start_of
+from pipestill.model.split import SplitBlock
 from pipestill.model.tasks import Momentum, Task, teacher_trains
 from pipestill.runtime.pipeline.weights import MovingAverage, OwnRates, Versions
 from pipestill.runtime.settings import OptimizerFactory
@@ -157,7 +157,7 @@ class StudentStage:
     def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]:
         """Received tensors -> the first block's input, and the list that the backward fills with its gradients."""
         contract = self._contract(unit, self.blocks[0] - 1, length)
-        entered, gradients = enter([tensors[i] for i in contract.tracked_positions])
+        entered, gradients = start_graph([tensors[i] for i in contract.tracked_positions])
         given = list(tensors)
         for i, tensor in zip(contract.tracked_positions, entered, strict=True):
             given[i] = tensor
@@ -192,7 +192,7 @@ class StudentStage:
         blocks: list[tuple[SplitBlock | None, list[Tensor], list[Tensor | None]]] = []
         output = value
         for i in self.blocks:
-            start = start_of([tensor for tensor in distinct_tensors(value) if tensor.requires_grad])
+            start = start_of(value)
             output = run_blocks(
                 self.model,
                 range(i, i + 1),
