@@ -311,7 +311,7 @@ def mse(student: Any, teacher: Any, target: Any) -> Tensor:
         ),
         (
             lambda: ps.Momentum(blocks(4, 4), blocks(4, 4), mse, views=0),
-            "the teacher sees 0 of 0 views; expected 1 to all",
+            "views is 0; expected at least 1",
         ),
         (
             lambda: ps.Momentum(blocks(4, 4), blocks(4, 4), mse, teacher_views=3),

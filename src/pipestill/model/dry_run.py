@@ -1,4 +1,4 @@
-"""One tiny training step, before anything starts: learns every boundary's contract and finds what cannot work."""
+"""One tiny training step before anything starts, which finds the contracts of all boundaries and what cannot work."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError, UserError
 from pipestill.model.blocks import BlockModel
+from pipestill.model.checks import UsesCheck, check_chain, check_joinable, why_blocks_stay_whole
 from pipestill.model.contracts import Contract, observe
 from pipestill.model.lengths import length_of, sample_lengths, shortened
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.pipeline_contracts import PipelineContracts, PipelineContractsByLength
-from pipestill.model.split import why_whole
 from pipestill.model.stepwise import StepValues, stepwise, untouched
 from pipestill.model.tasks import Task, check_views, view
 from pipestill.model.tensor_form import FEW, MORE
@@ -27,11 +25,11 @@ def dry_run(
 ) -> PipelineContracts:
     """Run forward, loss and backward on 2 and on 3 rows of a sample batch, without a trace left in the models.
 
-    `split`: find out which student blocks cannot take their backward in two halves, too. `length_axis`: batches may differ
-    in the size of that axis, so the same is done at three lengths; the contracts are those at the sample's.
+    `split`: also find out which student blocks cannot take their backward in two halves. `length_axis`: batches may differ
+    in the size of that axis, so the same is done at three lengths; the contracts are those at the sample's length.
 
-    Raises `ModelError` naming the block or the loss that fails, or the boundary that changes with more than its rows (and
-    its length).
+    Raises `ModelError` that names the block or the loss that fails, or the boundary that changes with more than its rows
+    (and its length).
     """
     if length_axis is None:
         return _dry_run(task, inputs, targets, split)
@@ -48,40 +46,55 @@ def dry_run(
 
 
 def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineContracts:
+    """The contracts of batches of the sample's length."""
     check_views(task, inputs)
     rows = num_rows(inputs, "the batch's inputs")
     if distinct_tensors(targets) and num_rows(targets, "the batch's targets") != rows:
         raise ModelError(f"the batch has {rows} rows of inputs and {num_rows(targets, 'targets')} of targets")
-    values = []
+    few_rows, more_rows = (torch.arange(count) % rows for count in (FEW, MORE))
+    few_inputs, more_inputs = rows_of(inputs, few_rows), rows_of(inputs, more_rows)
+    few_targets, more_targets = rows_of(targets, few_rows), rows_of(targets, more_rows)
+    student, teacher = task.student_blocks, task.teacher_blocks
     with untouched(task):
-        for count in (FEW, MORE):
-            index = torch.arange(count) % rows
-            values.append((rows_of(inputs, index), rows_of(targets, index)))
-        few, more = (stepwise(task, *value, _UsesCheck(task.student_blocks)) for value in values)
-        unsplit = _unsplit(task.student_blocks, more.student) if split else {}
+        few = stepwise(task, few_inputs, few_targets, UsesCheck(student))
+        more = stepwise(task, more_inputs, more_targets, UsesCheck(student))
+        unsplit = why_blocks_stay_whole(student, more.student) if split else {}
     if task.demands.batch_loss:
-        _check_joinable(few, more)
-    teacher = task.teacher_blocks
-    check_chain(task, "student", task.student_blocks, view(task, values[1][0], 0))
+        check_joinable(few, more)
+    check_chain(task, "student", student, view(task, more_inputs, 0))
     if teacher is not None:
-        check_chain(task, "teacher", teacher, view(task, values[1][0], 0))
+        check_chain(task, "teacher", teacher, view(task, more_inputs, 0))
     return PipelineContracts(
-        inputs=observe("the batch's inputs", values[0][0], values[1][0]),
-        targets=observe("the batch's targets", values[0][1], values[1][1]),
-        student=tuple(
-            _observe_blocks(
-                "student", task.student_blocks, few.student[v], more.student[v], (few.gradients[v], more.gradients[v])
-            )
-            for v in range(task.demands.views)
-        ),
-        teacher=tuple(
-            _observe_blocks("teacher", teacher, few.teacher[v], more.teacher[v], None)
-            for v in range(task.demands.teacher_views if teacher else 0)
-            if teacher is not None
-        ),
+        inputs=observe("the batch's inputs", few_inputs, more_inputs),
+        targets=observe("the batch's targets", few_targets, more_targets),
+        student=tuple(_student_contracts(student, few, more, v) for v in range(task.demands.views)),
+        teacher=()
+        if teacher is None
+        else tuple(_teacher_contracts(teacher, few, more, v) for v in range(task.demands.teacher_views)),
         loss_parts=more.loss_parts,
         copies=more.copies,
         unsplit=unsplit,
+    )
+
+
+def _student_contracts(model: BlockModel, few: StepValues, more: StepValues, view: int) -> tuple[Contract, ...]:
+    """The contracts after each student block in one view."""
+    return tuple(
+        observe(
+            f"after student block {i} ('{block.name}')",
+            few.student[view][i],
+            more.student[view][i],
+            (few.gradients[view][i], more.gradients[view][i]),
+        )
+        for i, block in enumerate(model.blocks)
+    )
+
+
+def _teacher_contracts(model: BlockModel, few: StepValues, more: StepValues, view: int) -> tuple[Contract, ...]:
+    """The contracts after each teacher block in one view."""
+    return tuple(
+        observe(f"after teacher block {i} ('{block.name}')", few.teacher[view][i], more.teacher[view][i])
+        for i, block in enumerate(model.blocks)
     )
 
 
@@ -89,9 +102,10 @@ def try_validation(
     task: Task, contracts: PipelineContracts, inputs: Any, targets: Any, rows: int, ends: Set[int],
     add: Callable[[Any, Any, int], None],
 ) -> None:  # fmt: skip
-    """Evaluate a microbatch of validation data, without a trace left in the models: `add(output, targets, rows)` has its metrics.
+    """Evaluate a microbatch of validation data, without a trace left in the models.
 
-    `ends`: of the stages, in blocks. What crosses there must be what crosses in training. Raises `UserError`s.
+    `add(output, targets, rows)` computes its metrics. `ends` holds where stages end, in blocks: the values there must be
+    what they are in training. Raises `UserError`s that name what fails.
     """
     model = task.student_blocks
     with untouched(task), torch.no_grad():
@@ -118,109 +132,3 @@ def try_validation(
             raise ModelError(
                 f"the metrics cannot take output {describe(value)}, target {describe(targets)}: {type(error).__name__}: {error}"
             ) from error
-
-
-def _unsplit(model: BlockModel, views: list[list[Any]]) -> dict[int, str]:
-    """Why blocks' backwards have to stay whole; those of the first block are one half anyway: its input has no gradient."""
-    reasons: dict[int, str] = {}
-    named = [set(model.parameters_of(range(i, i + 1))) for i in range(len(model))]
-    for i in range(len(model)):
-        if any(named[i] & named[j] for j in range(len(model)) if j != i):
-            reasons[i] = "it shares a weight with another block"
-    for outputs in views:
-        for i in range(1, len(model)):
-            parameters = list(model.parameters_of(range(i, i + 1)).values())
-            trained = [parameter for parameter in parameters if parameter.requires_grad]
-            reason = why_whole(model.blocks[i].call, trained, outputs[i - 1]) if trained and i not in reasons else None
-            if reason is not None:
-                reasons[i] = reason
-    return reasons
-
-
-def _check_joinable(few: StepValues, more: StepValues) -> None:
-    """Refuse outputs that a loss over the whole batch could not get joined, microbatch after microbatch."""
-    for rows, values in ((FEW, few), (MORE, more)):
-        for output in (outputs[-1] for outputs in (*values.student, *values.teacher)):
-            for leaf in pytree.tree_leaves(output):
-                if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
-                    raise ModelError(
-                        f"a loss over the whole batch joins the outputs of microbatches by their first axis, "
-                        f"but for {rows} rows there is {describe(leaf)} in an output; give tensors of one row a sample"
-                    )
-
-
-def check_chain(task: Task, role: str, model: BlockModel, inputs: Any) -> None:
-    """Refuse blocks that, one after the other, are not the model: `ModelError` when they give something else.
-
-    Compared in eval mode, where the model's own forward takes the same single value and gives a nest of the same
-    form. A model that is called in another way, or that gives something else each time, is what its blocks say.
-    """
-    chain, again = (_evaluated(task, model, model, inputs) for _ in range(2))
-    try:
-        whole = _evaluated(task, model, model.model, inputs)
-    except Exception:  # it takes other arguments: there is nothing to compare with
-        return
-    if _alike(chain, again) and _alike(chain, whole) is False:
-        raise ModelError(
-            f"the {role}'s blocks ({', '.join(block.name for block in model.blocks)}), one after the other, do not "
-            f"give what {type(model.model).__name__}.forward gives; put what only its forward does into a block"
-        )
-
-
-def _evaluated(task: Task, model: BlockModel, call: Callable[[Any], Any], inputs: Any) -> Any:
-    with untouched(task), torch.no_grad():
-        model.model.eval()
-        torch.manual_seed(0)
-        return call(copied(inputs))
-
-
-def _alike(one: Any, other: Any) -> bool | None:
-    """Whether the tensors of two nests are the same up to rounding; None when their forms differ."""
-    (ours, form), (theirs, their_form) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    if form != their_form:
-        return None
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
-    return all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
-        for a, b in pairs
-    )
-
-
-class _UsesCheck:
-    """Refuses a block that trains what it does not name in its `uses`: in another stage, that would be another copy."""
-
-    def __init__(self, model: BlockModel) -> None:
-        self.model = model
-
-    def __call__(self, what: str, block: int) -> None:
-        """Hear that a piece of a step is done."""
-        if what != "backward":
-            return
-        named = dict(self.model.model.named_parameters())
-        mine = {id(p) for p in self.model.parameters_of(range(block, block + 1)).values()}
-        others = [name for name, p in named.items() if p.grad is not None and id(p) not in mine]
-        if others:
-            raise ModelError(
-                f"student block {block} ('{self.model.blocks[block].name}') trains {', '.join(map(repr, others[:5]))}"
-                f"{' and more' if len(others) > 5 else ''} without naming them in its `uses`; name them there"
-            )
-        for parameter in named.values():
-            parameter.grad = None
-
-
-def _observe_blocks(
-    role: str,
-    model: BlockModel,
-    few: list[Any],
-    more: list[Any],
-    gradients: tuple[list[list[Tensor | None]], list[list[Tensor | None]]] | None,
-) -> tuple[Contract, ...]:
-    return tuple(
-        observe(
-            f"after {role} block {i} ('{block.name}')",
-            few[i],
-            more[i],
-            (gradients[0][i], gradients[1][i]) if gradients else None,
-        )
-        for i, block in enumerate(model.blocks)
-    )

@@ -20,6 +20,11 @@ def distinct_tensors(value: Any) -> list[Tensor]:
     return list({id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}.values())
 
 
+def versions_of(value: Any) -> list[int]:
+    """The version of each distinct tensor of a nest. PyTorch raises it with every write in place, to any view of the tensor."""
+    return [tensor._version for tensor in distinct_tensors(value)]
+
+
 def num_rows(value: Any, what: str) -> int:
     """Count the rows of a batch: the size of the first axis, which all of its tensors share.
 

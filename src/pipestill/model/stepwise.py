@@ -1,10 +1,10 @@
-"""One training step taken block by block, with every boundary cut, and nothing left behind in the models."""
+"""Takes one training step block by block, with the graph divided at every boundary, and leaves no trace in the models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,57 +12,81 @@ from torch import Tensor, nn
 
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached
-from pipestill.model.nests import describe, distinct_tensors
+from pipestill.model.boundary import Detached, detached
+from pipestill.model.nests import describe, distinct_tensors, versions_of
+from pipestill.model.restore import restored
 from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
+OnDone = Callable[[str, int], None]
+"""Called as each piece of a step ends, in every view anew, with the piece's kind ("teacher", "student", "loss" or "backward")
+and its block (0 for the loss)."""
 
-@dataclass
+
+@dataclass(frozen=True)
 class StepValues:
-    """The values after each block for one number of rows, in each view, and the gradients of the student's distinct
-    tensors.
-    """
+    """Everything that crossed boundaries in one step with one number of rows."""
 
     student: list[list[Any]]
+    """By view, then by block: the value after each student block."""
     gradients: list[list[list[Tensor | None]]]
+    """By view, then by block: the gradient of each distinct tensor of that value, None where there is none."""
     teacher: list[list[Any]]
+    """By view that the teacher sees, then by block: the value after each teacher block."""
     loss_parts: tuple[str, ...]
+    """The names of the loss's parts, in its order."""
     copies: frozenset[int]
+    """The student blocks whose input was written to in place, by themselves or by a later block."""
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A block's input, and the versions that its tensors had then: PyTorch counts a tensor's writes in place."""
+
+    value: Any
+    versions: list[int]
+
+    @property
+    def written(self) -> bool:
+        """Whether a tensor of the input was written to in place since."""
+        return versions_of(self.value) != self.versions
 
 
 @dataclass
 class _StudentForward:
-    """A student's forward in one view, cut after every block."""
+    """A student's forward in one view, its graph divided after every block."""
 
-    outputs: list[Any]
-    inputs: list[list[tuple[Tensor, int]]]  # of every block, with their versions before it
-    cuts: list[tuple[list[Tensor], list[Tensor | None]]]
-    last: Any
+    inputs: list[_Given] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
+    ends: list[Detached] = field(default_factory=list)
+    """Each output as the start of the next block's graph."""
+
+    @property
+    def gradients(self) -> list[list[Tensor | None]]:
+        """By block: the gradient of each distinct tensor of its output."""
+        return [_of_distinct(output, end) for output, end in zip(self.outputs, self.ends, strict=True)]
 
 
-def stepwise(
-    task: Task, inputs: Any, targets: Any, done: Callable[[str, int], None] = lambda what, block: None
-) -> StepValues:
-    """Forward, loss and backward of one microbatch, cut between all blocks; call inside `untouched`.
+def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, block: None) -> StepValues:
+    """Take forward, loss and backward of one microbatch, block by block; call it inside `untouched`.
 
-    `done(what, block)` is called as each piece ends: "teacher", "student", "loss", "backward"; in every view anew. The
-    gradients stay in the models. Raises `ModelError` naming the block or the loss that fails.
+    The gradients of parameters stay in the models. Raises `ModelError` that names the block or the loss that fails.
     """
     check_views(task, inputs)
     demands = task.demands
-    versions = [tensor._version for tensor in distinct_tensors(inputs)]
-    taught: list[list[Any]] = []
+    given = _Given(inputs, versions_of(inputs))
+    teacher_values: list[list[Any]] = []
     if task.teacher_blocks is not None:
+        teacher = task.teacher_blocks
         with torch.no_grad():
-            taught = [
-                _teacher_forward(task.teacher_blocks, view(task, inputs, v), done) for v in range(demands.teacher_views)
+            teacher_values = [
+                _teacher_forward(teacher, view(task, inputs, v), done) for v in range(demands.teacher_views)
             ]
-        _check_unwritten("teacher", inputs, versions)
+        _check_unwritten("teacher", given)
     with torch.enable_grad():
         forwards = [_student_forward(task.student_blocks, view(task, inputs, v), done) for v in range(demands.views)]
         if task.teacher_blocks is not None:
-            _check_unwritten("student", inputs, versions)
-        parts = _loss(task, [f.last for f in forwards], [values[-1] for values in taught], targets)
+            _check_unwritten("student", given)
+        parts = _loss(task, [f.ends[-1].value for f in forwards], [values[-1] for values in teacher_values], targets)
         total = torch.stack([part.double() for part in parts.values()]).sum()
         if not total.requires_grad:
             raise ModelError(
@@ -71,30 +95,20 @@ def stepwise(
         total.backward()
         done("loss", 0)
         for forward in forwards:
-            for i in reversed(range(len(forward.outputs))):
-                pairs = zip(*forward.cuts[i], strict=True)
-                roots = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
-                if roots:
-                    _backward(task.student_blocks, i, roots)
+            for i in reversed(range(len(task.student_blocks))):
+                _backward(task.student_blocks, i, forward.ends[i])
                 done("backward", i)
     return StepValues(
         student=[forward.outputs for forward in forwards],
-        gradients=[
-            [_of_distinct(output, *ends) for output, ends in zip(forward.outputs, forward.cuts, strict=True)]
-            for forward in forwards
-        ],
-        teacher=taught,
+        gradients=[forward.gradients for forward in forwards],
+        teacher=teacher_values,
         loss_parts=tuple(parts),
-        copies=frozenset(
-            i
-            for forward in forwards
-            for i, given in enumerate(forward.inputs)
-            if any(t._version != v for t, v in given)
-        ),
+        copies=frozenset(i for forward in forwards for i, value in enumerate(forward.inputs) if value.written),
     )
 
 
-def _teacher_forward(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> list[Any]:
+def _teacher_forward(model: BlockModel, value: Any, done: OnDone) -> list[Any]:
+    """The values after each teacher block."""
     values = []
     for i in range(len(model)):
         value = _call("teacher", model, i, value)
@@ -103,28 +117,33 @@ def _teacher_forward(model: BlockModel, value: Any, done: Callable[[str, int], N
     return values
 
 
-def _student_forward(model: BlockModel, value: Any, done: Callable[[str, int], None]) -> _StudentForward:
-    forward = _StudentForward([], [], [], None)
+def _student_forward(model: BlockModel, value: Any, done: OnDone) -> _StudentForward:
+    """Run the student's blocks, each in a graph of its own."""
+    forward = _StudentForward()
     for i in range(len(model)):
-        forward.inputs.append([(tensor, tensor._version) for tensor in distinct_tensors(value)])
+        forward.inputs.append(_Given(value, versions_of(value)))
         forward.outputs.append(_call("student", model, i, value))
         done("student", i)
-        value, tracked, gradients = detached(forward.outputs[-1])
-        forward.cuts.append((tracked, gradients))
-    forward.last = value
+        forward.ends.append(detached(forward.outputs[-1]))
+        value = forward.ends[-1].value
     return forward
 
 
-def _check_unwritten(role: str, inputs: Any, versions: list[int]) -> None:
-    """Refuse a model that writes to the batch: the other model reads it too, before or after."""
-    if [tensor._version for tensor in distinct_tensors(inputs)] != versions:
+def _check_unwritten(role: str, inputs: _Given) -> None:
+    """Refuse a model that writes to the batch: the other model reads the batch too, before or after."""
+    if inputs.written:
         raise ModelError(
             f"the {role} changes its input in place, and the other model reads it too; "
             f"let the first block of the {role} copy it, or make its first operations not in-place"
         )
 
 
-def _backward(model: BlockModel, index: int, roots: list[tuple[Tensor, Tensor]]) -> None:
+def _backward(model: BlockModel, index: int, end: Detached) -> None:
+    """Run one block's backward from the gradients that came back for its output, where any did."""
+    pairs = zip(end.tracked, end.gradients, strict=True)
+    roots = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+    if not roots:
+        return
     try:
         torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
     except Exception as error:
@@ -133,13 +152,14 @@ def _backward(model: BlockModel, index: int, roots: list[tuple[Tensor, Tensor]])
         ) from error
 
 
-def _of_distinct(value: Any, tracked: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor | None]:
+def _of_distinct(value: Any, end: Detached) -> list[Tensor | None]:
     """The gradient of each distinct tensor of `value`."""
-    known = {id(tensor): gradient for tensor, gradient in zip(tracked, gradients, strict=True)}
+    known = {id(tensor): gradient for tensor, gradient in zip(end.tracked, end.gradients, strict=True)}
     return [known.get(id(tensor)) for tensor in distinct_tensors(value)]
 
 
 def _call(role: str, model: BlockModel, index: int, value: Any) -> Any:
+    """Call one block; `ModelError` that names the block and describes its input where it fails."""
     block = model.blocks[index]
     try:
         return block.call(value)
@@ -153,6 +173,7 @@ def _call(role: str, model: BlockModel, index: int, value: Any) -> Any:
 
 
 def _loss(task: Task, student: list[Any], teacher: list[Any], targets: Any) -> dict[str, Tensor]:
+    """Compute the loss's parts; `ModelError` that describes outputs and targets where it fails."""
     try:
         return task.loss_parts(student, teacher, targets)
     except ModelError:
@@ -160,7 +181,7 @@ def _loss(task: Task, student: list[Any], teacher: list[Any], targets: Any) -> d
     except Exception as error:
         single = task.demands.views == 1
         shown = [describe(values[0] if single else values) for values in (student, teacher) if values]
-        given = [f"{who} output {value}" for who, value in zip(("student", "teacher"), shown, strict=False)]
+        given = [f"{role} output {value}" for role, value in zip(("student", "teacher"), shown, strict=False)]
         given.append(f"target {describe(targets)}")
         raise ModelError(
             f"the loss cannot take {', '.join(given)}: {type(error).__name__}: {error}; "
@@ -170,9 +191,7 @@ def _loss(task: Task, student: list[Any], teacher: list[Any], targets: Any) -> d
 
 @contextmanager
 def untouched(task: Task) -> Iterator[None]:
-    """The modes of training for student and teacher, and everything put back afterwards: buffers,
-    gradients, modes and the random state.
-    """
+    """Run the body with the task's models in their training modes, and leave no trace in models, loss and random state."""
     models: list[nn.Module] = [task.student_blocks.model]
     if task.teacher_blocks is not None:
         models.append(task.teacher_blocks.model)
@@ -183,28 +202,3 @@ def untouched(task: Task) -> Iterator[None]:
         if task.teacher_blocks is not None:
             task.teacher_blocks.model.train(teacher_trains(task))
         yield
-
-
-@contextmanager
-def restored(models: Sequence[nn.Module]) -> Iterator[None]:
-    """No gradients at first; afterwards buffers, gradients and modes of `models`, and the random state, as they were."""
-    modules = [module for model in models for module in model.modules()]
-    modes = [module.training for module in modules]
-    buffers = [{name: (b, b if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
-    gradients = [(p, p.grad) for model in models for p in model.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for module, mode, saved in zip(modules, modes, buffers, strict=True):
-            module.training = mode
-            module._buffers.clear()  # a forward may have put new tensors in their place
-            for name, (buffer, content) in saved.items():
-                module._buffers[name] = buffer
-                if buffer is not None and content is not None:
-                    with torch.no_grad():
-                        buffer.copy_(content)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient

@@ -1,8 +1,8 @@
-"""The kinds of training, as values: which models take part and what the loss is."""
+"""The tasks of models that are trained end to end: which models take part, what the loss is, how the teacher changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -19,10 +19,21 @@ from pipestill.schedule.pipeline.structure import Demands
 
 @dataclass(frozen=True)
 class Distillation:
-    """A frozen teacher and a student trained end to end.
+    """A frozen teacher and a student that is trained end to end (Hinton et al. 2015).
 
-    `loss(student_output, teacher_output, target)` is the mean over the rows it gets, a scalar or a dict of scalars
-    that add up to it. The teacher runs in eval mode, without gradients, and is never changed. Cuts: see `BlockModel`.
+    The teacher runs in eval mode, without gradients, and is never changed.
+
+    Args:
+        teacher: the model whose outputs the student is trained on.
+        student: the model that is trained.
+        loss: `loss(student_output, teacher_output, target)` -> the mean over the rows of the outputs, as a scalar or as a
+            dict of named scalars whose sum is the loss. It gets one microbatch at a time; `target` is None where the loader
+            gives none. Those that ship: `ps.losses.SoftTarget` and others of `ps.losses`.
+        teacher_cuts: the teacher's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
+        student_cuts: the student's blocks, likewise.
+
+    Raises:
+        ModelError: a model is none, the two share a parameter or buffer, or the loss is no function or has parameters.
     """
 
     teacher: nn.Module
@@ -37,36 +48,57 @@ class Distillation:
 
     @cached_property
     def student_blocks(self) -> BlockModel:
+        """The student with its blocks."""
         return BlockModel(self.student, self.student_cuts)
 
     @cached_property
     def teacher_blocks(self) -> BlockModel | None:
+        """The teacher with its blocks."""
         return BlockModel(self.teacher, self.teacher_cuts)
 
     @property
     def demands(self) -> Demands:
+        """What the task asks of a schedule."""
         return Demands()
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
-        """The loss of the only view's outputs, as named parts that add up to it."""
-        return _parts(self.loss(student[0], teacher[0], target))
+        """Compute the loss as named parts whose sum it is.
+
+        Args:
+            student: a list of the student's output.
+            teacher: a list of the teacher's output.
+            target: the targets of the same rows.
+        """
+        return _named_parts(self.loss(student[0], teacher[0], target))
 
 
 @dataclass(frozen=True)
 class Momentum:
-    """A student and a teacher that follows it: after each update, teacher = m * teacher + (1 - m) * student.
+    """A student and a teacher that is an exponential moving average of it: teacher = m * teacher + (1 - m) * student.
 
-    A batch's inputs are a tuple of `views` nests, of any sizes; the teacher sees the first `teacher_views` of them (default:
-    all). `loss(student_outputs, teacher_outputs, target)` takes one output a view and returns the mean over their rows, a
-    scalar or a dict of scalars that add up to it; no gradient goes into the teacher's. With `batch_loss` the outputs
-    are of the whole batch, so that losses may compare samples with each other (InfoNCE); they are nests of tensors whose
-    first axis counts rows, then. Otherwise they are of one microbatch.
+    The teacher moves so after each update of the student (BYOL, Grill et al. 2020, section 3.1; MoCo v3, Chen et al. 2021).
+    A batch's inputs are a tuple of `views` nests, each of any size; no gradient goes into the teacher.
 
-    `momentum` is m in [0, 1), or a function from the step (from 0) to it. Every parameter of the teacher has the name and
-    shape of one of the student, which may have further blocks at its end (a predictor); the teacher starts as it
-    is given, usually as a deep copy. `teacher_mode`: what its dropout and batch norm do. `teacher_buffers`: buffers are the
-    teacher's "own", which its forwards change, or a "copy" of the student's after each update. (TSPipe, section 2; BYOL,
-    Grill et al. 2020; MoCo v3, Chen et al. 2021.)
+    Args:
+        teacher: the model that follows the student. Every parameter of it has the name and shape of one of the student's
+            first blocks; it starts as it is given, usually as `copy.deepcopy` of the student without its predictor.
+        student: the model that is trained. It may have further blocks at its end, such as a predictor.
+        loss: `loss(student_outputs, teacher_outputs, target)` -> the mean over rows, as a scalar or as a dict of named
+            scalars whose sum is the loss. It takes two lists with one output a view.
+        momentum: the coefficient m, at least 0 and less than 1, or a function from the step (counted from 0) to it.
+        views: how many views of each sample a batch holds.
+        teacher_views: how many of them, the first ones, the teacher sees (default: all).
+        batch_loss: True gives the loss the outputs of the whole batch at once, so that it may compare samples with each
+            other (InfoNCE); outputs are then nests of tensors whose first axis counts rows. False gives it one microbatch
+            at a time.
+        teacher_mode: "train" or "eval", the mode of the teacher's dropout and batch norm.
+        teacher_buffers: "own", buffers that the teacher's forwards change, or "copy", those of the student after each
+            update.
+        teacher_cuts: the teacher's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
+        student_cuts: the student's blocks, likewise.
+
+    Raises:
+        ModelError: the teacher is no copy of the student's first blocks, the two share a tensor, or an argument is wrong.
     """
 
     teacher: nn.Module
@@ -82,39 +114,39 @@ class Momentum:
     student_cuts: Sequence[str | Block] | None = None
 
     def __post_init__(self) -> None:
-        seen = self.teacher_views
-        check_parts(
-            {"teacher": self.teacher, "student": self.student},
-            {"the loss": self.loss},
-            (
-                *whole("views", self.views),
-                *(() if seen is None else whole("teacher_views", seen)),
-                *one_of("batch_loss", self.batch_loss, bool, "True or False"),
-                *(
-                    ()
-                    if callable(self.momentum)
-                    else one_of("momentum", self.momentum, (int, float), "a number or a function")
-                ),
-            ),
-        )
+        models = {"teacher": self.teacher, "student": self.student}
+        check_parts(models, {"the loss": self.loss}, self._value_problems())
         _check_apart(self.teacher, self.student)
-        if self.views < 1 or not 1 <= self.demands.teacher_views <= self.views:
-            raise ModelError(f"the teacher sees {self.demands.teacher_views} of {self.views} views; expected 1 to all")
-        if not callable(self.momentum) and not 0.0 <= self.momentum < 1.0:
-            raise ModelError(f"momentum is {self.momentum}; expected 0 or more and less than 1")
-        for name, value, known in (
-            ("teacher_mode", self.teacher_mode, ("train", "eval")), ("teacher_buffers", self.teacher_buffers, ("own", "copy"))
-        ):  # fmt: skip
-            if value not in known:
-                raise ModelError(f"{name} is '{value}'; expected {' or '.join(known)}")
+        self._check_copy()
+
+    def _value_problems(self) -> Iterator[str]:
+        """Find what is wrong with the arguments that are no models and no loss."""
+        seen = self.views if self.teacher_views is None else self.teacher_views
+        wrong = [*whole("views", self.views, 1), *(() if self.teacher_views is None else whole("teacher_views", seen))]
+        yield from wrong
+        if not wrong and not 1 <= seen <= self.views:
+            yield f"the teacher sees {seen} of {self.views} views; expected 1 to all"
+        yield from one_of("batch_loss", self.batch_loss, bool, "True or False")
+        if not callable(self.momentum):
+            wrong = list(one_of("momentum", self.momentum, (int, float), "a number or a function"))
+            yield from wrong
+            if not wrong and not 0.0 <= self.momentum < 1.0:
+                yield f"momentum is {self.momentum}; expected 0 or more and less than 1"
+        if self.teacher_mode not in ("train", "eval"):
+            yield f"teacher_mode is '{self.teacher_mode}'; expected train or eval"
+        if self.teacher_buffers not in ("own", "copy"):
+            yield f"teacher_buffers is '{self.teacher_buffers}'; expected own or copy"
+
+    def _check_copy(self) -> None:
+        """Refuse a teacher that is no copy of the student's first blocks."""
         student, teacher = self.student_blocks, self.teacher_blocks
         if len(teacher) > len(student):
             raise ModelError(f"the teacher has {len(teacher)} blocks, more than the student's {len(student)}")
         for i in range(len(teacher)):
             block = range(i, i + 1)
-            mine = {name: p.shape for name, p in student.parameters_of(block).items()}
+            shapes = {name: p.shape for name, p in student.parameters_of(block).items()}
             for name, parameter in teacher.parameters_of(block).items():
-                if mine.get(name) != parameter.shape:
+                if shapes.get(name) != parameter.shape:
                     raise ModelError(
                         f"teacher block {i} ('{teacher.blocks[i].name}') has a parameter '{name}' "
                         f"{tuple(parameter.shape)}, which student block {i} ('{student.blocks[i].name}') lacks; a momentum "
@@ -123,33 +155,56 @@ class Momentum:
 
     @cached_property
     def student_blocks(self) -> BlockModel:
+        """The student with its blocks."""
         return BlockModel(self.student, self.student_cuts)
 
     @cached_property
     def teacher_blocks(self) -> BlockModel:
+        """The teacher with its blocks."""
         return BlockModel(self.teacher, self.teacher_cuts)
 
     @property
     def demands(self) -> Demands:
+        """What the task asks of a schedule."""
         seen = self.views if self.teacher_views is None else self.teacher_views
         return Demands(momentum=True, views=self.views, teacher_views=seen, batch_loss=self.batch_loss)
 
     def momentum_at(self, step: int) -> float:
-        """M for the move after the update of `step`; `ConfigError` for one that cannot be."""
+        """The coefficient m with which the teacher moves after the update of a step.
+
+        Args:
+            step: the step, counted from 0.
+
+        Raises:
+            ConfigError: the function of the step gave no number from 0 to 1.
+        """
         value = self.momentum(step) if callable(self.momentum) else self.momentum
         raise_problems(real_number(f"momentum({step})", value, least=0, most=1))
         return value
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
-        """The loss as named parts that add up to it."""
-        return _parts(self.loss(student, teacher, target))
+        """Compute the loss as named parts whose sum it is.
+
+        Args:
+            student: the student's outputs, one a view.
+            teacher: the teacher's outputs, one a view that it sees.
+            target: the targets of the same rows.
+        """
+        return _named_parts(self.loss(student, teacher, target))
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """A student alone, trained on labels: the baseline that distillation is compared with.
+    """A student that is trained alone on labels: the baseline that distillation is compared with.
 
-    `loss(output, target)` is the mean over the rows it gets, a scalar or a dict of scalars that add up to it.
+    Args:
+        student: the model that is trained.
+        loss: `loss(output, target)` -> the mean over the rows of the output, as a scalar or as a dict of named scalars whose
+            sum is the loss. It gets one microbatch at a time.
+        student_cuts: the model's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
+
+    Raises:
+        ModelError: the student is no model, or the loss is no function or has parameters.
     """
 
     student: nn.Module
@@ -161,31 +216,41 @@ class Supervised:
 
     @cached_property
     def student_blocks(self) -> BlockModel:
+        """The student with its blocks."""
         return BlockModel(self.student, self.student_cuts)
 
     @property
     def teacher_blocks(self) -> BlockModel | None:
+        """None: there is no teacher."""
         return None
 
     @property
     def demands(self) -> Demands:
+        """What the task asks of a schedule."""
         return Demands()
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
-        """The loss as named parts that add up to it; `teacher` is empty."""
-        return _parts(self.loss(student[0], target))
+        """Compute the loss as named parts whose sum it is.
+
+        Args:
+            student: a list of the student's output.
+            teacher: an empty list: there is no teacher.
+            target: the targets of the same rows.
+        """
+        return _named_parts(self.loss(student[0], target))
 
 
 Task = Distillation | Momentum | Supervised
+"""A task whose models are trained end to end, in a pipeline or in the plain loop."""
 
 
 def view(task: Task, inputs: Any, index: int) -> Any:
-    """One view of a batch's inputs."""
+    """Select one view of a batch's inputs; they are the only view of a task without views."""
     return inputs[index] if isinstance(task, Momentum) else inputs
 
 
 def check_views(task: Task, inputs: Any) -> None:
-    """`DataError` when a batch does not hold the views that the task declares."""
+    """Raise `DataError` when a batch's inputs are not the views that the task declares."""
     if isinstance(task, Momentum) and (not isinstance(inputs, (tuple, list)) or len(inputs) != task.views):
         came = f"{len(inputs)} of them" if isinstance(inputs, (tuple, list)) else type(inputs).__name__
         raise DataError(
@@ -195,13 +260,14 @@ def check_views(task: Task, inputs: Any) -> None:
 
 
 def teacher_trains(task: Task) -> bool:
-    """Whether the teacher runs in train mode."""
+    """Whether the task's teacher runs in train mode."""
     return isinstance(task, Momentum) and task.teacher_mode == "train"
 
 
 def check_parts(models: Mapping[str, object], losses: Mapping[str, object], more: Iterable[str] = ()) -> None:
-    """`ModelError` for what is no model or no loss, and what `more` has found. A loss may hold buffers, but nothing to train:
-    no optimizer would see it.
+    """Raise `ModelError` with everything wrong among `models` and `losses`, by name, and with the problems in `more`.
+
+    A loss may hold buffers, but no parameter to train: no optimizer would see it.
     """
     problems = [
         *(p for name, model in models.items() for p in one_of(name, model, nn.Module, "an nn.Module")),
@@ -214,6 +280,7 @@ def check_parts(models: Mapping[str, object], losses: Mapping[str, object], more
 
 
 def _check_untrained(loss: object) -> None:
+    """Refuse a loss that has parameters to train."""
     trained = [n for n, p in loss.named_parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
     if trained:
         raise ModelError(
@@ -223,33 +290,36 @@ def _check_untrained(loss: object) -> None:
 
 
 def _check_apart(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuse a teacher that shares a module, a parameter or a buffer with the student."""
     if teacher is student:
         raise ModelError("teacher and student are the same module; expected two")
-    shared = set(_parts_of(teacher)) & set(_parts_of(student))
+    shared = set(_contents(teacher)) & set(_contents(student))
     if shared:
-        names = [name for part, name in _parts_of(student).items() if part in shared]
+        names = [name for part, name in _contents(student).items() if part in shared]
         raise ModelError(
             f"teacher and student share {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}; "
             "a teacher needs modules, parameters and buffers of its own (copy.deepcopy)"
         )
 
 
-def _parts_of(model: nn.Module) -> dict[int, str]:
-    """The identity and name of everything that a model consists of."""
+def _contents(model: nn.Module) -> dict[int, str]:
+    """The modules, parameters and buffers of a model: the id of each, and its name."""
     named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
     return {id(part): f"'{name}'" for name, part in named}
 
 
-_LOGGED = ("step", "epoch", "loss", "lr", "grad_norm", "seconds", "samples_per_second", "bubble", "momentum")
+_LOG_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "seconds", "samples_per_second", "bubble", "momentum")
+"""Names that the log uses itself, which no part of a loss may have."""
 
 
-def _parts(value: LossValue) -> dict[str, Tensor]:
+def _named_parts(value: LossValue) -> dict[str, Tensor]:
+    """The parts of a loss by name; `ModelError` for a value that is no scalar and no dict of scalars."""
     parts = dict(value) if isinstance(value, Mapping) else {"loss": value}
-    logged = [name for name in parts if not isinstance(name, str) or (len(parts) > 1 and name in _LOGGED)]
-    if logged:
+    taken = [name for name in parts if not isinstance(name, str) or (len(parts) > 1 and name in _LOG_COLUMNS)]
+    if taken:
         raise ModelError(
-            f"parts of the loss are named {', '.join(map(repr, logged))}; expected other names, as text: the log has "
-            f"{', '.join(_LOGGED)} of its own"
+            f"parts of the loss are named {', '.join(map(repr, taken))}; expected other names, as text: the log itself uses "
+            f"{', '.join(_LOG_COLUMNS)}"
         )
     if not parts:
         raise ModelError("the loss gave no part; expected a scalar, or a dict of scalars that add up")

@@ -46,9 +46,7 @@ def language_model_blocks(model: nn.Module) -> list[str | Block] | None:
         assert number == int(name)
         for half in family.halves if _is_its_halves(layer) else (HalfLayer("", ("",), _whole_layer, masked=True),):
             uses = tuple(f"{where}.{use}".rstrip(".") for use in half.uses)
-            blocks.append(
-                Block(f"{where}.{half.name}".rstrip("."), partial(_through, family, base, half, layer), uses)
-            )
+            blocks.append(Block(f"{where}.{half.name}".rstrip("."), partial(_through, family, base, half, layer), uses))
     norm = None if family.final_norm is None else base.get_submodule(family.final_norm)
     end = "head" if head.uses or not after else prefix + after[0]
     uses = (*head.uses, *(prefix + name for name in after))
