@@ -35,8 +35,8 @@ from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import Processes
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.train.blockwise import BlockwiseTrainer
 from pipestill.train.data import inputs_and_targets
+from pipestill.train.trainer import Trainer
 
 BATCH = 128
 PIPELINE_STRATEGIES = ("dp", "relay", "relay-dpu", "hybrid", "balanced")
@@ -52,7 +52,7 @@ def counted(name: str, devices: int) -> list[dict[str, Any]]:
     for strategy in PIPELINE_STRATEGIES:
         options = RunOptions(devices=devices, threads=1, device="cpu", strategy=strategy)
         trainer = make_block_trainer(workload.task(), workload, options, profile=profile)
-        plan = trainer.plan_for(profile, BATCH)
+        plan = trainer.engine.plan(profile, BATCH)
         with LiveBytes() as mode, weights_counted(mode, trainer, profile):
             trainer.fit(workload.loader, steps=max(6, 4 * plan.window))
         told = world.gather([mode.peak])
@@ -65,7 +65,7 @@ def counted(name: str, devices: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def weights_counted(mode: LiveBytes, trainer: BlockwiseTrainer, profile: BlockProfile) -> Iterator[None]:
+def weights_counted(mode: LiveBytes, trainer: Trainer, profile: BlockProfile) -> Iterator[None]:
     """Counts also weights, which were there before, of the blocks that this rank holds, while it does."""
     hold, release, taught = BlockwiseWorker.hold, BlockwiseWorker.release, set[int]()
 

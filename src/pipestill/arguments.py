@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import wraps
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from pipestill.errors import ConfigError, PlanError
+from pipestill.errors import ConfigError, UnknownArgument, nearest
 
 
 def raise_problems(problems: Iterable[str], error: type[Exception] = ConfigError) -> None:
@@ -77,36 +79,6 @@ def listeners(value: object) -> Iterator[str]:
         missing = [name for name in heard if not callable(getattr(one, name, None))]
         if missing or isinstance(one, type):
             yield f"callback {shown(one)} is no object with the methods {', '.join(heard)}; derive it from callbacks.Callback"
-
-
-def check_trainer(
-    *,
-    counts: Mapping[str, object],
-    lr_schedules: Mapping[str, object],
-    optimizer: object,
-    lr: object,
-    optimizer_options: object,
-    param_groups: object,
-    device: object,
-    split_batch: object,
-    seed: object,
-    callbacks: object,
-    timeout_seconds: object,
-    more: Iterable[str],
-) -> None:
-    """Raise everything wrong with what a trainer is given: `PlanError` where a count is wrong, else `ConfigError`."""
-    wrong_counts = [problem for name, value in counts.items() for problem in whole(name, value, 1)]
-    problems = [
-        *wrong_counts,
-        *optimizing(optimizer, lr, optimizer_options, param_groups, lr_schedules),
-        *one_of("device", device, (str, NoneType), "'cpu', 'cuda' or None"),
-        *function("split_batch", split_batch, "a function from what the loader yields to (inputs, targets)"),
-        *whole("seed", seed),
-        *listeners(callbacks),
-        *real_number("timeout_seconds", timeout_seconds, above=0),
-        *more,
-    ]
-    raise_problems(problems, PlanError if wrong_counts else ConfigError)
 
 
 def check_extent(epochs: object, steps: object) -> None:
@@ -198,3 +170,92 @@ def parse_bytes(amount: object) -> int:
 def mebibytes(num_bytes: float) -> str:
     """An amount of memory, as messages show it."""
     return f"{num_bytes / 2**20:.6g} MiB"
+
+
+# ---------------------------------------------------------------- names of arguments that other libraries have
+
+_FIT = "an argument of `fit`: trainer.fit(loader, {})"
+_OPTION = "an option of the optimizer: optimizer_options={{{}}}"
+_HINTS = {
+    **dict.fromkeys(("learning_rate", "base_lr"), "called `lr` here"),
+    **dict.fromkeys(("max_epochs", "num_epochs", "num_train_epochs", "n_epochs"), _FIT.format("epochs=...")),
+    **dict.fromkeys(("max_steps", "num_steps"), _FIT.format("steps=...")),
+    **dict.fromkeys(
+        ("val_dataloaders", "val_loader", "eval_dataset", "valid_loader", "validation_loader", "validation_data"),
+        _FIT.format("validate=...").replace("an argument", "`validate`, an argument"),
+    ),
+    **dict.fromkeys(
+        ("train_dataloaders", "train_loader", "train_dataset", "dataloader"), "the first argument of `fit`"
+    ),
+    **dict.fromkeys(("epochs", "steps", "validate"), "an argument of `fit`"),
+    **dict.fromkeys(
+        ("max_grad_norm", "grad_clip", "gradient_clip_val", "clip_grad", "max_norm"), "called `clip_grad_norm` here"
+    ),
+    **dict.fromkeys(
+        ("gradient_accumulation_steps", "accumulate_grad_batches", "num_microbatches", "micro_batches", "chunks"),
+        "called `microbatches` here: slices of a batch whose gradients add up",
+    ),
+    **dict.fromkeys(
+        ("batch_size", "per_device_train_batch_size", "micro_batch_size"),
+        "the loader's: DataLoader(..., batch_size=...); `microbatches` says how many slices a batch is cut into",
+    ),
+    **dict.fromkeys(
+        ("device_ids", "num_devices", "gpus", "num_gpus", "world_size"), "called `devices` here: their number"
+    ),
+    **dict.fromkeys(("accelerator", "device_type"), "called `device` here: 'cpu' or 'cuda'"),
+    "profile": "called `costs` here: costs=BlockProfile.load(...)",
+    **dict.fromkeys(
+        ("memory_bytes", "max_memory", "memory_limit"), "called `memory` here: bytes, or text such as '80GB'"
+    ),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "schedule"), "called `lr_schedule` here"),
+    **dict.fromkeys(
+        ("optim", "optimizers", "optimizer_class"), "called `optimizer` here: a class such as torch.optim.SGD"
+    ),
+    **dict.fromkeys(("optimizer_kwargs", "optimizer_args", "optim_args"), "called `optimizer_options` here"),
+    **{name: _OPTION.format(f"'{name}': ...") for name in ("weight_decay", "momentum", "betas", "eps", "nesterov")},
+    **dict.fromkeys(("logging_steps", "log_every_n_steps", "log_interval"), "called `log_every` here"),
+    "timeout": "called `timeout_seconds` here",
+    "num_stages": "called `devices` here: there is one stage on each",
+    **dict.fromkeys(("partition", "balance"), "called `student_partition` here (and `teacher_partition`)"),
+    "spare_ranks": "gone: give `fit` a world instead",
+    **dict.fromkeys(("teacher_model", "student_model"), "called `teacher` or `student` here"),
+    **dict.fromkeys(("criterion", "loss_fn", "loss_function", "objective"), "called `loss` here"),
+    **dict.fromkeys(
+        ("temperature", "alpha"), "the loss's: for example loss=ps.losses.SoftTarget(temperature=4.0, weight=0.1)"
+    ),
+    **dict.fromkeys(("ema", "ema_decay", "tau", "decay", "moving_average_decay"), "called `momentum` here"),
+    **dict.fromkeys(("cuts", "split_points"), "called `student_cuts` here (and `teacher_cuts`)"),
+    **dict.fromkeys(
+        ("precision", "fp16", "bf16", "amp"), "not an argument here: call `fit` inside torch.autocast, with bfloat16"
+    ),
+}
+"""What users of other libraries write, and what to write instead."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def hinted(called: F) -> F:
+    """Make a function or class refuse an argument that it does not have by an `UnknownArgument` that names the right one."""
+    function = called.__init__ if isinstance(called, type) else called  # type: ignore[misc]
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    what = called.__name__
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        problems = [f"{what} has no argument '{name}'{_instead(name, known)}" for name in kwargs if name not in known]
+        raise_problems(problems, UnknownArgument)
+        return function(*args, **kwargs)
+
+    if isinstance(called, type):
+        called.__init__ = checked  # type: ignore[misc]
+        return called
+    return cast(F, checked)
+
+
+def _instead(name: str, known: Sequence[str]) -> str:
+    """What to write in place of an unknown argument: what it is called here, the closest name, or one of all."""
+    hint = _HINTS.get(name, "")
+    called = re.search("called `([a-z_]+)`", hint)
+    if hint and (called is None or called[1] in known):
+        return f"; it is {hint}"
+    return nearest(name, known) or f"; there are {', '.join(known)}"

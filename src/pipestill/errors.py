@@ -3,6 +3,7 @@
 PipestillError                  status 1: something went wrong while running
 |-- UserError (ValueError)      status 2: what was asked for cannot be done; the message says what to change
 |   |-- ConfigError             an option, a recipe name, a config file
+|   |-- UnknownArgument         an argument that a function of ours does not have (also a TypeError)
 |   |-- PlanError               partition, placement, schedule knobs
 |   |-- ModelError              a model, a loss or a boundary that cannot be pipelined as it is
 |   |-- DataError               what the loader yields
@@ -29,6 +30,10 @@ class UserError(PipestillError, ValueError):
 
 class ConfigError(UserError):
     """An option, a recipe name or a config file is wrong."""
+
+
+class UnknownArgument(UserError, TypeError):
+    """A function or class is given an argument that it does not have; the message names the one that is meant."""
 
 
 class PlanError(UserError):

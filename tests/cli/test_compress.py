@@ -40,7 +40,7 @@ WRONG = {
     "unknown strategy": ("--strategy relay-dup", "no strategy 'relay-dup' (did you mean 'relay-dpu'?)"),
     "staleness": ("--staleness 1", "staleness is of a momentum teacher"),
     "missing profile": ("--profile p.csv", "cannot read block profile 'p.csv'"),
-    "profile of other blocks": ("--profile three.csv", "the profile is of 3 blocks, the models have 6"),
+    "profile of other blocks": ("--profile three.csv", "the costs are of 3 blocks, the models have 6"),
     "profile without memory": (
         "--widths 4,6 --depths 1,1 --student_depths 1,1 --profile three.csv --memory 1GB",
         "memory",

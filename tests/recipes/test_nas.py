@@ -414,9 +414,9 @@ def test_a_fresh_network_has_the_form_of_the_one_that_was_found() -> None:
 # -- every strategy ---------------------------------------------------------------------------------------------------------
 
 
-def trainer_of(made: BlockwiseWorkload, task: ps.Blockwise, **knobs: Any) -> ps.BlockwiseTrainer:
+def trainer_of(made: BlockwiseWorkload, task: ps.Blockwise, **knobs: Any) -> ps.Trainer:
     training = made.student_training
-    return ps.BlockwiseTrainer(
+    return ps.Trainer(
         task, optimizer=training.optimizer, lr=training.lr, optimizer_options=training.optimizer_options,
         param_groups=training.param_groups, lr_schedule=training.factor(made.loader), device="cpu", **knobs,
     )  # fmt: skip
@@ -430,7 +430,7 @@ UNEVEN = BlockProfile(
 )
 
 
-def state_after(strategy: str, devices: int, steps: int = 14, **knobs: Any) -> tuple[dict[str, Tensor], ps.BlockResult]:
+def state_after(strategy: str, devices: int, steps: int = 14, **knobs: Any) -> tuple[dict[str, Tensor], ps.Result]:
     made = workload()
     task = made.task()
     result = trainer_of(made, task, strategy=strategy, devices=devices, **knobs).fit(made.loader, steps=steps)
@@ -446,7 +446,7 @@ def alone() -> dict[str, Tensor]:
     ("strategy", "devices"), [("ls", 2), ("relay", 3), ("relay-dpu", 2), ("balanced", 2), ("balanced", 1)]
 )
 def test_strategies_are_bit_exact(strategy: str, devices: int, alone: dict[str, Tensor]) -> None:
-    state, result = state_after(strategy, devices, profile=UNEVEN)
+    state, result = state_after(strategy, devices, costs=UNEVEN)
     assert [name for name, tensor in alone.items() if not torch.equal(tensor, state[name])] == []
     start = trained(workload().task())
     names = [name for name in alone if name.endswith("alpha")]

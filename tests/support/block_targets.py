@@ -49,12 +49,12 @@ def train_in_a_group(how: str, where: int, directory: str) -> None:
     note(directory, f"rank-{rank()}", str(os.getpid()))
     teacher = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     student = nn.Sequential(nn.Linear(4, 4), Struck(how, where, directory))
-    trainer = ps.BlockwiseTrainer(
+    trainer = ps.Trainer(
         ps.Blockwise(teacher, student),
         devices=2,
         strategy="dp",
         device="cpu",
-        profile=profile_of(2),
+        costs=profile_of(2),
         timeout_seconds=30.0,
     )
     trainer.fit([torch.randn(ROWS, 4) for _ in range(6)])

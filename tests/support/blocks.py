@@ -94,10 +94,10 @@ class BlockCase:
         generator = torch.Generator().manual_seed(1)
         rows = torch.randn(ROWS * BATCHES + 5, WIDTHS[0], generator=generator).to(self.dtype)
         loader = DataLoader(list(rows), batch_size=ROWS, shuffle=True)  # type: ignore[arg-type]
-        trainer = ps.BlockwiseTrainer(
+        trainer = ps.Trainer(
             task, optimizer=optimizer, optimizer_options=options, lr=0.01, lr_schedule=halved, devices=devices,
             strategy=strategy, device="cpu", log_every=4, timeout_seconds=60.0,
-            **{"profile": profile_of(4), **knobs},
+            **{"costs": profile_of(4), **knobs},
         )  # fmt: skip
         result = trainer.fit(loader, epochs=epochs, steps=steps)
         beside = {
@@ -115,7 +115,7 @@ def halved(batch: int) -> float:
 class Outcome:
     student: dict[str, Tensor]
     teacher: dict[str, Tensor]
-    result: ps.BlockResult
+    result: ps.Result
 
 
 def profile_of(num_blocks: int, fixed: float = 0.001, growth: int = 1) -> BlockProfile:

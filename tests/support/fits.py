@@ -14,12 +14,11 @@ from torch import Tensor, nn
 import pipestill as ps
 from pipestill.costs import BlockCosts, Costs
 from pipestill.schedule import generate
-from pipestill.train.callbacks import Callback
 
 TIMES = ("seconds", "samples_per_second", "bubble", "utilisation")
 
 
-class Listener(Callback):
+class Listener(ps.Callback):
     """Remembers what it hears, without the times."""
 
     def __init__(self) -> None:
@@ -60,7 +59,7 @@ class Case:
         blocks = [model for model in (task.student_blocks, task.teacher_blocks) if model is not None]
         return len(self.trainer.get("student_partition", ())) or min(map(len, blocks))
 
-    def run(self, strategy: str, devices: int = 1, **trainer: Any) -> Outcome:
+    def run(self, strategy: str, devices: int = 1, **knobs: Any) -> Outcome:
         """Train from the same start, whatever was run before."""
         torch.manual_seed(11)
         task = self.task()
@@ -68,11 +67,9 @@ class Case:
         torch.rand(devices)
         listener = Listener()
         options: dict[str, Any] = {"lr": 0.05, "microbatches": 3, "log_every": 1, "costs": unit_costs(task)}
-        options |= {"device": "cpu", "timeout_seconds": 60.0, "callbacks": [listener], **self.trainer, **trainer}
-        student_staleness = options.pop("student_staleness", 0)
-        trainer_of = ps.Trainer(task, strategy=strategy, devices=devices, **options)
-        trainer_of.student_staleness = student_staleness  # of `reference`, no option of users
-        result = trainer_of.fit(self.loader(), validate=self.validate() if self.validate else None, **self.fit)
+        options |= {"device": "cpu", "timeout_seconds": 60.0, "callbacks": [listener], **self.trainer, **knobs}
+        trainer = ps.Trainer(task, strategy=strategy, devices=devices, **options)
+        result = trainer.fit(self.loader(), validate=self.validate() if self.validate else None, **self.fit)
         state = state_of(task)
         return Outcome(state, listener.steps, listener.validations, result.metrics, task.student)
 

@@ -5,9 +5,7 @@ import torch
 from torch import nn
 
 import pipestill as ps
-from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.live_bytes import LiveBytes
-from pipestill.runtime.world import OneProcess
 
 ROWS, WIDTH = 512, 64
 
@@ -29,11 +27,9 @@ class Whole(nn.Sequential):
 @pytest.mark.parametrize("strategy", ["dp", "relay-dpu"])
 def test_prediction_is_what_is_counted(strategy: str) -> None:
     task, batch = models(), torch.randn(ROWS, WIDTH)
-    trainer = ps.BlockwiseTrainer(
-        task, optimizer=torch.optim.SGD, optimizer_options={"momentum": 0.9}, lr=0.01, strategy=strategy, device="cpu"
-    )
-    trainer.profile = trainer.measure(OneProcess(1), blockwise_dry_run(task, batch), batch, ROWS)
-    (predicted,) = trainer.plan_for(trainer.profile, ROWS).memory_bytes
+    options = {"optimizer_options": {"momentum": 0.9}, "lr": 0.01, "strategy": strategy, "device": "cpu"}
+    trainer = ps.Trainer(task, costs=ps.Trainer(task, **options).measure([batch]), **options)
+    (predicted,) = trainer.plan([batch]).memory_bytes
     weights = [*task.teacher.parameters(), *task.student.parameters()]
     with LiveBytes() as counted:
         trainer.fit([batch for _ in range(4)])

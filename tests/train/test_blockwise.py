@@ -58,7 +58,7 @@ def test_every_strategy_trains_like_each_block_alone(strategy: str, devices: int
     if strategy in ("dp", "ls", "relay", "relay-dpu"):
         assert splits_rows(got) == (strategy == "dp" and devices > 1)
     assert all(torch.equal(t, got.teacher[name]) for name, t in case.task().teacher.state_dict().items())
-    assert (got.result.batches, got.result.samples) == (EPOCHS * (BATCHES + 1), EPOCHS * (ROWS * BATCHES + 5))
+    assert (got.result.steps, got.result.samples) == (EPOCHS * (BATCHES + 1), EPOCHS * (ROWS * BATCHES + 5))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -68,7 +68,7 @@ def test_blocks_that_move_stay_exact(kind: str, optimizer: str, monkeypatch: pyt
     case = BlockCase(kind, optimizer)
     for devices, window in ((2, 2), (3, 4), (2, 16)):
         monkeypatch.setattr("pipestill.plan.blockwise.balanced._WINDOWS", (window,))
-        got = case.run("balanced", devices, profile=profile_of(4, growth=3 - devices))
+        got = case.run("balanced", devices, costs=profile_of(4, growth=3 - devices))
         assert moves(got) and not splits_rows(got)
         assert_same(got, reference(case))
 
@@ -78,7 +78,7 @@ def test_rows_that_are_shared_add_up(kind: str) -> None:
     """More ranks than rows in the last batch too."""
     case = BlockCase(kind, "adamw")
     for strategy, devices in (("dp", 4), ("hybrid", 3), ("dp", 7)):
-        got = case.run(strategy, devices, profile=profile_of(4, 1e-5) if strategy == "hybrid" else profile_of(4))
+        got = case.run(strategy, devices, costs=profile_of(4, 1e-5) if strategy == "hybrid" else profile_of(4))
         assert_close(got, reference(case))
 
 
@@ -95,7 +95,7 @@ def test_processes_train_like_each_block_alone(strategy: str, devices: int) -> N
     got = ps.launch(case.run, (strategy, devices), devices, threads=1, timeout_seconds=60.0)
     (assert_close if splits_rows(got) else assert_same)(got, reference(case))
     assert len(got.result.peak_memory_bytes) == devices
-    assert not any(map(math.isnan, got.result.losses))
+    assert not any(map(math.isnan, got.result.losses.values()))
 
 
 def test_processes_move_blocks_with_their_buffers() -> None:
@@ -129,7 +129,7 @@ def test_rank_without_tasks_left_takes_over_those_of_another(monkeypatch: pytest
 
     monkeypatch.setattr(BlockwiseRank, "_phase", noted)
     case = BlockCase("norm")
-    got = case.run("ls", 2, profile=profile_of(4, growth=10))
+    got = case.run("ls", 2, costs=profile_of(4, growth=10))
     assert got.result.plan is not None
     owners = [phase.ranks[0] for phase in got.result.plan.phases]
     assert sorted(number for _, number in taken) == [0, 1, 2, 3]
@@ -142,7 +142,7 @@ def test_steps_end_in_the_middle_of_a_window() -> None:
     expected = case.run("reference", 1, steps=8)
     got = case.run("balanced", 2, steps=8)
     assert moves(got)
-    assert got.result.batches == 8
+    assert got.result.steps == 8
     assert_same(got, expected)
 
 
@@ -152,14 +152,14 @@ def test_student_that_is_its_teacher_has_no_loss() -> None:
         return Chain([nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
 
     task = ps.Blockwise(model(), model())
-    result = ps.BlockwiseTrainer(task, lr=0.0, devices=2, strategy="relay", profile=profile_of(3)).fit(
+    result = ps.Trainer(task, lr=0.0, devices=2, strategy="relay", costs=profile_of(3)).fit(
         [torch.randn(8, 6)]
     )
-    assert result.losses == [0.0, 0.0, 0.0]
+    assert result.losses == {"b0": 0.0, "b1": 0.0, "b2": 0.0}
 
 
 def test_profile_is_measured_where_none_is_given() -> None:
-    got = BlockCase().run("hybrid", 2, profile=None, epochs=1)
+    got = BlockCase().run("hybrid", 2, costs=None, epochs=1)
     assert got.result.plan is not None
     profile = got.result.plan.costs.profile
     assert [block.rows for block in profile.blocks] == [(6, 12)] * 4
@@ -189,7 +189,7 @@ def test_nest_crosses_between_blocks() -> None:
             Chain([Pair() for _ in range(3)]).double(), Chain([Pair() for _ in range(3)]).double(), loss=loss
         )
         data = [torch.randn(rows, 4, dtype=torch.float64) for rows in (6, 6, 5)]
-        trainer = ps.BlockwiseTrainer(task, devices=devices, strategy=strategy, profile=profile_of(3, 1e-5), lr=0.05)
+        trainer = ps.Trainer(task, devices=devices, strategy=strategy, costs=profile_of(3, 1e-5), lr=0.05)
         trainer.fit(data, epochs=3)
         return task.student.state_dict()
 
@@ -268,21 +268,21 @@ def test_boundary_without_rows_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"strategy": "relais"}, ConfigError, "no strategy 'relais' for blocks.*'relay'"),
-        ({"strategy": "fill"}, ConfigError, "no strategy 'fill' for blocks"),
+        ({"strategy": "relais"}, ConfigError, "no strategy 'relais' for Blockwise.*'relay'"),
+        ({"strategy": "fill"}, ConfigError, "no strategy 'fill' for Blockwise"),
         ({"devices": 0}, PlanError, "devices is 0; expected at least 1"),
         ({"strategy": "reference", "devices": 2}, PlanError, "runs on one device, not 2"),
-        ({"profile": profile_of(3)}, PlanError, "the profile is of 3 blocks, the models have 2"),
+        ({"costs": profile_of(3)}, PlanError, "the costs are of 3 blocks, the models have 2"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ps.BlockwiseTrainer(ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4)), **options)
+        ps.Trainer(ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4)), **options)
 
 
 def test_memory_that_no_plan_fits_is_told_before_training() -> None:
     with pytest.raises(PlanError, match="fits into"):
-        BlockCase().run("hybrid", 2, profile=None, memory_bytes=100.0)
+        BlockCase().run("hybrid", 2, costs=None, memory=100.0)
 
 
 def test_loss_that_is_not_finite_ends_the_run() -> None:
@@ -290,12 +290,12 @@ def test_loss_that_is_not_finite_ends_the_run() -> None:
     data[3][0, 0] = float("nan")
     for strategy, devices in (("reference", 1), ("relay", 2)):
         task = ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4))
-        trainer = ps.BlockwiseTrainer(task, strategy=strategy, devices=devices, profile=profile_of(2), log_every=1)
+        trainer = ps.Trainer(task, strategy=strategy, devices=devices, costs=profile_of(2), log_every=1)
         with pytest.raises(TrainingError, match=r"the loss is not finite by batch 4 \(block 0: nan"):
             trainer.fit(data)
 
 
 def test_loader_without_batches_is_refused() -> None:
-    trainer = ps.BlockwiseTrainer(ps.Blockwise(chain(4, 4), chain(4, 4)), profile=BlockProfile(profile_of(1).blocks))
+    trainer = ps.Trainer(ps.Blockwise(chain(4, 4), chain(4, 4)), costs=BlockProfile(profile_of(1).blocks))
     with pytest.raises(DataError, match="gave no batch"):
         trainer.fit([])

@@ -58,8 +58,8 @@ def test_what_callbacks_hear(strategy: str, devices: int) -> None:
     made.fit(vectors((6, 6, 6)), epochs=2, validate=vectors((5,)), description="words")
     assert diary.entries == [
         ("start", "words", 6),
-        ("step", 2, 1), ("step", 3, 1), ("validation", 2, 0, ["accuracy"]),
-        ("step", 4, 2), ("step", 6, 2), ("validation", 5, 1, ["accuracy"]),
+        ("step", 2, 1), ("step", 3, 1), ("validation", 3, 1, ["accuracy"]),
+        ("step", 4, 2), ("step", 6, 2), ("validation", 6, 2, ["accuracy"]),
         "end",
     ]  # fmt: skip
 

@@ -51,7 +51,7 @@ def refused(make: Callable[[], Any], match: str, error: type[Exception] = UserEr
         ({"devices": 2.5}, "devices is 2.5; expected a whole number"),
         ({"microbatches": True}, "microbatches is True; expected a whole number"),
         ({"log_every": NAN}, "log_every is nan; expected a whole number"),
-        ({"strategy": None}, "no strategy 'None'"),
+        ({"strategy": 3}, "no strategy '3' for Distillation"),
         ({"batch_norm": 3}, "no batch norm policy '3'"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected a class such as torch.optim.SGD"),
         ({"optimizer": torch.optim.SGD(net().parameters())}, r"optimizer is SGD \( Parameter Group 0 .*; expected a class"),
@@ -93,13 +93,13 @@ def test_wrong_counts_are_plan_errors() -> None:
     ("options", "message"),
     [
         ({"devices": None}, "devices is None; expected a whole number"),
-        ({"profile": "x.csv"}, "profile is 'x.csv'; expected a BlockProfile"),
-        ({"memory_bytes": "80GB"}, "memory_bytes is '80GB'; expected a number"),
+        ({"costs": "x.csv"}, "costs is 'x.csv'; expected a BlockProfile"),
+        ({"memory": "much"}, "expected memory such as 80GB or 512MiB, got 'much'"),
         ({"lr_schedule": lambda batch: NAN}, r"lr_schedule\(0\) is nan"),
     ],
 )
 def test_block_trainers_argument_of_the_wrong_kind_is_no_type_error(options: dict[str, Any], message: str) -> None:
-    refused(lambda: ps.BlockwiseTrainer(ps.Blockwise(net(), net()), **{"device": "cpu", **options}), message)
+    refused(lambda: ps.Trainer(ps.Blockwise(net(), net()), **{"device": "cpu", **options}), message)
 
 
 @pytest.mark.parametrize("fit", [{"epochs": "2"}, {"epochs": 2.5}, {"steps": NAN}, {"steps": True}])
@@ -134,11 +134,8 @@ def test_task_of_the_wrong_parts_is_no_attribute_error(make: Callable[[], Any], 
         make()
 
 
-def test_task_of_the_other_kind_is_refused() -> None:
-    refused(
-        lambda: ps.Trainer(ps.Blockwise(net(), net())), "the task is Blockwise.*expected a Distillation", ConfigError
-    )
-    refused(lambda: ps.BlockwiseTrainer(None), "the task is None; expected a Blockwise", ConfigError)
+def test_something_else_than_a_task_is_refused() -> None:
+    refused(lambda: ps.Trainer(None), "the task is None; expected one of Distillation, Momentum, Supervised", ConfigError)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +193,7 @@ def test_targets_that_appear_later_are_not_dropped(strategy: str, loader: Any, m
 def test_generator_serves_one_epoch_only_and_is_told_before_it() -> None:
     refused(trainer, "the loader is a generator, which can be read once only, and it is to be read 2 times",
             DataError, loader=(batch for batch in DATA), epochs=2)  # fmt: skip
-    blocks = ps.BlockwiseTrainer(ps.Blockwise(net(), net()), strategy="reference", device="cpu")
+    blocks = ps.Trainer(ps.Blockwise(net(), net()), strategy="reference", device="cpu")
     refused(lambda: blocks, "is to be read 3 times", DataError, loader=(batch for batch in DATA))
 
 

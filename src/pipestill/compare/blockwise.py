@@ -28,8 +28,8 @@ from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import OneProcess
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.train.blockwise import BlockResult
-from pipestill.train.result import REFERENCE
+from pipestill.train.engine import REFERENCE
+from pipestill.train.result import Result
 
 _FEWEST_WINDOWS = 7
 ONE_PASS = "relay-dpu"  # on one rank: every block's teacher forward and student step once a batch
@@ -80,7 +80,7 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     assert measured.plan is not None
     profile = measured.plan.costs.profile
 
-    def run(name: str) -> BlockResult:
+    def run(name: str) -> Result:
         barrier()
         return _train(workload, dataclasses.replace(options, strategy=name), steps, profile)
 
@@ -95,28 +95,28 @@ def _one_pass(workload: BlockwiseWorkload, options: RunOptions, steps: int, only
     if not only_rank_0 or rank_here() == 0:
         one = dataclasses.replace(options, devices=1, strategy=ONE_PASS)
         trainer = make_block_trainer(workload.task(), workload, one)
-        seconds = trainer.fit(workload.loader, steps=steps, world=OneProcess(1)).seconds_per_batch
+        seconds = trainer.fit(workload.loader, steps=steps, world=OneProcess(1)).seconds_per_step
     return slowest(seconds)
 
 
-def _train(workload: BlockwiseWorkload, options: RunOptions, steps: int, profile: BlockProfile | None) -> BlockResult:
+def _train(workload: BlockwiseWorkload, options: RunOptions, steps: int, profile: BlockProfile | None) -> Result:
     """For `steps` batches, or as many windows of them as show a steady state."""
     trainer = make_block_trainer(workload.task(), workload, options, profile=profile)
     if profile is not None and profile.batch is not None:
-        plan = trainer.plan_for(profile, profile.batch)
+        plan = trainer.engine.plan(profile, profile.batch)
         steps = max(steps, _FEWEST_WINDOWS * max(phase.window for phase in plan.phases))
     return trainer.fit(workload.loader, steps=steps)
 
 
 def _figures(
     options: RunOptions,
-    runs: dict[str, list[BlockResult]],
+    runs: dict[str, list[Result]],
     loops: Sequence[PlainLoop],
     profile: BlockProfile,
     steps: int,
 ) -> Comparison:
     """`loops`: a pass of all work around each round."""
-    seconds = {name: [r.seconds_per_batch for r in rounds] for name, rounds in runs.items()}
+    seconds = {name: [r.seconds_per_step for r in rounds] for name, rounds in runs.items()}
     results, beside, traces = strategy_figures(seconds), ceiling_figures(seconds, loops, options.devices), {}
     for name, rounds in runs.items():
         results[name] |= {

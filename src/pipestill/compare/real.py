@@ -34,7 +34,9 @@ from pipestill.runtime.launch import launch
 from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.runtime.world import Processes, device_of
 from pipestill.schedule.simulate import simulate
-from pipestill.train.result import REFERENCE, Result
+from pipestill.train.engine import REFERENCE
+from pipestill.train.pipeline import PipelineEngine
+from pipestill.train.result import Result
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def _link(workload: EndToEndWorkload, options: RunOptions, step_seconds: float) 
     trainer = make_trainer(workload.task(), workload, workload.student_training, _plain(options, "sequential"))
     first = next(iter(workload.train_loader))
     rows = math.ceil(num_rows(first[0], "a batch") / options.microbatches)
-    return trainer.measure_link(Processes(), tuple(first), rows, step_seconds / options.microbatches)
+    assert isinstance(trainer.engine, PipelineEngine)
+    return trainer.engine.measure_link(Processes(), tuple(first), rows, step_seconds / options.microbatches)
 
 
 def _plain_loops(workload: EndToEndWorkload, options: RunOptions, steps: int) -> PlainLoop:
@@ -157,7 +160,8 @@ def _costs(workload: EndToEndWorkload, options: RunOptions, split: bool) -> Cost
     plain = _plain(options, "fill" if split else "sequential")
     trained = _train(workload, dataclasses.replace(plain, split_backward=split or plain.split_backward), 2)
     assert trained.plan is not None
-    return trained.plan.costs
+    costs: Costs = trained.plan.costs
+    return costs
 
 
 def _run(name: str, workload: EndToEndWorkload, options: RunOptions, costs: Costs, steps: int) -> Round:
@@ -168,8 +172,7 @@ def _run(name: str, workload: EndToEndWorkload, options: RunOptions, costs: Cost
         result = _train(workload, options.as_reference(), steps)
     else:
         chosen = dataclasses.replace(_plain(options, strategy), **knobs)
-        trainer = make_trainer(workload.task(), workload, workload.student_training, chosen)
-        trainer.costs = costs
+        trainer = make_trainer(workload.task(), workload, workload.student_training, chosen, costs=costs)
         result = trainer.fit(workload.train_loader, steps=steps)
     return Round(result.seconds_per_step, result.peak_memory_bytes, result)
 
@@ -189,14 +192,13 @@ def _run_peer(
     if not dist.is_initialized():
         raise ConfigError("torch's pipelines need a process group; compare them on 2 devices or more")
     task = workload.task()
-    trainer = make_trainer(task, workload, workload.student_training, _plain(options, "1f1b"))
-    trainer.costs = costs
+    trainer = make_trainer(task, workload, workload.student_training, _plain(options, "1f1b"), costs=costs)
     inputs, targets = next(iter(workload.train_loader))
     batches = list(_repeated(workload, steps))  # read beforehand: ours are read ahead by a thread
     device = device_of(rank_here(), trainer.device_type)
     reset_peak(device)
     seconds = train_with_torch(
-        task, dry_run(task, inputs, targets), trainer.plan_for(costs), batches,
+        task, dry_run(task, inputs, targets), trainer.engine.plan(costs, len(batches)), batches,
         kind=kind, optimizer=trainer.make_optimizer, seed=options.seed, device=device,
     )  # fmt: skip
     peaks: list[Any] = [None] * dist.get_world_size()

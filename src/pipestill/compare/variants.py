@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pipestill.errors import ConfigError, nearest
 from pipestill.schedule import PIPELINE_STRATEGIES
-from pipestill.train.result import REFERENCE
+from pipestill.train.engine import REFERENCE
 
 PEERS: dict[str, Literal["1f1b", "gpipe"]] = {"torch-1f1b": "1f1b", "torch-gpipe": "gpipe"}
 """Schedules of `torch.distributed.pipelining`, the teacher run first: what users would have without us."""

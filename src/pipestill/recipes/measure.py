@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 
 from pipestill.costs import Costs
-from pipestill.model.blockwise.dry_run import blockwise_dry_run
-from pipestill.model.nests import num_rows
 from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
 from pipestill.recipes.run_blockwise import make_block_trainer
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.runner import make_trainer
 from pipestill.runtime.launch import launch
-from pipestill.runtime.world import choose_device_type, join_world
+from pipestill.runtime.world import choose_device_type
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.train.data import inputs_and_targets
 
 
 def measure(recipe: Recipe, options: RunOptions) -> Costs | BlockProfile:
@@ -42,13 +38,8 @@ def measure(recipe: Recipe, options: RunOptions) -> Costs | BlockProfile:
 def _measure(recipe: Recipe, options: RunOptions) -> Costs | BlockProfile:
     """On every rank; the same everywhere."""
     workload = recipe.workload(options.seed)
-    world = join_world(options.devices, choose_device_type(options.device, options.devices), options.timeout_seconds)
-    inputs, targets = inputs_and_targets(next(iter(workload.train_loader)))
-    rows = num_rows(inputs, "the batch's inputs")
     if isinstance(workload, BlockwiseWorkload):
-        task = workload.task()
-        by_blocks = make_block_trainer(task, workload, dataclasses.replace(options, strategy="balanced"))
-        return by_blocks.measure(world, blockwise_dry_run(task, inputs), inputs, rows)
+        trainer = make_block_trainer(workload.task(), workload, dataclasses.replace(options, strategy="balanced"))
+        return trainer.measure(workload.train_loader)
     trainer = make_trainer(workload.task(), workload, workload.student_training, options)
-    contracts = trainer.dry_run(inputs, targets)
-    return trainer.measure(world, contracts, (inputs, targets), math.ceil(rows / options.microbatches))
+    return trainer.measure(workload.train_loader)

@@ -19,7 +19,7 @@ from pipestill.optim import LARS
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.recipes.run_options import Numbers
 from pipestill.schedule import PIPELINE_STRATEGIES
-from pipestill.train.result import REFERENCE
+from pipestill.train.engine import REFERENCE
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS,

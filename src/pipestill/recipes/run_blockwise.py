@@ -11,10 +11,7 @@ from torch import nn
 
 from pipestill import draw
 from pipestill.model.blocks import BlockModel
-from pipestill.model.blockwise.dry_run import blockwise_dry_run
-from pipestill.model.blockwise.profile import measure_blocks
 from pipestill.model.blockwise.task import Blockwise
-from pipestill.model.nests import num_rows
 from pipestill.model.tasks import Distillation, Supervised
 from pipestill.plan.blockwise.json import blockwise_plan_to_json
 from pipestill.plan.blockwise.plan import BlockwisePlan
@@ -30,13 +27,15 @@ from pipestill.recipes.runner import (
     num_parameters,
     own_device,
 )
+from pipestill.runtime.world import OneProcess
 from pipestill.schedule import Trace
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.train.blockwise import BlockResult, BlockwiseTrainer
 from pipestill.train.callbacks import Callback
-from pipestill.train.data import inputs_and_targets
-from pipestill.train.result import REFERENCE
+from pipestill.train.data import SplitBatch, inputs_and_targets
+from pipestill.train.engine import REFERENCE
+from pipestill.train.result import Result
 from pipestill.train.run_directory import RunDirectory
+from pipestill.train.trainer import Trainer
 
 
 def make_block_trainer(
@@ -45,15 +44,16 @@ def make_block_trainer(
     options: RunOptions,
     callbacks: Sequence[Callback] = (),
     profile: BlockProfile | None = None,
-) -> BlockwiseTrainer:
+    split_batch: SplitBatch = inputs_and_targets,
+) -> Trainer:
     """The trainer of the blocks; `profile` replaces the one that the options name."""
     training = workload.student_training
     if profile is None and options.profile is not None:
         profile = BlockProfile.load(options.profile)
-    return BlockwiseTrainer(
+    return Trainer(
         task, optimizer=training.optimizer, lr=training.lr, optimizer_options=training.optimizer_options,
         param_groups=training.param_groups, lr_schedule=training.factor(workload.loader),
-        devices=options.devices, strategy=options.strategy, profile=profile, memory_bytes=options.memory,
+        devices=options.devices, strategy=options.strategy, costs=profile, memory=options.memory, split_batch=split_batch,
         device=options.device, seed=options.seed, log_every=options.log_every, callbacks=callbacks,
         timeout_seconds=options.timeout_seconds,
     )  # fmt: skip
@@ -68,11 +68,10 @@ def end_to_end(options: RunOptions, *models: nn.Module) -> RunOptions:
 def preflight_blocks(workload: BlockwiseWorkload, options: RunOptions) -> None:
     """Everything that can be seen to be wrong before anything is trained. With a limit of memory, blocks are measured here."""
     task = workload.task()
-    if options.memory is not None or options.profile is not None:
+    if options.memory is not None and options.profile is None:
         plan_of(task, workload, options)
     else:
-        make_block_trainer(task, workload, options)
-        blockwise_dry_run(task, first_inputs(workload))
+        make_block_trainer(task, workload, options).preflight(workload.loader)
     network = workload.derive(task) if workload.derive else task.student
     whole = end_to_end(options, task.teacher, network)
     if workload.fine_tuning is not None and workload.fine_tuning_loss is not None:
@@ -85,25 +84,14 @@ def preflight_blocks(workload: BlockwiseWorkload, options: RunOptions) -> None:
         load_into(task.teacher, Path(options.teacher))
 
 
-def first_inputs(workload: BlockwiseWorkload) -> Any:
-    """The first batch's inputs."""
-    return inputs_and_targets(next(iter(workload.loader)))[0]
-
-
 def plan_of(task: Blockwise, workload: BlockwiseWorkload, options: RunOptions) -> BlockwisePlan | None:
     """The plan for the workload's batches, from the profile that the options name or from one measured in this process.
 
     None for `reference`, which needs none.
     """
     trainer = make_block_trainer(task, workload, options)
-    inputs = first_inputs(workload)
-    contracts, batch = blockwise_dry_run(task, inputs), num_rows(inputs, "the batch's inputs")
-    if options.strategy == REFERENCE:
-        return None
-    profile = trainer.profile or measure_blocks(
-        task, contracts, inputs, batch=batch, devices=options.devices, optimizer=trainer.make_optimizer
-    )
-    return trainer.plan_for(profile, batch)
+    plan: BlockwisePlan | None = trainer.plan(workload.loader, world=OneProcess(options.devices))
+    return plan
 
 
 def run_blocks(
@@ -125,7 +113,7 @@ def run_blocks(
         taught = runner.phase_of_some("teacher", teacher, workload.teacher_training, "teacher")
     with runner.listening(None) as callbacks:
         trainer = make_block_trainer(task, workload, options, callbacks)
-        blocks = trainer.fit(workload.loader, epochs=workload.student_training.epochs)
+        blocks = trainer.fit(workload.loader, epochs=workload.student_training.epochs, description="blocks")
     student = workload.derive(task) if workload.derive else task.student
     runner.options = end_to_end(options, task.teacher, student)
     metrics: dict[str, Any] = {"teacher": taught, "blocks": evaluate(student, workload, device)}
@@ -150,23 +138,19 @@ def run_blocks(
         return {}
     export(student, directory / "export" / "model.safetensors")
     directory.write_json("export/config.json", {**description, "parameters": num_parameters(student), **described})
-    names = [block.name for block in task.student_blocks.blocks]
-    summary = {"recipe": description["recipe"], **in_steps(blocks, names), "metrics": metrics, **described}
+    summary = {"recipe": description["recipe"], **summary_of(blocks), "metrics": metrics, **described}
     directory.write_json("summary.json", summary)
     return summary
 
 
-def in_steps(result: BlockResult, names: Sequence[str]) -> dict[str, Any]:
+def summary_of(result: Result) -> dict[str, Any]:
     """A result under the names of summary.json, where a step is an update of every block, from one batch."""
     values = result.summary()
-    values["block_losses"] = dict(zip(names, values.pop("losses"), strict=True))
-    values["steps"] = values.pop("batches")
-    for name in ("seconds_per_batch", "predicted_seconds_per_batch", "limit_seconds_per_batch"):
-        values[name.replace("batch", "step")] = values.pop(name)
-    return {**values, "bubble": 1.0 - result.utilisation, "staleness": 0}
+    values["block_losses"] = values.pop("losses")
+    return values
 
 
-def save_blocks(result: BlockResult, directory: RunDirectory, options: RunOptions) -> None:
+def save_blocks(result: Result, directory: RunDirectory, options: RunOptions) -> None:
     """Write plan, timeline and traces of the blocks' training."""
     if result.plan is None:
         return

@@ -22,16 +22,17 @@ from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, Distillatio
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.standby import SignsOfLife, hand_on, say_over, stand_by
 from pipestill.runtime.metrics import MetricMeans
-from pipestill.runtime.world import choose_device_type, device_of
+from pipestill.runtime.world import Processes, World, choose_device_type, device_of
 from pipestill.train.callbacks import Callback, JsonLines, Output, Terminal
-from pipestill.train.pipeline import Trainer
 from pipestill.train.result import Result
 from pipestill.train.run_directory import RunDirectory
+from pipestill.train.trainer import Trainer
 
 
 def make_trainer(
-    task: Task, workload: AnyWorkload, training: Training, options: RunOptions, callbacks: Sequence[Callback] = ()
-) -> Trainer:
+    task: Task, workload: AnyWorkload, training: Training, options: RunOptions, callbacks: Sequence[Callback] = (),
+    *, costs: Costs | None = None, student_staleness: int = 0,
+) -> Trainer:  # fmt: skip
     """The trainer of one phase. Given partitions and costs belong to the distillation, so others are levelled anew."""
     distils = not isinstance(task, Supervised)
     strategy = options.strategy
@@ -43,11 +44,12 @@ def make_trainer(
         weight_decay_schedule=training.decay_factor(workload.train_loader),
         length_axis=workload.length_axis, devices=options.devices, strategy=strategy,
         microbatches=options.microbatches, run_ahead=options.run_ahead if distils else None,
-        staleness=options.staleness if distils else None, split_backward=options.split_backward, stash=options.stash,
+        staleness=options.staleness if distils else None, student_staleness=student_staleness,
+        split_backward=options.split_backward, stash=options.stash,
         clip_grad_norm=options.clip_grad_norm, batch_norm=options.batch_norm,
         student_partition=options.student_partition if distils else None,
         teacher_partition=options.teacher_partition if distils else None,
-        costs=Costs.load(options.costs) if options.costs and distils else None, device=options.device,
+        costs=Costs.load(options.costs) if costs is None and options.costs and distils else costs, device=options.device,
         metrics=workload.metrics, seed=options.seed, log_every=options.log_every, callbacks=callbacks,
         timeout_seconds=options.timeout_seconds,
     )  # fmt: skip
@@ -67,17 +69,17 @@ class Runner:
         training: Training,
         inner: str | None,
         also: Sequence[Callback] = (),
-        spare_ranks: bool = False,
+        world: World | None = None,
     ) -> Result:
         """Train one model end to end; its metrics go to the directory itself, or to one inside it. `also` hear of it too."""
         with self.listening(inner) as callbacks:
             trainer = make_trainer(task, self.workload, training, self.options, [*callbacks, *also])
-            trainer.spare_ranks = spare_ranks
             result = trainer.fit(
                 self.workload.train_loader,
                 epochs=training.epochs,
                 validate=None if isinstance(self.workload, MomentumWorkload) else self.workload.validation_loader,
                 description=name,
+                world=world,
             )
         if self.directory is not None:
             place = self.directory.inner(inner) if inner else self.directory
@@ -96,7 +98,7 @@ class Runner:
             return self.phase(name, task, training, inner).metrics
         metrics = dict[str, float]()
         if dist.get_rank() < self.options.devices:
-            metrics = self.phase(name, task, training, inner, [SignsOfLife(name)], spare_ranks=True).metrics
+            metrics = self.phase(name, task, training, inner, [SignsOfLife(name)], Processes(self.options.devices)).metrics
             if dist.get_rank() == 0:
                 say_over(name)
         else:

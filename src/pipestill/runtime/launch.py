@@ -23,7 +23,7 @@ from pipestill.runtime.world import start_process_group
 
 _GRACE_SECONDS = 1.0
 _PRELOAD = [
-    "pipestill.train.pipeline",
+    "pipestill.train.trainer",
     "torch._dynamo",
 ]  # what every rank is going to import; optimizers import the second
 _KILL_SECONDS = 3.0

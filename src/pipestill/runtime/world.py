@@ -175,19 +175,16 @@ class Processes:
         return first
 
 
-def join_world(devices: int, device_type: str, timeout_seconds: float, *, spare_ranks: bool = False) -> World:
+def join_world(devices: int, device_type: str, timeout_seconds: float) -> World:
     """The world that this process is part of: a started process group, torchrun's, or this process alone.
 
-    Raises `ConfigError` when torchrun started another number of processes than `devices`. With `spare_ranks` there may be
-    more, of which the first `devices` call this.
+    Raises `ConfigError` when torchrun started another number of processes than `devices`.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if not dist.is_initialized() and launched > 1:
         start_process_group(device_type, timeout_seconds)
     if not dist.is_initialized():
         return OneProcess(devices)
-    if spare_ranks and dist.get_rank() < devices < dist.get_world_size():
-        return Processes(devices)
     if dist.get_world_size() != devices:
         raise ConfigError(
             f"{dist.get_world_size()} processes were started, but devices is {devices}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,10 +23,53 @@ class Callback:
         """A logged step."""
 
     def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """A validation after `step` steps."""
+        """A validation after `step` steps, at the end of epoch `epoch`; both count from 1."""
 
     def end(self) -> None:
         """Training ended or failed."""
+
+
+class Reporter:
+    """Tells every callback of a run, and remembers the last values."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.callbacks = callbacks
+        self.logged: dict[str, float] = {}
+        """The last logged step."""
+        self.metrics: dict[str, float] = {}
+        """The last logged loss, and the metrics of the last validation."""
+
+    def start(self, description: str, total_steps: int | None) -> None:
+        """Training begins."""
+        for callback in self.callbacks:
+            callback.start(description, total_steps)
+
+    def step(self, values: dict[str, float]) -> None:
+        """A step was logged."""
+        self.logged = values
+        self.metrics["loss"] = values["loss"]
+        for callback in self.callbacks:
+            callback.step(values)
+
+    def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """A validation is over, after step number `step` of epoch number `epoch`, both counted from 0."""
+        self.metrics.update(metrics)
+        for callback in self.callbacks:
+            callback.validation(step + 1, epoch + 1, metrics)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Tell all callbacks of the end. A callback that fails here is reported only where the run itself has not failed."""
+        failures = []
+        for callback in self.callbacks:
+            try:
+                callback.end()
+            except Exception as failure:
+                failures.append(failure)
+        if failures and error is None:
+            raise failures[0]
 
 
 class JsonLines(Callback):
@@ -42,7 +86,7 @@ class JsonLines(Callback):
         self._write(values)
 
     def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        self._write({"step": step + 1, "epoch": epoch + 1, **{f"validation_{k}": v for k, v in metrics.items()}})
+        self._write({"step": step, "epoch": epoch, **{f"validation_{k}": v for k, v in metrics.items()}})
 
     def end(self) -> None:
         if self._file is not None:
@@ -101,7 +145,7 @@ class Terminal(Callback):
     def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         self._metrics = "".join(f"  {name} {value:.4f}" for name, value in metrics.items())
         if self._progress is None:
-            self._print(f"{self._description}: epoch {epoch + 1}{self._metrics}")
+            self._print(f"{self._description}: epoch {epoch}{self._metrics}")
 
     def end(self) -> None:
         if self._progress is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Any
@@ -88,7 +88,10 @@ class Reader:
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._peeked: Batch | None = None
-        self._count = 0
+        self.num_batches = 0
+        """How many batches were handed out; one that was only looked at is not counted."""
+        self.num_samples = 0
+        """The rows of these batches."""
         self._ended = False
         self._first: dict[str, tuple[Any, str]] = {}
         self._thread = threading.Thread(target=self._work, name="pipestill-reader", daemon=True)
@@ -97,32 +100,35 @@ class Reader:
     def peek(self) -> Batch:
         """The next batch, which stays the next."""
         if self._peeked is None:
-            self._peeked = next(self)
+            self._peeked = self._receive()
         return self._peeked
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._peeked is not None:
-            batch, self._peeked = self._peeked, None
-            return batch
+        batch = self.peek()
+        self._peeked = None
+        self.num_batches += 1
+        self.num_samples += batch.rows
+        return batch
+
+    def _receive(self) -> Batch:
+        """The next batch of the thread; `StopIteration` after the last."""
         if self._ended:
             raise StopIteration
         try:
             item = self._queue.get(timeout=self.timeout_seconds)
         except queue.Empty:
             raise LoaderError(
-                f"waited {self.timeout_seconds:g} s for batch {self._count} from the loader; "
+                f"waited {self.timeout_seconds:g} s for batch {self.num_batches} from the loader; "
                 "raise timeout_seconds if it is meant to take that long"
             ) from None
+        self._ended = not isinstance(item, Batch)
         if isinstance(item, BaseException):
-            self._ended = True
             raise item
         if item is None:
-            self._ended = True
             raise StopIteration
-        self._count += 1
         return item
 
     def close(self) -> None:
@@ -213,8 +219,10 @@ class Again:
     """
 
     def __init__(self, readers: ExitStack, make: Callable[[], Reader]) -> None:
-        self.readers, self.make = readers, make
+        self.readers = readers
+        self.make = make
         self._waiting: Reader | None = None
+        self._last: Reader | None = None
 
     def peek(self) -> Batch:
         """The first batch."""
@@ -225,10 +233,26 @@ class Again:
         if self._waiting is not None:
             reader, self._waiting = self._waiting, None
             return reader
-        return self.readers.enter_context(closing(self.make()))
+        self._last = self.readers.enter_context(closing(self.make()))
+        return self._last
+
+    def counts(self) -> tuple[int, int]:
+        """How many batches and rows the last reader has handed out; none where nothing was read."""
+        return (self._last.num_batches, self._last.num_samples) if self._last else (0, 0)
 
 
 def sample(batch: Batch, rows: int = 3) -> tuple[Any, Any]:
     """The first few rows of a batch, for the dry run."""
     few = slice(0, rows)
     return rows_of(batch.inputs, few), rows_of(batch.targets, few)
+
+
+def total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int | None:
+    """How many steps a run has; None where the loader does not tell its length."""
+    if epochs is None:
+        return steps
+    try:
+        length = len(loader) if isinstance(loader, Sized) else None
+    except TypeError:  # a DataLoader over an IterableDataset has a __len__ that refuses
+        length = None
+    return None if length is None else min(epochs * length, steps or epochs * length)

@@ -1,113 +1,74 @@
-"""What a run did, and what trainers of both kinds have in common."""
+"""What a run did, as a value."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import torch
 
-from pipestill.plan import Plan
-from pipestill.runtime.batch import Batch
 from pipestill.schedule import Trace
-from pipestill.train.callbacks import Callback
-
-REFERENCE = "reference"
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run did. Complete on the process of rank 0 only; `plan` and `trace` are None for `reference`."""
+    """What a run did, of any kind of task. Complete on the process of rank 0 only.
+
+    Times are wall-clock seconds; a step is one update of the student, or of every block of it where blocks are trained alone.
+    """
 
     strategy: str
+    """Name of the strategy."""
     devices: int
+    """Number of ranks."""
     backend: str
+    """What moved tensors between the ranks, such as "shared memory", "nccl" or "in-process cpu"."""
     steps: int
+    """Steps that were trained."""
     samples: int
+    """Rows of all batches of these steps."""
     seconds: float
+    """From the first step to the last, validations included."""
     seconds_per_step: float
+    """Median of the steady state."""
     utilisation: float
+    """Busy share of rank-time in the steady state, 0 to 1."""
     bubble: float
+    """1 - utilisation."""
     predicted_seconds_per_step: float | None
+    """What the plan expected; None for `reference`, which has no plan."""
     limit_seconds_per_step: float | None
+    """No schedule of this partition can be faster; None for `reference`."""
     staleness: int
+    """Updates by which the weights that a step reads may be old; 0 is exact."""
+    exact: bool | str
+    """True where weights equal those of the plain loop bit by bit, else the reason why not."""
     peak_memory_bytes: list[int]
+    """By rank: most that CUDA's allocator held, or resident memory of the process on the CPU."""
     metrics: dict[str, float]
+    """The last logged loss ("loss"), and the metrics of the last validation."""
+    losses: dict[str, float]
+    """The last logged loss by part; where blocks are trained alone, by the name of the block."""
     whole_backwards: tuple[str, ...] = ()
     """Blocks whose backward stayed whole where `split_backward` was asked for, and why."""
-    plan: Plan | None = field(repr=False, default=None)
-    trace: Trace | None = field(repr=False, default=None)
+    plan: Any = field(repr=False, default=None)
+    """The `Plan`, or the `BlockwisePlan` where blocks are trained alone; None for `reference`."""
+    traces: tuple[Trace, ...] = field(repr=False, default=())
+    """What each rank did when: one trace, or one for each phase where blocks are trained alone; none for `reference`."""
+
+    @property
+    def trace(self) -> Trace | None:
+        """The only trace; None where there is none, or where there are several."""
+        return self.traces[0] if len(self.traces) == 1 else None
 
     def summary(self) -> dict[str, Any]:
-        """What summary.json holds, apart from the recipe's name."""
-        values = {name: value for name, value in vars(self).items() if name not in ("plan", "trace")}
-        exact = True if not self.staleness else f"no: each step reads weights that are {self.staleness} step old"
-        return {**values, "samples_per_second": self.samples / self.seconds, "exact": exact, "versions": versions()}
+        """The figures as values for JSON, with `samples_per_second` and the `versions` of packages."""
+        values = {name: value for name, value in vars(self).items() if name not in ("plan", "traces")}
+        return {**values, "samples_per_second": self.samples / self.seconds, "versions": package_versions()}
 
 
-class Reporter:
-    """Tells every callback, and remembers the last metrics."""
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.callbacks = callbacks
-        self.metrics: dict[str, float] = {}
-
-    def step(self, values: dict[str, float]) -> None:
-        self.metrics["loss"] = values["loss"]
-        for callback in self.callbacks:
-            callback.step(values)
-
-    def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        self.metrics.update(metrics)
-        for callback in self.callbacks:
-            callback.validation(step, epoch, metrics)
-
-    def __enter__(self) -> Reporter:
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Tell all of them of the end. Where the run has failed, what fails here is no news: a log on a disk that is full."""
-        failures = []
-        for callback in self.callbacks:
-            try:
-                callback.end()
-            except Exception as failure:
-                failures.append(failure)
-        if failures and error is None:
-            raise failures[0]
-
-
-class Counted:
-    """Counts the batches and samples that pass."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self.batches, self.steps, self.samples = batches, 0, 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        batch = next(self.batches)
-        self.steps += 1
-        self.samples += batch.rows
-        return batch
-
-
-def versions() -> dict[str, str]:
-    """Of what a run's results depend on."""
+def package_versions() -> dict[str, str]:
+    """The versions of what a run's results depend on, by name."""
     return {"pipestill": version("pipestill"), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int | None:
-    """How many steps a run has, where that can be known beforehand."""
-    if epochs is None:
-        return steps
-    try:
-        length = len(loader) if isinstance(loader, Sized) else None
-    except TypeError:  # a DataLoader over an IterableDataset has a __len__ that refuses
-        length = None
-    return None if length is None else min(epochs * length, steps or epochs * length)

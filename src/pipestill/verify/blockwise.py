@@ -95,11 +95,12 @@ def train_few_blocks(
     try:
         workload = few_samples(recipe, options)
         task = workload.task()
-        trainer = make_block_trainer(task, workload, options, profile=profile)
         if split:
             task.teacher.double()
             task.student.double().eval()  # the change to train mode leaves frozen layers out
-            trainer.split_batch = in_float64
+        trainer = make_block_trainer(
+            task, workload, options, profile=profile, split_batch=in_float64 if split else inputs_and_targets
+        )
         with batch_norms("frozen" if split else "microbatch", [task.student_blocks]):
             trainer.fit(workload.loader, steps=steps)
         state = {f"student.{name}": t.detach().clone() for name, t in task.student.state_dict().items()}

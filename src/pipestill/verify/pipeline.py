@@ -87,8 +87,7 @@ def train_few(
         batch_size = recipe.workload(options.seed).train_loader.batch_size or 1
         workload = end_to_end(recipe, options.seed, short_epoch(batch_size), what="this check is of pipelines")
         task = workload.task()
-        trainer = make_trainer(task, workload, workload.student_training, options)
-        trainer.student_staleness = student_staleness
+        trainer = make_trainer(task, workload, workload.student_training, options, student_staleness=student_staleness)
         result = trainer.fit(workload.train_loader, steps=steps)
         state = {f"student.{name}": t.detach().clone() for name, t in task.student.state_dict().items()}
         state |= {f"teacher.{name}": t.detach().clone() for name, t in task.teacher.state_dict().items()}

@@ -70,7 +70,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
         return worlds[-1]
 
     monkeypatch.setattr(rank_module, "PipelineExecutor", Remembered)
-    monkeypatch.setattr("pipestill.train.pipeline.join_world", world)
+    monkeypatch.setattr("pipestill.train.trainer.join_world", world)
     return executors, worlds
 
 
