@@ -10,7 +10,7 @@ from pipestill.schedule.schedule import Schedule
 from pipestill.schedule.structure import Structure
 from pipestill.schedule.trace import Event, Trace
 
-KINDS = (PipelineStructure, BlockwiseStructure)
+KINDS: tuple[type[Structure], ...] = (PipelineStructure, BlockwiseStructure)
 """The structures that a schedule's text may be of: `Schedule.from_text(text, *KINDS)`."""
 
 __all__ = [
