@@ -186,7 +186,7 @@ def _pipelines(costs: Costs, demands: Demands, options: PlanOptions, recipe: str
         plan.staleness
     )
     keys.append(f"--microbatches {options.microbatches}")
-    if found.chosen.recut:
+    if found.chosen.repartitioned:
         keys.append(f"--student_partition {_listed(plan.student_partition)}")
         keys.append(f"--teacher_partition {_listed(plan.teacher_partition)}")
     _tell_how_to_go_on(recipe, options, keys, "costs", console)

@@ -36,7 +36,10 @@ def refuse_more_than(limit_bytes: float, held_bytes: Sequence[int]) -> None:
 
 
 def memory_bytes_of(
-    schedule: Schedule[PipelineStructure], costs: Costs, student_partition: Sequence[int], teacher_partition: Sequence[int]
+    schedule: Schedule[PipelineStructure],
+    costs: Costs,
+    student_partition: Sequence[int],
+    teacher_partition: Sequence[int],
 ) -> tuple[int, ...]:
     """Bytes on each rank at most; () for costs that do not tell what blocks stash.
 

@@ -205,10 +205,7 @@ def make_plan(
         PlanError: a count is below 1, a partition does not add up or fit the devices, the strategy does not have such knobs,
             or a rank would hold more than `memory_bytes`
     """
-    if devices < 1:
-        raise PlanError(f"{devices} devices; expected at least 1 (--devices)")
-    if microbatches < 1:
-        raise PlanError(f"{microbatches} microbatches; expected at least 1 (--microbatches)")
+    check_counts(devices, microbatches)
     problems = partition_problems(costs, devices, student_partition, teacher_partition)
     if not problems and demands.momentum and student_partition is not None:
         problems = momentum_problems(costs, student_partition, teacher_partition)
@@ -232,3 +229,10 @@ def make_plan(
     if memory_bytes is not None:
         refuse_more_than(memory_bytes, plan.memory_bytes)
     return plan
+
+
+def check_counts(devices: int, microbatches: int) -> None:
+    """Raise `PlanError` for fewer than one device or microbatch."""
+    for count, what, option in ((devices, "devices", "--devices"), (microbatches, "microbatches", "--microbatches")):
+        if count < 1:
+            raise PlanError(f"{count} {what}; expected at least 1 ({option})")

@@ -1,4 +1,4 @@
-"""Every strategy that could train a task, planned and timed, and the one to take."""
+"""Search: plan every strategy that could train a task, time each plan, and choose one."""
 
 from __future__ import annotations
 
@@ -6,56 +6,70 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from pipestill.costs import Costs
 from pipestill.errors import PlanError, nearest
 from pipestill.plan.blockwise.costs import Problem
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
 from pipestill.plan.partition import level
-from pipestill.plan.plan import Plan, make_plan
+from pipestill.plan.plan import Plan, check_counts, make_plan
+from pipestill.schedule import PIPELINE_STRATEGIES
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.pipeline.structure import Demands
+from pipestill.schedule.pipeline.fill import stash_units
+from pipestill.schedule.pipeline.structure import Demands, pipeline
 
 P = TypeVar("P", Plan, BlockwisePlan)
 _ALIKE = 1.001  # steps that differ by less take equally long, as far as costs can tell
-_NEAR = 1.1  # plans that take no more than that many times as long as the fastest may be faster when cut in another way
-_SPLIT, _STALE = {"split_backward": True}, {"staleness": 1}
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "sequential": {},
-    "gpipe": {},
-    "1f1b": {},
-    "tspipe": {},
-    "async": {},
-    "fill": {},
-    "fill, stash all": {"stash": "all"},
-    "fill+split, stash n": {**_SPLIT, "stash": "n"},
-    "fill+split": {**_SPLIT},
-    "fill+split, stash all": {**_SPLIT, "stash": "all"},
-    "fill+stale": {**_STALE},
-    "fill+stale, stash all": {**_STALE, "stash": "all"},
-    "fill+split+stale, stash n": {**_SPLIT, **_STALE, "stash": "n"},
-    "fill+split+stale": {**_SPLIT, **_STALE},
-    "fill+split+stale, stash all": {**_SPLIT, **_STALE, "stash": "all"},
-}
+_NEAR = 1.1  # plans that take no more than that many times as long as the fastest may be faster with other partitions
+
+
+@dataclass(frozen=True, slots=True)
+class _Variant:
+    """A pipeline's strategy with settings of its knobs, which are those of `Plan`."""
+
+    strategy: str
+    split_backward: bool = False
+    staleness: int | None = None
+    stash: int | str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The name without the stash, such as `fill+split`."""
+        return self.strategy + "+split" * self.split_backward + "+stale" * bool(self.staleness)
+
+    @property
+    def name(self) -> str:
+        """The name in tables, such as `fill+split, stash n`."""
+        return self.kind if self.stash is None else f"{self.kind}, stash {self.stash}"
+
+
+_VARIANTS = (
+    *(_Variant(strategy) for strategy in PIPELINE_STRATEGIES if strategy != "fill"),
+    *(
+        _Variant("fill", split_backward, staleness, stash)
+        for staleness in (None, 1)
+        for split_backward, stash in ((False, None), (False, "all"), (True, "n"), (True, None), (True, "all"))
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Considered(Generic[P]):
     """One strategy with its knobs: its plan, or why there is none.
 
-    `recut`: the plan's partition is not the one that `make_plan` finds, but one that proved faster.
+    `repartitioned` says that the plan has other partitions than `make_plan` finds, because these proved faster.
     """
 
     name: str
     plan: P | None = None
     refused: str = ""
-    recut: bool = False
+    repartitioned: bool = False
 
 
 @dataclass(frozen=True)
 class Search(Generic[P]):
-    """All that was considered, and what was chosen of it."""
+    """Everything that was considered, and which of that was chosen."""
 
     considered: tuple[Considered[P], ...]
     chosen: Considered[P]
@@ -78,56 +92,91 @@ def search_pipelines(
     memory_bytes: float | None = None,
     progress: Callable[[str], object] = lambda name: None,
 ) -> Search[Plan]:
-    """Every strategy for models trained end to end, or every variant of `strategy`; of those whose ranks hold at most
-    `memory_bytes` the fastest is chosen, and of equally fast ones one that is never stale, then that with the smallest stash.
+    """Plan every strategy for models that are trained end to end, and choose the fastest plan.
 
-    Only those whose momentum teacher is never stale, unless `staleness` is 1 or `strategy` has no other. `async`, whose
-    student is stale too, has to be named. Raises `PlanError` when none can be planned.
+    Of equally fast plans, one that is never stale is chosen, and of these the one with the smallest stash.
+
+    Args:
+        costs: seconds and bytes of both models' blocks
+        demands: what the task asks of any schedule
+        devices: number of ranks
+        microbatches: slices of a batch
+        staleness: 1 considers strategies whose momentum teacher is one step old too
+        strategy: consider only variants of this one; `async`, whose student is stale too, is considered only by name
+        memory_bytes: most bytes that a rank may hold (default: no limit)
+        progress: called with the name of each variant before it is planned
+
+    Raises:
+        PlanError: no variant can be planned; the message says why
     """
+    check_counts(devices, microbatches)
+    planned: dict[_Variant, Considered[Plan]] = {}
     considered: list[Considered[Plan]] = []
-    for name, knobs in _candidates(demands, staleness, strategy).items():
-        progress(name)
-        make = partial(
-            make_plan, costs, devices=devices, microbatches=microbatches, demands=demands, memory_bytes=memory_bytes,
-            strategy=_named(name)[-1], **knobs,
-        )  # fmt: skip
-        considered.append(_tried(name, make))
+    for variant in _candidates(demands, staleness, strategy):
+        progress(variant.name)
+        resolved = _with_resolved_stash(variant, devices, microbatches, demands)
+        if resolved not in planned:
+            make = partial(
+                make_plan, costs, devices=devices, microbatches=microbatches, demands=demands, memory_bytes=memory_bytes,
+                **dataclasses.asdict(variant),
+            )  # fmt: skip
+            planned[resolved] = _tried(variant.name, make)
+        same = planned[resolved]
+        plan = None if same.plan is None else same.plan.with_stash(variant.stash)
+        considered.append(dataclasses.replace(same, name=variant.name, plan=plan))
     found = _best(
         considered,
         lambda plan: plan.prediction.seconds_per_step,
         lambda plan: (plan.proof.staleness, max(plan.proof.stash_peak)),
     )
-    progress(f"{found.chosen.name}, cut in other ways")
-    return _recut(found, memory_bytes)
+    progress(f"{found.chosen.name}, with other partitions")
+    return _repartitioned(found, memory_bytes)
 
 
-def _recut(found: Search[Plan], memory_bytes: float | None) -> Search[Plan]:
-    """The same with the plans that are nearly as fast as the chosen one cut in other ways, where one of them is faster.
+def _with_resolved_stash(variant: _Variant, devices: int, microbatches: int, demands: Demands) -> _Variant:
+    """The variant with its stash in units: variants that differ only in words for the same number have the same plan."""
+    if variant.strategy != "fill":
+        return variant
+    structure = pipeline(devices, microbatches, split=variant.split_backward, **dataclasses.asdict(demands))
+    return dataclasses.replace(variant, stash=stash_units(variant.stash, structure))
 
-    How much of the student's own path a schedule hides differs, so weights between none of it and all of it are tried, on
-    one variant of each kind.
+
+def _repartitioned(found: Search[Plan], memory_bytes: float | None) -> Search[Plan]:
+    """Try other partitions of the plans that are nearly as fast as the chosen one, and choose one of these if it is faster.
+
+    Strategies hide different amounts of the student's own path through the pipeline, so weights of it between none and all
+    are tried, on one variant of each kind.
     """
-    best, first = found.plan, found.chosen
+    best, chosen = found.plan, found.chosen
     if best.demands.momentum or not best.teacher_partition:
         return found
     path = (best.microbatches + best.num_devices - 1) / best.microbatches
-    cuts = [level(best.costs, best.num_devices, best.demands, student_weight=1 + (path - 1) * k / 3) for k in range(3)]
-    near = {_named(one.name)[1]: one for one in reversed((*found.considered, first)) if _is_near(one, best)}
-    for one in (first, *(other for other in near.values() if other is not first)):
-        assert one.plan is not None
-        for student, teacher in dict.fromkeys(cuts):
-            other = dataclasses.replace(one.plan, student_partition=student, teacher_partition=teacher)
+    partitions = dict.fromkeys(
+        level(best.costs, best.num_devices, best.demands, student_weight=1 + (path - 1) * k / 3) for k in range(3)
+    )
+    for one, plan in _worth_repartitioning(found):
+        for student, teacher in partitions:
+            if (student, teacher) == (plan.student_partition, plan.teacher_partition):
+                continue
+            other = dataclasses.replace(plan, student_partition=student, teacher_partition=teacher)
             fits = memory_bytes is None or max(other.memory_bytes) <= memory_bytes
             if fits and other.prediction.seconds_per_step * _ALIKE < best.prediction.seconds_per_step:
-                best, first = other, one
+                best, chosen = other, one
     if best is found.plan:
         return found
-    chosen = dataclasses.replace(first, plan=best, recut=True)
-    return Search(tuple(chosen if one is first else one for one in found.considered), chosen)
+    replaced = dataclasses.replace(chosen, plan=best, repartitioned=True)
+    return Search(tuple(replaced if one is chosen else one for one in found.considered), replaced)
 
 
-def _is_near(one: Considered[Plan], best: Plan) -> bool:
-    return one.plan is not None and one.plan.prediction.seconds_per_step <= _NEAR * best.prediction.seconds_per_step
+def _worth_repartitioning(found: Search[Plan]) -> list[tuple[Considered[Plan], Plan]]:
+    """The chosen plan, and one of each kind (whatever its stash) that takes nearly as little time; no schedule twice."""
+    most_seconds = _NEAR * found.plan.prediction.seconds_per_step
+    chosen = found.chosen, found.plan
+    near = [pair for pair in _planned(found.considered) if pair[1].prediction.seconds_per_step <= most_seconds]
+    first_of_kind = {one.name.split(",")[0]: (one, plan) for one, plan in reversed([*near, chosen])}
+    return list({id(plan.schedule): (one, plan) for one, plan in reversed([chosen, *first_of_kind.values()])}.values())[
+        ::-1
+    ]
 
 
 def search_blockwise(
@@ -139,61 +188,75 @@ def search_blockwise(
     strategy: str | None = None,
     speeds: Sequence[float] | None = None,
 ) -> Search[BlockwisePlan]:
-    """Every strategy for blocks that learn alone, or `strategy` only; of those whose ranks hold at most `memory_bytes` the
-    fastest is chosen, and of equally fast ones the simplest. Raises `PlanError` when none fits.
+    """Plan every strategy for blocks that are trained alone, and choose the fastest plan; of equally fast ones the simplest.
+
+    Args:
+        profile: seconds and bytes of every block
+        devices: number of ranks
+        batch: rows of a batch
+        memory_bytes: most bytes that a rank may hold (default: no limit)
+        strategy: consider this one only
+        speeds: work per second of each rank, where 1 is what the profile was measured on (default: all 1)
+
+    Raises:
+        PlanError: no strategy can be planned; the message says why
     """
     if strategy is not None and strategy not in BLOCKWISE_STRATEGIES:
         raise PlanError(_unknown(strategy, BLOCKWISE_STRATEGIES))
-    Problem(profile, batch, devices, speeds, memory_bytes)  # or what is wrong with it
+    Problem(profile, batch, devices, speeds, memory_bytes)  # raises what is wrong with it
     make = partial(make_blockwise_plan, profile, devices=devices, batch=batch, memory_bytes=memory_bytes, speeds=speeds)
     names = BLOCKWISE_STRATEGIES if strategy is None else [strategy]
     considered = [_tried(name, partial(make, strategy=name)) for name in names]
     return _best(considered, lambda plan: plan.seconds_per_batch, lambda plan: ())
 
 
-def _named(name: str) -> tuple[str, str, str]:
-    """What a variant goes by: its own name, that without its stash, and its strategy's."""
-    variant = name.split(",")[0]
-    return name, variant, variant.split("+")[0]
-
-
-def _candidates(demands: Demands, staleness: int | None, strategy: str | None) -> dict[str, dict[str, Any]]:
-    """Names of variants and their knobs."""
+def _candidates(demands: Demands, staleness: int | None, strategy: str | None) -> list[_Variant]:
+    """The variants that fit the task and what a user asked for; `PlanError` where there are none."""
     if staleness not in (None, 0, 1):
         raise PlanError(f"staleness is {staleness}; expected 0 or 1")
     if staleness and not demands.momentum:
         raise PlanError("staleness is of a momentum teacher; a frozen one has no versions; leave it out")
-    known = list(dict.fromkeys(_named(name)[1] for name in _VARIANTS))
-    if strategy is not None and strategy not in known:
-        raise PlanError(_unknown(strategy, known))
-    mine = {k: v for k, v in _VARIANTS.items() if (k != "async" if strategy is None else strategy in _named(k))}
-    if not demands.momentum:  # a frozen teacher is never stale
-        mine = {k: v for k, v in mine.items() if k != "async" and "staleness" not in v}
-        if not mine:
+    kinds = dict.fromkeys(variant.kind for variant in _VARIANTS)
+    if strategy is not None and strategy not in kinds:
+        raise PlanError(_unknown(strategy, kinds))
+    if strategy is None:
+        variants = [variant for variant in _VARIANTS if variant.strategy != "async"]
+    else:
+        variants = [variant for variant in _VARIANTS if strategy in (variant.strategy, variant.kind)]
+    if not demands.momentum:
+        variants = [variant for variant in variants if variant.strategy != "async" and not variant.staleness]
+        if not variants:
             raise PlanError(f"'{strategy}' is for momentum teachers, and this one is frozen; choose another")
-        return mine
-    exact = {k: v for k, v in mine.items() if k not in ("tspipe", "async") and "staleness" not in v}
+        return variants
+    exact = [variant for variant in variants if variant.strategy not in ("tspipe", "async") and not variant.staleness]
     if staleness == 0 and not exact:
         raise PlanError(f"'{strategy}' reads a momentum teacher that is one step old; leave out --staleness 0")
-    return mine if staleness or not exact else exact
+    return variants if staleness or not exact else exact
 
 
 def _unknown(strategy: str, known: Iterable[str]) -> str:
+    """The message about a strategy that there is not."""
     return f"no strategy '{strategy}'{nearest(strategy, known)}; there are {', '.join(known)}"
 
 
 def _tried(name: str, make: Callable[[], P]) -> Considered[P]:
+    """Make a plan, or note why there is none."""
     try:
         return Considered(name, make())
     except PlanError as error:
         return Considered(name, refused=str(error))
 
 
+def _planned(considered: Sequence[Considered[P]]) -> list[tuple[Considered[P], P]]:
+    """What was considered and has a plan, with that plan."""
+    return [(one, one.plan) for one in considered if one.plan is not None]
+
+
 def _best(
     considered: Sequence[Considered[P]], seconds: Callable[[P], float], burden: Callable[[P], tuple[int, ...]]
 ) -> Search[P]:
-    """The fastest; of equally fast ones the one with the least burden, then the first."""
-    planned = [(one, one.plan) for one in considered if one.plan is not None]
+    """Choose the fastest plan; of equally fast ones the one with the least burden, then the first."""
+    planned = _planned(considered)
     if not planned:
         reasons = {one.refused: one.name for one in reversed(considered)}  # often all the same
         told = [reason if len(reasons) == 1 else f"{name}: {reason}" for reason, name in reversed(reasons.items())]
