@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from pipestill.arguments import shown
 from pipestill.errors import ConfigError
 
+OptimizerFactory = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+"""Makes an optimizer of named parameters: one for each stage, or for each block that is trained alone."""
+
 
 def make_optimizer(
     make: Callable[..., Any],

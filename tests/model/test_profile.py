@@ -107,7 +107,7 @@ def test_work_after_a_nap_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
             mark("piece", piece)
 
     monkeypatch.setattr("pipestill.model.profile.stepwise", step)
-    monkeypatch.setattr("pipestill.model.profile._Stopwatch._now", lambda watch: now)
+    monkeypatch.setattr("pipestill.model.measure.now", lambda: now)
     monkeypatch.setattr("time.sleep", sleep)
     task, (x, y) = distillation(), images()[0]
     assert len(task.student_blocks) > 2

@@ -68,7 +68,10 @@ def detached(value: Any) -> Detached:
 
 
 def start_of(value: Any) -> Tensor | None:
-    """Find the leaf of autograd at which the graph of a nest from `start_graph` or `detached` begins; None if it carries none."""
+    """Find the leaf of autograd at which the graph of a nest begins; None where the nest carries no graph.
+
+    The nest comes from `start_graph` or `detached`, and nothing may have written to it in place yet.
+    """
     entered = [tensor for tensor in distinct_tensors(value) if tensor.requires_grad]
     if not entered:
         return None

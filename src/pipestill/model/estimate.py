@@ -1,13 +1,15 @@
-"""Costs of blocks computed from arithmetic and memory traffic, for a device that is not here: nothing is computed or stored.
+"""Computes what every block of a pipeline's models costs on a device that is not here, from arithmetic and memory traffic.
 
-One step is taken block by block, as for measuring, but over tensors without content (PyTorch's meta device), against a clock
-that every kernel moves by what a roofline says of it (Williams et al. 2009).
+One step is taken block by block, as for measuring, but over tensors without content (PyTorch's meta device). Every kernel
+advances a clock by its time under a roofline model (Williams et al. 2009): its arithmetic or its memory traffic, whichever
+takes longer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,20 +23,19 @@ from torch.utils.flop_counter import flop_registry
 from pipestill.costs import Costs
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached, start_of
 from pipestill.model.devices import Machine
-from pipestill.model.nests import distinct_tensors
-from pipestill.model.profile import Seconds, assemble, counted_stashes, microbatch_of
-from pipestill.model.split import SplitBlock, Unsplittable
+from pipestill.model.measure import Seconds
+from pipestill.model.nests import distinct_tensors, num_bytes
+from pipestill.model.step_costs import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
 from pipestill.model.stepwise import stepwise, untouched
 from pipestill.model.tasks import Momentum, Task
-
-Optimizer = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
+from pipestill.optim import OptimizerFactory
 
 
 def task_without_memory(build: Callable[[], Task], dtype: torch.dtype) -> Task:
-    """The task with models of published size that take no memory: built on the meta device, or moved there afterwards where
-    their construction reads numbers.
+    """Build a task whose models, of any size, take no memory.
+
+    They are built on PyTorch's meta device, or moved there afterwards where their construction reads numbers.
     """
     try:
         with torch.device("meta"):
@@ -48,36 +49,49 @@ def task_without_memory(build: Callable[[], Task], dtype: torch.dtype) -> Task:
 
 
 def estimate(
-    task: Task, machine: Machine, inputs: Any, targets: Any, *, rows: int, optimizer: Optimizer, split: bool = True
+    task: Task,
+    machine: Machine,
+    inputs: Any,
+    targets: Any,
+    *,
+    rows: int,
+    optimizer: OptimizerFactory,
+    split: bool = True,
 ) -> Costs:
-    """Costs of a microbatch of `rows` rows, of the form of a sample batch. `task`: of `task_without_memory`.
+    """Compute the costs of a microbatch of `rows` rows whose form is that of a sample batch.
 
-    `split`: find out what the gradients of the weights take; else they are said to take half of a backward. Raises
-    `ModelError` for a model or a loss that has to see numbers.
+    `task` comes from `task_without_memory`. `split`: also compute which fraction of each backward the gradients of the
+    weights take; else it is said to be half. Raises `ModelError` for a model or a loss that has to see numbers.
     """
     inputs, targets = (_formed(nest, machine.dtype) for nest in microbatch_of(inputs, targets, rows))
     blocks = task.student_blocks
     clock = RooflineClock(machine)
     with untouched(task), torch.device("meta"), WithoutNumbers(), counted_stashes(task) as stash:
 
-        def heard(what: str, block: int) -> None:
+        def done(what: str, block: int) -> None:
             stash.mark(what, block)
             clock.mark(what, block)
 
         try:
             with clock:
-                values = stepwise(task, inputs, targets, heard)
+                values = stepwise(task, inputs, targets, done)
         except ModelError as error:
             raise ModelError(f"costs can only be computed for models that do not depend on numbers: {error}") from error
-        shares = _weight_shares(blocks, values.student[0], machine) if split else [0.5] * len(blocks)
-    costs = assemble(
-        task, clock.seconds, rows=rows, shares=shares, stash=stash,
+        fractions = [0.5] * len(blocks)
+        if split:
+            fractions = weight_fractions(blocks, values.student[0], partial(RooflineClock, machine))
+    costs = costs_of(
+        task,
+        clock.seconds,
+        rows=rows,
         updates=[_update(blocks, i, optimizer, machine) for i in range(len(blocks))],
-        student_bytes=[[_bytes(value) for value in view] for view in values.student],
-        teacher_bytes=[[_bytes(value) for value in view] for view in values.teacher],
-    )  # fmt: skip
+        weight_fractions=fractions,
+        stash=stash,
+        student_bytes=[[num_bytes(value) for value in view] for view in values.student],
+        teacher_bytes=[[num_bytes(value) for value in view] for view in values.teacher],
+    )
     teacher = costs.teacher
-    if isinstance(task, Momentum):  # reads both models' weights and writes its own
+    if isinstance(task, Momentum):  # the teacher's update reads both models' weights and writes its own
         teacher = tuple(
             dataclasses.replace(b, update_seconds=machine.kernel_seconds(0, 3 * b.parameter_bytes)) for b in teacher
         )
@@ -85,22 +99,26 @@ def estimate(
 
 
 class RooflineClock(TorchDispatchMode):
-    """Sees every kernel that PyTorch would launch, and moves on by what it would take."""
+    """A clock that every kernel which PyTorch launches in its context advances by the kernel's computed time."""
 
     def __init__(self, machine: Machine) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.machine, self.now, self.last = machine, 0.0, 0.0
+        self.machine = machine
+        self.now = 0.0
+        """Seconds since the clock was made."""
+        self.last = 0.0
+        """The time of the last mark."""
         self.seconds: Seconds = {}
 
     def mark(self, name: str, index: int) -> None:
-        """Hear that a piece of a step is done."""
+        """Note the seconds since the last mark as those of a piece, which ends here."""
         self.seconds.setdefault((name, index), []).append(self.now - self.last)
         self.last = self.now
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run one operation and add its time; views and the like launch nothing."""
+        """Run one operation and add its time; operations that launch no kernel, such as views, take none."""
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
         given, made = distinct_tensors((args, kwargs)), distinct_tensors(out)
@@ -121,20 +139,21 @@ _ALLOCATIONS = {
 
 
 def _read(tensor: Tensor) -> int:
-    """Bytes that pass when a kernel reads a tensor: what is expanded over other tensors lies in memory once."""
+    """The bytes that a kernel reads of a tensor; an expanded tensor lies in memory once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 class WithoutNumbers(TorchFunctionMode):
-    """Attention as GPUs do it, in one kernel that keeps no matrix of weights (Rabe and Staats 2021; Dao et al. 2022).
+    """A mode in which tensors without content answer for their numbers, and attention is done as GPUs do it.
 
-    A model that asks for a number gets 1, and False to a question: a mask is taken to leave something out.
+    A model that asks a tensor for a number gets 1, and False where it asks a question: a mask is taken to leave something
+    out. Attention is one kernel that keeps no matrix of weights (Rabe and Staats 2021; Dao et al. 2022, FlashAttention).
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Answer in place of functions that have to."""
+        """Call a function of PyTorch, or answer in its place."""
         if func is F.scaled_dot_product_attention:
             return _fused_attention(*args, **(kwargs or {}))
         if func in _QUESTIONS and args[0].is_meta:
@@ -157,6 +176,7 @@ def _fused_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """Attention in one kernel, with the arguments of `F.scaled_dot_product_attention`."""
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
@@ -171,7 +191,7 @@ def _fused_attention(
 
 
 def _formed(nest: Any, dtype: torch.dtype) -> Any:
-    """Tensors of the same shapes without content, floats of type `dtype`."""
+    """A nest of tensors of the same shapes, without content; floating-point ones have type `dtype`."""
 
     def formed(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device="meta", dtype=dtype if tensor.is_floating_point() else tensor.dtype)
@@ -179,54 +199,27 @@ def _formed(nest: Any, dtype: torch.dtype) -> Any:
     return pytree.tree_map_only(Tensor, formed, nest)
 
 
-def _bytes(value: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct_tensors(value))
+def _update(model: BlockModel, block: int, make: OptimizerFactory, machine: Machine) -> Update:
+    """What the update of one student block takes.
 
-
-def _weight_shares(model: BlockModel, outputs: list[Any], machine: Machine) -> list[float]:
-    """Of each block's backward in two halves, the second's share; all of the first block's, whose input has no gradient."""
-    shares = [1.0]
-    for i in range(1, len(model)):
-        entered, _, _ = detached(outputs[i - 1])
-        start = start_of(entered)
-        value = model.blocks[i].call(entered)
-        roots = [(tensor, torch.empty_like(tensor)) for tensor in distinct_tensors(value) if tensor.requires_grad]
-        block, clock = SplitBlock(start), RooflineClock(machine)
-        try:
-            with clock:
-                block.input_half(roots)
-                clock.mark("input", 0)
-                block.weight_half()
-                clock.mark("weight", 0)
-        except Unsplittable:
-            shares.append(0.0)
-            continue
-        first, second = clock.seconds["input", 0][0], clock.seconds["weight", 0][0]
-        shares.append(second / (first + second) if first + second else 0.0)
-    return shares
-
-
-def _update(model: BlockModel, block: int, optimizer: Optimizer, machine: Machine) -> tuple[float, int]:
-    """Seconds of a block's update, and bytes of its gradients and its optimizer's state.
-
-    How much state a parameter has is asked of the real optimizer, which gets numbers of 1 for parameters.
+    The real optimizer tells how much state a parameter has: it takes a step on parameters of one element each.
     """
     trained = {n: p for n, p in model.parameters_of(range(block, block + 1)).items() if p.requires_grad}
     if not trained:
-        return 0.0, 0
+        return Update(0.0, 0)
     small = {name: nn.Parameter(torch.ones([1] * p.dim(), dtype=p.dtype)) for name, p in trained.items()}
     for parameter in small.values():
         parameter.grad = torch.ones_like(parameter)
-    stepper = optimizer(small)
-    stepper.step()
-    copies = {name: _like(stepper.state[parameter].values(), parameter) for name, parameter in small.items()}
-    sizes = {name: p.numel() * p.element_size() for name, p in trained.items()}
-    state = round(sum(copies[name] * sizes[name] for name in sizes))
-    weights = sum(sizes.values())
-    return machine.kernel_seconds(0, 3 * weights + 2 * state), weights + state  # reads all three, writes two of them
+    optimizer = make(small)
+    optimizer.step()
+    multiples = {name: _state_size(optimizer.state[parameter].values(), parameter) for name, parameter in small.items()}
+    state = round(sum(multiples[name] * p.nbytes for name, p in trained.items()))
+    weights = num_bytes(list(trained.values()))
+    traffic = 3 * weights + 2 * state  # reads weights, gradients and state; writes weights and state
+    return Update(machine.kernel_seconds(0, traffic), weights + state)
 
 
-def _like(state: Iterable[Any], parameter: Tensor) -> float:
-    """How many times as large as a parameter its state is; numbers that count steps are as good as nothing."""
+def _state_size(state: Iterable[Any], parameter: Tensor) -> float:
+    """How many times as large as a parameter its optimizer's state is; single numbers, such as counts of steps, are left out."""
     tensors = [tensor for tensor in state if isinstance(tensor, Tensor) and tensor.shape == parameter.shape]
     return sum(tensor.element_size() for tensor in tensors) / parameter.element_size()

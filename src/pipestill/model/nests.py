@@ -46,6 +46,11 @@ def num_rows(value: Any, what: str) -> int:
     return rows
 
 
+def num_bytes(value: Any) -> int:
+    """The bytes of a nest's distinct tensors."""
+    return sum(tensor.nbytes for tensor in distinct_tensors(value))
+
+
 def rows_of(value: Any, index: slice | Tensor) -> Any:
     """Select the same rows of every tensor of a nest."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor[index], value)

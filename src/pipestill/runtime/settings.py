@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-
 from pipestill.losses import Metric
 from pipestill.model.batchnorm import Norms
-
-OptimizerFactory = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
-"""Makes an optimizer of named parameters: one for each stage, or for each block that is trained alone."""
+from pipestill.optim import OptimizerFactory
 
 
 @dataclass(frozen=True)

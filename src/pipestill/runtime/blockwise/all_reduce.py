@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pipestill.model.blockwise.contracts import BlockwiseContracts
-from pipestill.model.blockwise.profile import now
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.blockwise.training import teacher_output, untouched_blocks
+from pipestill.model.measure import now
 from pipestill.model.nests import copied, distinct_tensors, rows_of, to_device
+from pipestill.optim import OptimizerFactory
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.pipeline.stage import move
 from pipestill.runtime.world import Processes
@@ -42,7 +42,7 @@ def measure_allreduces(
     profile: BlockProfile,
     *,
     world: Processes,
-    optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
+    optimizer: OptimizerFactory,
     device: torch.device,
 ) -> BlockProfile:
     """`profile` with the all-reduces of every block and of groups of several sizes; the same on every rank, all of which

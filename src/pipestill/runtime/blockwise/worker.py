@@ -15,9 +15,9 @@ from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.blockwise.training import teacher_output, train_block
 from pipestill.model.nests import copied
+from pipestill.optim import OptimizerFactory
 from pipestill.runtime.pipeline.stage import move
 from pipestill.runtime.pipeline.weights import OwnRates
-from pipestill.runtime.settings import OptimizerFactory
 
 _BUCKET_BYTES = 25 * 2**20  # of gradients that are added up together, as in DDP
 

@@ -22,8 +22,8 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.split import SplitBlock
 from pipestill.model.tasks import Momentum, Task, teacher_trains
+from pipestill.optim import OptimizerFactory
 from pipestill.runtime.pipeline.weights import MovingAverage, OwnRates, Versions
-from pipestill.runtime.settings import OptimizerFactory
 from pipestill.schedule import Role
 
 

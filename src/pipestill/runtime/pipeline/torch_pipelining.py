@@ -19,9 +19,9 @@ from pipestill.model.nests import num_rows, rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import OwnGenerator, derive
 from pipestill.model.tasks import Task
+from pipestill.optim import OptimizerFactory
 from pipestill.plan import Plan
 from pipestill.runtime.pipeline.stage import guard_batch, move, weighted_loss
-from pipestill.runtime.settings import OptimizerFactory
 
 
 def train_with_torch(

@@ -1,0 +1,82 @@
+"""Measures seconds of finished work, on the CPU and on GPUs, and what an optimizer's steps take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from pipestill.model.nests import num_bytes
+from pipestill.optim import OptimizerFactory
+
+Seconds = dict[tuple[str, int], list[float]]
+"""The seconds of each piece of a step, every time that it ran. A piece is a kind of work ("teacher", "student", "loss",
+"backward" ...) and its block."""
+
+
+def now() -> float:
+    """The seconds of a clock, read once all work that was given to a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """Measures the seconds from one mark to the next, or from the start of its context."""
+
+    def __init__(self) -> None:
+        self.seconds: Seconds = {}
+        self.last = now()
+
+    def __enter__(self) -> Stopwatch:
+        self.last = now()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def mark(self, name: str, index: int) -> None:
+        """Note the seconds since the last mark as those of a piece, which ends here."""
+        self.seconds.setdefault((name, index), []).append(now() - self.last)
+        self.last = now()
+
+
+class NappingStopwatch(Stopwatch):
+    """Measures pieces as a stopwatch does, and sleeps between them; the sleep counts for none.
+
+    It sleeps for `nap_seconds` after every `every` pieces, at most `most` times.
+    """
+
+    def __init__(self, every: int, nap_seconds: float, most: int) -> None:
+        super().__init__()
+        self.every = every
+        self.nap_seconds = nap_seconds
+        self.naps_left = most
+        self.num_pieces = 0
+
+    def mark(self, name: str, index: int) -> None:
+        """Note a piece, then sleep where it is time."""
+        super().mark(name, index)
+        self.num_pieces += 1
+        if self.naps_left and self.num_pieces % self.every == 0:
+            self.naps_left -= 1
+            time.sleep(self.nap_seconds)
+            self.last = now()
+
+
+def trial_optimizer(parameters: Mapping[str, nn.Parameter], make: OptimizerFactory) -> torch.optim.Optimizer | None:
+    """Make an optimizer over copies of parameters, with gradients of zero: its steps change no model. None without any."""
+    copies = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}
+    for copy in copies.values():
+        copy.grad = torch.zeros_like(copy)
+    return make(copies) if copies else None
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """The bytes of an optimizer's state, once it has taken a step."""
+    return num_bytes([list(state.values()) for state in optimizer.state.values()])
