@@ -31,20 +31,28 @@ def compute(workload: AnyWorkload, machine: Machine, options: RunOptions) -> tup
         raise ConfigError(
             "--estimate computes costs of pipelines, and this recipe trains block by block; 'pipestill profile' measures it"
         )
-    inputs, targets = _sample(workload, options.seed)
+    inputs, targets, rows = _sample(workload, options.seed)
     task = form_of(workload, machine.dtype)
     trainer = make_trainer(task, workload, workload.student_training, options)
-    rows = math.ceil(num_rows(inputs, "the batch's inputs") / options.microbatches)
+    rows = math.ceil(rows / options.microbatches)
     return estimate(task, machine, inputs, targets, rows=rows, optimizer=trainer.make_optimizer), task
 
 
-def _sample(workload: EndToEndWorkload, seed: int) -> tuple[Any, Any]:
-    """The first batch, always the same one; of several, the longest, where batches differ in length: it has to fit too."""
-    varied = workload.length_axis is not None
+def _sample(workload: EndToEndWorkload, seed: int) -> tuple[Any, Any, int]:
+    """Inputs and targets, always the same ones, of at least one row; and the rows of a batch.
+
+    Where batches differ in length, the longest one of several, which has to fit too. Else one sample: augmenting a batch of
+    images takes long, and only the form of its rows counts.
+    """
+    loader = workload.train_loader
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        batches = [inputs_and_targets(batch) for batch in islice(workload.train_loader, _BATCHES if varied else 1)]
-    return max(batches, key=lambda batch: sum(tensor.numel() for tensor in distinct_tensors(batch[0])))
+        if workload.length_axis is None:
+            inputs, targets = inputs_and_targets(loader.collate_fn([loader.dataset[0]]))
+            return inputs, targets, min(loader.batch_size or 1, len(loader.dataset))  # type: ignore[arg-type]
+        batches = [inputs_and_targets(batch) for batch in islice(loader, _BATCHES)]
+    inputs, targets = max(batches, key=lambda batch: sum(tensor.numel() for tensor in distinct_tensors(batch[0])))
+    return inputs, targets, num_rows(inputs, "the batch's inputs")
 
 
 def form_of(workload: EndToEndWorkload, dtype: torch.dtype = torch.float32) -> Task:
