@@ -213,8 +213,8 @@ def test_check_of_a_broken_run_is_status_1(
     def further(self, block, batch):  # type: ignore[no-untyped-def]
         whole(self, block, batch)
         if block == 1 and batch == 3 and self.apart:
-            with self._with(block):
-                next(iter(self.learners[block].parameters.values())).data.add_(1e-6)
+            with self._own_tensors(block):
+                next(iter(self.blocks[block].parameters.values())).data.add_(1e-6)
 
     monkeypatch.setattr(BlockwiseWorker, "update", further)
     words = [

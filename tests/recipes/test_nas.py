@@ -293,10 +293,10 @@ def test_paths_move_on_their_batches_only_and_weights_on_the_others() -> None:
     worker = BlockwiseWorker(task, contracts, device=CPU, seed=0, optimizer=trainer.make_optimizer, lr_factor=lambda _: 1.0)
     worker.hold(range(3), range(3))
     value = task.teacher_blocks.blocks[0].call(inputs).detach()
-    target = worker.teach(1, value)
+    target = worker.teacher_output(1, value)
     for batch in range(10):
         before = trained(task)
-        worker.learn(1, value, target, 1.0, batch, 0, None)
+        worker.train(1, value, target, 1.0, batch, 0, None)
         worker.update(1, batch)
         moved = {name.rpartition(".")[2] for name in changed(task, before)}
         if steps_of(task).learns_paths(batch):

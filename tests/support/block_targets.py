@@ -19,7 +19,7 @@ from pipestill.recipes.recipe import BlockwiseWorkload, Training
 from pipestill.recipes.run_blockwise import end_to_end
 from pipestill.recipes.run_options import Numbers, RunOptions
 from pipestill.recipes.runner import Runner
-from pipestill.runtime.blockwise.all_reduce import measure_allreduces
+from pipestill.runtime.blockwise.measure_all_reduce import measure_allreduces
 from pipestill.runtime.transport.process_group import ProcessGroup
 from pipestill.runtime.transport.protocol import Message
 from pipestill.runtime.world import Processes

@@ -18,9 +18,9 @@ from pipestill.plan import Plan, make_plan
 from pipestill.plan.blockwise.plan import BlockwisePlan, make_blockwise_plan
 from pipestill.plan.describe import describe
 from pipestill.runtime.blockwise.groups import process_groups
-from pipestill.runtime.blockwise.virtual import run_virtual_blocks
+from pipestill.runtime.blockwise.virtual import run_virtual_blockwise
 from pipestill.runtime.launch import launch
-from pipestill.runtime.transport.virtual import run_virtual
+from pipestill.runtime.pipeline.virtual import run_virtual_pipeline
 from pipestill.schedule import PIPELINE_STRATEGIES, Trace
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.pipeline.structure import Demands
@@ -206,7 +206,7 @@ def _run_pipelines(
     """Run every plan in every round, on every rank; complete on rank 0."""
 
     def run(name: str) -> tuple[list[Trace], float]:
-        trace, late = run_virtual(plans[name], steps[name][0], timeout_seconds) or (None, 0.0)
+        trace, late = run_virtual_pipeline(plans[name], steps[name][0], timeout_seconds) or (None, 0.0)
         return [trace] if trace else [], late
 
     return in_rounds(plans, rounds, run)
@@ -257,6 +257,6 @@ def _run_blockwise(
     groups = process_groups(list(plans.values()))
 
     def run(name: str) -> tuple[list[Trace], float]:
-        return run_virtual_blocks(plans[name], steps[name], groups, timeout_seconds) or ([], 0.0)
+        return run_virtual_blockwise(plans[name], steps[name], groups, timeout_seconds) or ([], 0.0)
 
     return in_rounds(plans, rounds, run)

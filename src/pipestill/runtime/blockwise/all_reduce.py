@@ -1,114 +1,82 @@
-"""Measures what it costs ranks to share the rows of a student block, for the search of a blockwise plan."""
+"""Adds up a block's gradients over the ranks that share its batches, while the backward is still under way."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from pipestill.model.blockwise.contracts import BlockwiseContracts
-from pipestill.model.blockwise.task import Blockwise
-from pipestill.model.blockwise.training import teacher_output, untouched_blocks
-from pipestill.model.measure import now
-from pipestill.model.nests import copied, distinct_tensors, rows_of, to_device
-from pipestill.optim import OptimizerFactory
-from pipestill.runtime.blockwise.worker import BlockwiseWorker
-from pipestill.runtime.pipeline.stage import move
-from pipestill.runtime.world import Processes
-from pipestill.schedule.blockwise.profile import BlockProfile
-
-_FEW = 8  # rows of a batch that all ranks are told; the others repeat them
-_TURNS = 5
-_TURN_SECONDS = 0.01  # about so much work in a turn, in 2 to 8 steps
+_BUCKET_BYTES = 25 * 2**20  # of gradients that are added up together, as in DDP
 
 
-def group_sizes(num_ranks: int) -> list[int]:
-    """The sizes of groups that are measured: 2, 3, 4, 6, 9 and on by a half, and all ranks. Between them lines are drawn."""
-    sizes, size = list[int](), 2
-    while size < num_ranks:
-        sizes.append(size)
-        size += max(1, size // 2)
-    return [*sizes, num_ranks] if num_ranks > 1 else []
+class AllReduce:
+    """One all-reduce of a block's gradients, in buckets.
 
-
-def measure_allreduces(
-    task: Blockwise,
-    contracts: BlockwiseContracts,
-    inputs: Any,
-    profile: BlockProfile,
-    *,
-    world: Processes,
-    optimizer: OptimizerFactory,
-    device: torch.device,
-) -> BlockProfile:
-    """`profile` with the all-reduces of every block and of groups of several sizes; the same on every rank, all of which
-    call this together. `inputs`: a batch's, on rank 0. Nothing in the models changes.
-
-    Disjoint groups of one size, as many as there are ranks for, take student's steps on an equal share of a batch: turns of
-    a few steps with all-reduces as in training, and turns without, one after the other. What a step takes longer with them
-    is the median over turns, and over ranks. So it holds what training pays: messages, the waking of threads, copies, and
-    waiting for the slowest, less what overlaps with the backward.
+    With `overlap`, a bucket goes out as soon as its last gradient is computed; that needs a single backward, after which a
+    gradient is complete. Buckets go out in the same order on all ranks.
     """
-    assert profile.batch is not None
-    few = world.broadcast(None if inputs is None else rows_of(inputs, slice(0, _FEW)))
-    worker = BlockwiseWorker(task, contracts, device=device, seed=0, optimizer=optimizer, lr_factor=lambda _: 1.0)
-    sizes, every = group_sizes(world.num_ranks), range(task.num_blocks)
-    seconds: list[list[float]] = [[] for _ in every]
-    worker.hold(every, every)
-    for size in sizes:
-        firsts = range(0, world.num_ranks - size + 1, size)
-        groups = [dist.new_group(list(range(first, first + size))) for first in firsts]
-        mine = world.rank // size
-        rows = math.ceil(profile.batch / size)
-        took: list[float] | None = None
-        if mine < len(groups):
-            index = torch.arange(rows) % distinct_tensors(few)[0].shape[0]
-            steps = [
-                min(8, max(2, math.ceil(_TURN_SECONDS / max(b.student(rows), 1e-6)))) if b.parameter_bytes else 0
-                for b in profile.blocks
-            ]
-            with untouched_blocks(task):
-                took = _of_blocks(worker, to_device(rows_of(few, index), device), groups[mine], size, steps)
-        told = [extra for extra in world.broadcast(world.gather([took]) or None) if extra is not None]
-        for block in every:
-            seconds[block].append(median(of_rank[block] for of_rank in told))
-        if mine < len(groups):
-            dist.destroy_process_group(groups[mine])
-    worker.release(every)
-    move(task.teacher_blocks, every, torch.device("cpu"))
-    return profile.with_allreduces(sizes, seconds)
+
+    def __init__(self, parameters: list[nn.Parameter], group: dist.ProcessGroup, *, overlap: bool) -> None:
+        self.group = group
+        self.buckets = _buckets(parameters)
+        self.under_way: list[tuple[Tensor, Any]] = []
+        """The flat gradients of each bucket that has gone out, and its work."""
+        self.ready = set[nn.Parameter]()
+        """Parameters whose gradient is computed."""
+        self.hooks = [p.register_post_accumulate_grad_hook(self._computed) for p in parameters] if overlap else []
+
+    def _computed(self, parameter: nn.Parameter) -> None:
+        self.ready.add(parameter)
+        while len(self.under_way) < len(self.buckets) and self.ready.issuperset(self.buckets[len(self.under_way)]):
+            self._send_next()
+
+    def _send_next(self) -> None:
+        flat = flat_gradients(self.buckets[len(self.under_way)])
+        self.under_way.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+
+    def finish(self) -> None:
+        """Send the buckets that are left, wait for all, and put the sums in the place of the gradients."""
+        for hook in self.hooks:
+            hook.remove()
+        while len(self.under_way) < len(self.buckets):
+            self._send_next()
+        for bucket, (flat, work) in zip(self.buckets, self.under_way, strict=True):
+            work.wait()
+            set_flat_gradients(bucket, flat)
 
 
-def _of_blocks(worker: BlockwiseWorker, value: Any, group: Any, size: int, steps: Sequence[int]) -> list[float]:
-    """How much longer a step of each block takes with all-reduces; 0 for blocks of no steps."""
-    extra = []
-    for block, number in enumerate(steps):
-        target = teacher_output(worker.task, block, copied(value))
-        turns = list[float]()
-        for turn in range(1 + _TURNS if number else 0):  # the first pays for connections and memory
-            apart = _turn(worker, block, value, target, size, group, number, shared=False)
-            together = _turn(worker, block, value, target, size, group, number, shared=True)
-            if turn:
-                turns.append(together - apart)
-        extra.append(max(0.0, median(turns)) if turns else 0.0)
-        value = target
-    return extra
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters of one type together, up to `_BUCKET_BYTES`, last first: in the order in which a backward ends."""
+    buckets: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in reversed(parameters):
+        size = parameter.numel() * parameter.element_size()
+        if not buckets or room < size or buckets[-1][0].dtype != parameter.dtype:
+            buckets.append([])
+            room = _BUCKET_BYTES
+        buckets[-1].append(parameter)
+        room -= size
+    return buckets
 
 
-def _turn(
-    worker: BlockwiseWorker, block: int, value: Any, target: Any, size: int, group: Any, steps: int, *, shared: bool
-) -> float:
-    """Seconds of a student's step (without its update), on average over `steps`."""
-    dist.barrier(group)
-    start = now()
-    for number in range(steps):
-        worker.learn(block, value, target, 1 / size, number, dist.get_rank(group), group if shared else None)
-        if shared:
-            worker.reduce(block)
-        for parameter in worker.learners[block].parameters.values():
-            parameter.grad = None
-    return (now() - start) / steps
+def flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Gradients of one type one after the other, zeros for those that are missing; then, for each, 1 if it is there.
+
+    They are in one tensor, because one more all-reduce takes longer than all the gradients of a small block.
+    """
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    there = [p.grad is not None for p in parameters]
+    first = parameters[0]
+    return torch.cat(
+        [*(gradient.reshape(-1) for gradient in gradients), torch.tensor(there, dtype=first.dtype, device=first.device)]
+    )
+
+
+def set_flat_gradients(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
+    """Set the gradients from a sum of `flat_gradients` over ranks; a gradient that no rank had is None."""
+    *values, there = flat.split([*(parameter.numel() for parameter in parameters), len(parameters)])
+    for parameter, part, number in zip(parameters, values, there.tolist(), strict=True):
+        parameter.grad = part.view_as(parameter).clone() if number else None

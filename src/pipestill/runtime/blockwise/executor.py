@@ -26,8 +26,8 @@ from pipestill.schedule.needs import lane, needs
 class Worker(Protocol):
     """What the executor has a rank do (see `BlockwiseWorker`)."""
 
-    def teach(self, block: int, value: Any) -> Any: ...
-    def learn(self, block: int, value: Any, target: Any, share: float, batch: int, unit: int, group: Any) -> None: ...
+    def teacher_output(self, block: int, value: Any) -> Any: ...
+    def train(self, block: int, value: Any, target: Any, weight: float, batch: int, unit: int, group: Any) -> None: ...
     def reduce(self, block: int) -> None: ...
     def gradients(self, block: int) -> list[Tensor]: ...
     def set_gradients(self, block: int, summed: Sequence[Tensor]) -> None: ...
@@ -155,7 +155,7 @@ class BlockwiseExecutor:
         output = None
         if value is not None:
             with self.recorder.working(action):
-                output = self.worker.teach(action.stage, value)
+                output = self.worker.teacher_output(action.stage, value)
         if self.uses.get(action.at(0)):
             self.results[action] = output, self.uses[action.at(0)]
 
@@ -169,7 +169,7 @@ class BlockwiseExecutor:
         group = self.groups[sharers] if self.groups is not None and len(sharers) > 1 else None
         with self.recorder.working(action):
             total = window.rows[share.batch]
-            self.worker.learn(action.stage, value, target, rows / total, window.first + share.batch, unit, group)
+            self.worker.train(action.stage, value, target, rows / total, window.first + share.batch, unit, group)
         if self.groups is None and len(sharers) > 1:
             for other in set(sharers) - {self.ranks[self.rank]}:
                 sent = Message(Lane.REDUCE, action, self.ranks[self.rank], other, self.segment)

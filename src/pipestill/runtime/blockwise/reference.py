@@ -50,8 +50,8 @@ def blockwise_reference(
         for number, batch in enumerate(read()):
             value = to_device(batch.inputs, device)
             for before in range(block):
-                value = worker.teach(before, value)
-            worker.learn(block, value, worker.teach(block, value), 1.0, number, 0, None)
+                value = worker.teacher_output(before, value)
+            worker.train(block, value, worker.teacher_output(block, value), 1.0, number, 0, None)
             worker.update(block, number)
             batches, samples = batches + 1, samples + batch.rows
             clock.count(batch.rows)

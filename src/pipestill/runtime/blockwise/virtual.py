@@ -1,9 +1,8 @@
-"""Virtual devices for blocks that learn alone: real processes, executor and transport, but work waits (see `virtual`)."""
+"""A blockwise plan on virtual devices (see `transport.virtual`): blocks that only take the time that their costs say."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,95 +12,113 @@ from torch import Tensor
 from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.contracts import observe
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
-from pipestill.runtime.batch import Batch
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor
 from pipestill.runtime.blockwise.groups import Groups, plan_edges
 from pipestill.runtime.blockwise.windows import windows
 from pipestill.runtime.transport.protocol import Message, Transport
-from pipestill.runtime.transport.virtual import VirtualClock, VirtualRecorder, VirtualTransport
+from pipestill.runtime.transport.virtual import (
+    EventsBySegment,
+    VirtualClock,
+    VirtualRecorder,
+    VirtualTransport,
+    run_timed,
+    virtual_batches,
+)
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Event, Lane, Trace
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 
 
 class VirtualWorker:
-    """Takes the time of each block for as many rows as it is given; a row is one number."""
+    """Stands for a rank's blocks: takes the time of each for as many rows as it is given; a row is one number."""
 
     def __init__(self, costs: BlockwiseCosts, rank: int, clock: VirtualClock) -> None:
-        self.costs, self.clock = costs, clock
+        self.costs = costs
+        self.clock = clock
         self.speed = costs.speeds[rank] if costs.speeds else 1.0
-        self.sharing: dict[int, dist.ProcessGroup] = {}
+        self.groups: dict[int, dist.ProcessGroup] = {}
+        """By block: the group that adds up its gradients, between its training step and `reduce`."""
 
-    def teach(self, block: int, value: Tensor) -> Tensor:
+    def teacher_output(self, block: int, value: Tensor) -> Tensor:
+        """Take the time of a teacher block's forward."""
         self.clock.work(self.costs.profile.blocks[block].teacher(len(value)) / self.speed)
         return torch.zeros(len(value), 1)
 
-    def learn(
-        self, block: int, value: Tensor | None, target: object, share: float, batch: int, unit: int, group: Any
+    def train(
+        self, block: int, value: Tensor | None, target: object, weight: float, batch: int, unit: int, group: Any
     ) -> None:
+        """Take the time of a student block's training step, its update included."""
         if value is not None:
             self.clock.work(self.costs.profile.blocks[block].student(len(value)) / self.speed)
         if group is not None:
-            self.sharing[block] = group
+            self.groups[block] = group
 
     def reduce(self, block: int) -> None:
         """Start when the last rank of the group is there, and take the time of an all-reduce."""
-        group = self.sharing.pop(block)
+        group = self.groups.pop(block)
         moment = torch.tensor([self.clock.now()], dtype=torch.float64)
         dist.all_reduce(moment, op=dist.ReduceOp.MAX, group=group)
         self.clock.set(float(moment))
         self.clock.work(self.costs.profile.allreduce_seconds(block, dist.get_world_size(group)))
 
     def gradients(self, block: int) -> list[Tensor]:
-        raise AssertionError("ranks are processes")
+        """Never called: virtual ranks are processes."""
+        raise AssertionError("virtual ranks are processes")
 
     def set_gradients(self, block: int, summed: Sequence[Tensor]) -> None:
-        raise AssertionError("ranks are processes")
+        """Never called: virtual ranks are processes."""
+        raise AssertionError("virtual ranks are processes")
 
     def update(self, block: int, batch: int) -> None:
-        """Is part of the student's step."""
+        """Take no time: the training step's includes it."""
 
     def state_forms(self, block: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """One number, whatever the block."""
         return [((1,), torch.float32)]
 
     def state(self, block: int) -> list[Tensor]:
+        """One number, whatever the block."""
         return [torch.zeros(1)]
 
     def set_state(self, block: int, tensors: Sequence[Tensor]) -> None:
-        """Nothing to keep."""
+        """Take no time."""
 
 
-def run_virtual_blocks(
+def run_virtual_blockwise(
     plan: BlockwisePlan, steps: Sequence[int], groups: Groups, timeout_seconds: float
 ) -> tuple[list[Trace], float] | None:
-    """Run each phase of `plan` for as many steps as `steps` says, on the virtual devices of this group of processes.
+    """Run each phase of `plan` for as many steps as `steps` says, on virtual devices.
 
-    On rank 0: what happened in each phase, and which share of the time the clocks were set back by on average; None
-    elsewhere.
+    There is one for each process of the default group, all of which call this. Returns on rank 0 a trace of each phase,
+    and the fraction of the time by which the clocks were set back; None elsewhere.
     """
-    world, clock, recorded = Processes(), VirtualClock(), dict[int, list[Event]]()
+    world, clock = Processes(), VirtualClock()
     transport = world.transport(world.rank, plan_edges(plan), timeout_seconds)  # all ranks together: one for all phases
-    dist.barrier()
-    begin = time.perf_counter()
-    for number, phase in enumerate(plan.phases):
-        if world.rank in phase.ranks:
-            recorded[number] = _run_phase(plan, number, phase, steps[number], groups, clock, world.rank, transport)
-    share = clock.late / (time.perf_counter() - begin)
-    told, shares = world.gather([recorded]), world.gather([share])
-    if world.rank:
+
+    def run() -> EventsBySegment:
+        return {
+            number: _run_phase(plan, number, phase, steps[number], groups, clock, world, transport)
+            for number, phase in enumerate(plan.phases)
+            if world.rank in phase.ranks
+        }
+
+    timed = run_timed(world, clock, run)
+    if timed is None:
         return None
-    traces = []
-    for number, phase in enumerate(plan.phases):
-        events = sorted((e for mine in told for e in mine.get(number, ())), key=lambda event: event.start)
-        traces.append(Trace(len(phase.ranks), tuple(events), by_block=True, batches_per_step=phase.window))
-    return traces, sum(shares) / len(shares)
+    events, late = timed
+    traces = [
+        Trace(len(phase.ranks), tuple(events.get(number, ())), by_block=True, batches_per_step=phase.window)
+        for number, phase in enumerate(plan.phases)
+    ]
+    return traces, late
 
 
 def _run_phase(
-    plan: BlockwisePlan, number: int, phase: Phase, steps: int, groups: Groups, clock: VirtualClock, rank: int,
+    plan: BlockwisePlan, number: int, phase: Phase, steps: int, groups: Groups, clock: VirtualClock, world: Processes,
     transport: Transport,
 ) -> list[Event]:  # fmt: skip
-    structure, costs, local = phase.schedule.structure, plan.costs, phase.ranks.index(rank)
+    """Run this rank's row of a phase, and return what it recorded."""
+    structure, costs, local = phase.schedule.structure, plan.costs, phase.ranks.index(world.rank)
     latency = costs.link.latency_seconds
 
     def seconds(message: Message) -> float:
@@ -111,23 +128,17 @@ def _run_phase(
         return structure.transfer_seconds(message.payload, to, costs) - latency
 
     recorder = VirtualRecorder(local, clock, steps + 2)
-    source = windows(_batches(costs.batch, steps * structure.window), structure.window)
+    source = windows(virtual_batches(costs.batch, steps * structure.window), structure.window)
     executor = BlockwiseExecutor(
-        phase.schedule, local, ranks=phase.ranks, worker=VirtualWorker(costs, rank, clock),
+        phase.schedule, local, ranks=phase.ranks, worker=VirtualWorker(costs, world.rank, clock),
         contracts=_contracts(structure.num_blocks), transport=VirtualTransport(transport, seconds, latency, clock),
         recorder=recorder, source=source if local == 0 else None, groups=groups, segment=number,
     )  # fmt: skip
-    for message in executor.run():
-        raise AssertionError(f"the transport of a process waits itself, but {message} was left to us")
+    world.drive([executor.run()])
     return recorder.events()
 
 
 def _contracts(num_blocks: int) -> BlockwiseContracts:
+    """Contracts of models whose boundaries all pass one number a row."""
     between = observe("between virtual blocks", torch.zeros(2, 1), torch.zeros(3, 1))
     return BlockwiseContracts(between, (between,) * num_blocks, frozenset(), frozenset())
-
-
-def _batches(rows: int, count: int) -> Iterator[Batch]:
-    inputs = torch.zeros(rows, 1)
-    for number in range(count):
-        yield Batch(rows, 0, number == count - 1, inputs)

@@ -4,7 +4,7 @@ import pytest
 from support import block_targets
 
 import pipestill as ps
-from pipestill.runtime.blockwise.all_reduce import group_sizes
+from pipestill.runtime.blockwise.measure_all_reduce import group_sizes
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""A pipeline on virtual devices (see `transport.virtual`): stages that only take the time that their costs say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipestill.costs import StageCosts
+from pipestill.model.contracts import observe
+from pipestill.model.pipeline_contracts import PipelineContracts
+from pipestill.plan import Plan
+from pipestill.runtime.pipeline.executor import PipelineExecutor
+from pipestill.runtime.transport.protocol import Message
+from pipestill.runtime.transport.virtual import (
+    EventsBySegment,
+    VirtualClock,
+    VirtualRecorder,
+    VirtualTransport,
+    run_timed,
+    virtual_batches,
+)
+from pipestill.runtime.world import Processes
+from pipestill.schedule import Action, Lane, Op, Role, Schedule, Trace
+from pipestill.schedule.comms import edges
+from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
+from pipestill.schedule.pipeline.structure import PipelineStructure
+
+
+class VirtualStage:
+    """Stands for a stage of one of the models: takes its time, and gives one number a row."""
+
+    def __init__(
+        self, stage: int, schedule: Schedule[PipelineStructure], costs: StageCosts, clock: VirtualClock
+    ) -> None:
+        self.stage = stage
+        self.structure = schedule.structure
+        self.clock = clock
+        self.seconds = {a: action_seconds(a, self.structure, costs) for a in self.structure.actions()}
+
+    def _work(self, role: Role, op: Op, unit: int | None) -> None:
+        self.clock.work(self.seconds[Action(role, self.stage, op, unit, 0)])
+
+    def end_batch(self) -> None:
+        """Take no time."""
+
+
+class VirtualStudent(VirtualStage):
+    """Stands for a stage of the student."""
+
+    def __init__(
+        self, stage: int, schedule: Schedule[PipelineStructure], costs: StageCosts, clock: VirtualClock
+    ) -> None:
+        super().__init__(stage, schedule, costs, clock)
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.rows: dict[tuple[int, int], int] = {}
+        """Of each (step, unit) between its forward and its backward."""
+
+    def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]:
+        """Take no time."""
+        return tensors[0], []
+
+    def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int, length: int) -> Any:
+        """Take the time of a forward."""
+        self._work(Role.STUDENT, Op.FORWARD, unit)
+        self.rows[step, unit] = rows
+        return torch.zeros(rows, 1)
+
+    def infer(self, value: Any, step: int, unit: int) -> Any:
+        """Never called: virtual devices only train."""
+        raise AssertionError("virtual devices only train")
+
+    def loss(
+        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, share: float
+    ) -> None:
+        """Take the time of a loss."""
+        self._work(Role.STUDENT, Op.LOSS, number)
+
+    def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]:
+        """Take the time of a backward, or of its first half."""
+        self._work(Role.STUDENT, self.structure.backward_ops[0], unit)
+        return [torch.zeros(self.rows.pop((step, unit)), 1)]
+
+    def weight_gradients(self, step: int, unit: int) -> None:
+        """Take the time of the second half of a backward."""
+        self._work(Role.STUDENT, Op.WEIGHT, unit)
+
+    def clip(self, squares: Tensor, largest: float) -> None:
+        """Take no time."""
+
+    def update(self, lr_factor: float, decay_factor: float) -> None:
+        """Take the time of an update."""
+        self._work(Role.STUDENT, Op.UPDATE, None)
+
+
+class VirtualTeacher(VirtualStage):
+    """Stands for a stage of the teacher."""
+
+    def forward(self, value: Tensor, step: int, unit: int) -> Any:
+        """Take the time of a forward."""
+        self._work(Role.TEACHER, Op.FORWARD, unit)
+        return torch.zeros(len(value), 1)
+
+    def note(self) -> None:
+        """Take no time."""
+
+    def follow(self, step: int) -> None:
+        """Take the time of an update of the average."""
+        self._work(Role.TEACHER, Op.EMA, None)
+
+
+def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tuple[Trace, float] | None:
+    """Run `plan` for some steps on virtual devices: one for each process of the default group, all of which call this.
+
+    Returns on rank 0 a trace, and the fraction of the time by which the clocks were set back; None elsewhere.
+    """
+    schedule, costs, structure = plan.schedule, plan.stage_costs, plan.schedule.structure
+    world, clock = Processes(), VirtualClock()
+    rank, latency = world.rank, costs.link.latency_seconds
+    transport = world.transport(rank, edges(structure), timeout_seconds)
+    recorder = VirtualRecorder(rank, clock, steps + 1)
+
+    def seconds(message: Message) -> float:
+        if message.lane in (Lane.TOKEN, Lane.TARGET):
+            return 0.0
+        return transfer_seconds(message.payload, structure, costs) - latency
+
+    executor = PipelineExecutor(
+        schedule, rank, contracts=_contracts(structure, plan.num_devices), student_stages=_stages(plan),
+        teacher_stages=_stages(plan), student=VirtualStudent(rank, schedule, costs, clock),
+        teacher=VirtualTeacher(rank, schedule, costs, clock) if structure.teacher_ranks else None,
+        transport=VirtualTransport(transport, seconds, latency, clock), recorder=recorder,
+        source=virtual_batches(structure.num_microbatches, steps) if rank == 0 else None, clip=1.0,
+        num_trained=(0,) * plan.num_devices,
+    )  # fmt: skip
+
+    def run() -> EventsBySegment:
+        world.drive([executor.run()])
+        return {0: recorder.events()}
+
+    timed = run_timed(world, clock, run)
+    if timed is None:
+        return None
+    events, late = timed
+    return Trace(plan.num_devices, tuple(events[0])), late
+
+
+def _stages(plan: Plan) -> list[range]:
+    """A stage of one block for each rank."""
+    return [range(i, i + 1) for i in range(plan.num_devices)]
+
+
+def _contracts(structure: PipelineStructure, num_blocks: int) -> PipelineContracts:
+    """Contracts of models whose boundaries all pass one number a row, and one back."""
+    few, more = torch.zeros(2, 1, requires_grad=True), torch.zeros(3, 1, requires_grad=True)
+    between = observe("between virtual stages", few, more, ([torch.zeros(2, 1)], [torch.zeros(3, 1)]))
+    blocks = (between,) * num_blocks
+    return PipelineContracts(
+        inputs=between,
+        targets=observe("no targets", None, None),
+        student=(blocks,) * structure.views,
+        teacher=(blocks,) * structure.teacher_views,
+        loss_parts=("loss",),
+        copies=frozenset(),
+    )
