@@ -240,7 +240,7 @@ def test_weight_tied_between_student_blocks_is_refused() -> None:
         (
             chain(4, 3, 4),
             {},
-            r"student block 0 \('b0'\) cannot take float32\[2, 4\] and learn float32\[2, 5\].*projectors",
+            r"student block 0 \('b0'\) cannot take float32\[2, 4\] and be compared with float32\[2, 5\].*projectors",
         ),
         (chain(3, 5, 4), {}, r"student block 0 \('b0'\) cannot take .*give projectors"),
         (chain(4, 5, 4), {"loss": lambda s, t: s}, "the loss of block 0 gave a tensor of shape .* expected a scalar"),

@@ -9,16 +9,15 @@ from pipestill.model.contracts import Contract
 
 @dataclass(frozen=True)
 class BlockwiseContracts:
-    """What crosses between blocks: the samples' contract, and that of what each teacher block gives.
-
-    `teacher_writes` and `student_writes` hold the blocks that write to their input in place; these get a copy of it.
-    """
+    """The contracts of a task: of a batch's inputs, and of the output of each teacher block."""
 
     inputs: Contract
     outputs: tuple[Contract, ...]
     teacher_writes: frozenset[int]
+    """The teacher blocks that write to their input in place; they are given a copy of it."""
     student_writes: frozenset[int]
+    """The student blocks that do, likewise."""
 
     def before(self, block: int) -> Contract:
-        """Of what a block gets."""
+        """The contract of the input of one block."""
         return self.outputs[block - 1] if block else self.inputs

@@ -1,7 +1,8 @@
-"""One tiny training step of every block, before anything starts: finds the contracts, and what cannot work."""
+"""One tiny training step of every block before anything starts, which finds the contracts and what cannot work."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,71 +13,97 @@ from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.blockwise.training import current_batch, teacher_output, untouched_blocks
 from pipestill.model.contracts import observe
-from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
+from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of, versions_of
 from pipestill.model.tensor_form import FEW, MORE
 
 
 def blockwise_dry_run(task: Blockwise, inputs: Any) -> BlockwiseContracts:
-    """Run every block on 2 and on 3 rows, without a trace left in the models.
+    """Run every block on 2 and on 3 rows of a sample batch, without a trace left in the models.
 
-    Raises `ModelError` naming the block or the loss that fails, a loss that trains nothing, and boundaries whose tensors
+    Raises `ModelError` that names the block or the loss that fails, a loss that trains nothing, or a boundary whose tensors
     are not one row a sample.
     """
     rows = num_rows(inputs, "the batch's inputs")
-    runs = []
     with untouched_blocks(task):
-        for count in (FEW, MORE):
-            runs.append(_run(task, rows_of(inputs, torch.arange(count) % rows), count))
-    (few, _, _), (more, taught, learnt) = runs
-    outputs = tuple(
-        observe(f"after teacher block {i} ('{block.name}')", few[i + 1], more[i + 1])
-        for i, block in enumerate(task.teacher_blocks.blocks)
-    )
+        few, more = (_run(task, rows_of(inputs, torch.arange(count) % rows), count) for count in (FEW, MORE))
     return BlockwiseContracts(
-        observe("the batch's inputs", few[0], more[0]), outputs, frozenset(taught), frozenset(learnt)
+        inputs=observe("the batch's inputs", few.values[0], more.values[0]),
+        outputs=tuple(
+            observe(f"after teacher block {i} ('{block.name}')", few.values[i + 1], more.values[i + 1])
+            for i, block in enumerate(task.teacher_blocks.blocks)
+        ),
+        teacher_writes=frozenset(more.teacher_writes),
+        student_writes=frozenset(more.student_writes),
     )
 
 
-def _run(task: Blockwise, inputs: Any, rows: int) -> tuple[list[Any], list[int], list[int]]:
-    values, taught, learnt = [inputs], list[int](), list[int]()
+@dataclass
+class _Run:
+    """What one run of every block on a few rows has shown."""
+
+    values: list[Any]
+    """The batch's inputs, then the output of each teacher block."""
+    teacher_writes: list[int] = field(default_factory=list)
+    """The teacher blocks that write to their input in place."""
+    student_writes: list[int] = field(default_factory=list)
+    """The student blocks that do."""
+
+
+def _run(task: Blockwise, inputs: Any, rows: int) -> _Run:
+    """Run all teacher blocks, then each student block with its loss and backward."""
+    run = _Run([inputs])
     current_batch.set(0)
-    for i, block in enumerate(task.teacher_blocks.blocks):
-        given = copied(values[-1])
-        versions = [t._version for t in distinct_tensors(given)]
-        try:
-            values.append(teacher_output(task, i, given))
-        except Exception as error:
-            raise _failed("teacher", i, block.name, given, error) from error
-        if [t._version for t in distinct_tensors(given)] != versions:
-            taught.append(i)
-        for tensor in distinct_tensors(values[-1]):
-            if tensor.dim() == 0 or tensor.shape[0] != rows:
-                raise ModelError(
-                    f"teacher block {i} ('{block.name}') gives {describe(values[-1])} for {rows} rows; blocks that learn "
-                    "alone pass rows on, so give tensors of one row a sample"
-                )
-    for i, student in enumerate(task.student_blocks.blocks):
-        given = copied(values[i])
-        versions = [t._version for t in distinct_tensors(given)]
-        parameters = task.parameters_of(i)
-        try:
-            for variant in task.variants(i):
-                with torch.enable_grad():
-                    output = variant(copied(given) if i in learnt else given)
-                    if [t._version for t in distinct_tensors(given)] != versions and i not in learnt:
-                        learnt.append(i)
-                    loss = task.loss_of(i)(output, values[i + 1])
-                    _check_loss(loss, i, bool(parameters))
-                    if parameters:
-                        loss.backward()
-        except ModelError:
-            raise
-        except Exception as error:
-            raise _failed("student", i, student.name, given, error, values[i + 1]) from error
-    return values, taught, learnt
+    for i in range(task.num_blocks):
+        _run_teacher(task, i, rows, run)
+    for i in range(task.num_blocks):
+        _run_student(task, i, run)
+    return run
+
+
+def _run_teacher(task: Blockwise, i: int, rows: int, run: _Run) -> None:
+    """Run one teacher block and note what it shows."""
+    name = task.teacher_blocks.blocks[i].name
+    given = copied(run.values[-1])
+    versions = versions_of(given)
+    try:
+        run.values.append(teacher_output(task, i, given))
+    except Exception as error:
+        raise _failed("teacher", i, name, given, error) from error
+    if versions_of(given) != versions:
+        run.teacher_writes.append(i)
+    for tensor in distinct_tensors(run.values[-1]):
+        if tensor.dim() == 0 or tensor.shape[0] != rows:
+            raise ModelError(
+                f"teacher block {i} ('{name}') gives {describe(run.values[-1])} for {rows} rows; ranks that train blocks alone "
+                "pass rows on, so give tensors of one row a sample"
+            )
+
+
+def _run_student(task: Blockwise, i: int, run: _Run) -> None:
+    """Run one student block and its candidates, each with its loss and backward, and note what they show."""
+    given, target = copied(run.values[i]), run.values[i + 1]
+    versions = versions_of(given)
+    trains = bool(task.parameters_of(i))
+    writes = False
+    try:
+        for variant in task.variants(i):
+            with torch.enable_grad():
+                output = variant(copied(given) if writes else given)
+                writes = writes or versions_of(given) != versions
+                loss = task.loss_of(i)(output, target)
+                _check_loss(loss, i, trains)
+                if trains:
+                    loss.backward()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise _failed("student", i, task.student_blocks.blocks[i].name, given, error, target) from error
+    if writes:
+        run.student_writes.append(i)
 
 
 def _check_loss(loss: Any, block: int, trains: bool) -> None:
+    """Refuse a loss that is no scalar, or that trains nothing in a block that has something to train."""
     if not isinstance(loss, Tensor) or loss.dim():
         shape = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
         raise ModelError(f"the loss of block {block} gave {shape}; expected a scalar")
@@ -85,7 +112,8 @@ def _check_loss(loss: Any, block: int, trains: bool) -> None:
 
 
 def _failed(role: str, block: int, name: str, given: Any, error: Exception, target: Any = None) -> ModelError:
-    against = f" and learn {describe(target)}" if target is not None else ""
+    """Make the error of a block that fails. `target`: what its output is compared with, for a student block."""
+    against = f" and be compared with {describe(target)}" if target is not None else ""
     hint = "; where widths differ, give projectors (input_projectors, output_projectors)" if target is not None else ""
     return ModelError(
         f"{role} block {block} ('{name}') cannot take {describe(given)}{against}: {type(error).__name__}: {error}{hint}"

@@ -1,4 +1,4 @@
-"""Blockwise distillation as a value: which student block learns from which teacher block, and by what loss."""
+"""The task of blockwise distillation: every student block is trained alone against the teacher block of its number."""
 
 from __future__ import annotations
 
@@ -9,26 +9,43 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipestill.arguments import one_of, shown
+from pipestill.arguments import one_of, raise_problems, shown
 from pipestill.errors import ModelError
 from pipestill.losses import BlockLoss, mse
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
 from pipestill.model.tasks import check_parts
 
+_BESIDE_BLOCKS = ("output_projectors", "input_projectors", "candidates")
+"""Arguments that give modules by block number, which are trained beside the student's own blocks."""
+
 
 @dataclass(frozen=True)
 class Blockwise:
-    """Every student block is trained alone: it takes what teacher block i - 1 gives, and learns to give what block i gives.
+    """A student whose every block is trained alone against the teacher's block of the same number.
 
-    Teacher and student have as many blocks (cuts: see `BlockModel`). `loss(student_output, teacher_output)` is the mean over
-    the rows it gets: one for all blocks, or a list of one each; `last_loss` replaces that of the last block. The teacher is
-    frozen, in eval mode, and never changed.
+    Student block i takes the output of teacher block i - 1, and its loss compares its output with that of teacher block i
+    (DNA, Li et al. 2020, section 3; Pipe-BD, Jang et al., DATE 2023, section 2). The teacher is frozen, in eval mode, and
+    never changed. Every tensor between blocks has one row a sample.
 
-    Where widths differ, `output_projectors[i]` maps what student block i gives to the form of the teacher's, and
-    `input_projectors[i]` what it gets; they are trained with the block and are no part of the student. `candidates[i]` are
-    further modules for the place of student block i, each trained like it on the same pass of the teacher: a library to
-    choose from (PUZZLE, Bercovich et al. 2024). (Pipe-BD, Jang et al., DATE 2023; DNA, Li et al. 2020.)
+    Args:
+        teacher: the model whose blocks' outputs are the targets.
+        student: the model whose blocks are trained, cut into as many blocks as the teacher.
+        loss: `loss(student_output, teacher_output)` -> the mean over rows, a scalar. One for all blocks, or a list with one
+            for each.
+        last_loss: the loss of the last block, such as `ps.losses.SoftCrossEntropy` for logits (default: `loss`).
+        output_projectors: by block number, a module that maps the student block's output to the form of the teacher's,
+            where their widths differ. It is trained with the block and is no part of the student.
+        input_projectors: by block number, a module that maps the teacher's previous output to the student block's input,
+            likewise.
+        candidates: by block number, a list of further modules for the place of the student's block. Each is trained as the
+            block is, on the same outputs of the teacher: a library to choose from (PUZZLE, Bercovich et al. 2024).
+        teacher_cuts: the teacher's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
+        student_cuts: the student's blocks, likewise.
+
+    Raises:
+        ModelError: the two have different numbers of blocks, no block has a parameter to train, a module or a loss is of the
+            wrong kind, or two of the modules share a tensor.
     """
 
     teacher: nn.Module
@@ -49,37 +66,13 @@ class Blockwise:
             {**named, **({} if self.last_loss is None else {"last_loss": self.last_loss})},
             self._module_problems(),
         )
-        problems = []
-        count = len(self.teacher_blocks)
-        if len(self.student_blocks) != count:
-            problems.append(
-                f"the student has {len(self.student_blocks)} blocks, the teacher {count}; cut both into as many "
-                "(teacher_cuts, student_cuts)"
-            )
-        if not callable(self.loss) and len(self.loss) != count:
-            problems.append(f"{len(self.loss)} losses for {count} blocks; give one for all, or one each")
-        for name in ("output_projectors", "input_projectors", "candidates"):
-            unknown = [i for i in getattr(self, name) if i not in range(count)]
-            problems += [f"{name} of block {i}; there are blocks 0 to {count - 1}" for i in unknown]
-        if not any(self.parameters_of(i) for i in range(min(count, len(self.student_blocks)))):
-            problems.append("no block has a parameter to train; nothing would be learnt")
-        if problems:
-            raise ModelError("; ".join(problems))
-        modules = [self.teacher, self.student, *self.output_projectors.values(), *self.input_projectors.values()]
-        modules += [module for several in self.candidates.values() for module in several]
-        owners: dict[int, int] = {}
-        for place, module in enumerate(modules):
-            for tensor in (*module.parameters(), *module.buffers()):
-                if owners.setdefault(id(tensor), place) != place:
-                    raise ModelError(
-                        "two of teacher, student, projectors and candidates share a parameter or buffer; each needs its own "
-                        "(copy.deepcopy)"
-                    )
-        self.student_blocks.check_ties([range(i, i + 1) for i in range(count)])
+        raise_problems(self._count_problems(), ModelError)
+        self._check_apart()
+        self.student_blocks.check_ties([range(i, i + 1) for i in range(self.num_blocks)])
 
     def _module_problems(self) -> Iterator[str]:
-        """What is wrong with the kinds of projectors and candidates."""
-        for name in ("output_projectors", "input_projectors", "candidates"):
+        """Find projectors and candidates that are no modules."""
+        for name in _BESIDE_BLOCKS:
             given = getattr(self, name)
             if not isinstance(given, Mapping):
                 yield f"{name} is {shown(given)}; expected a dict by the number of the block"
@@ -92,26 +85,66 @@ class Blockwise:
                 for module in value if several else [value]:
                     yield from one_of(f"{name}[{i}]", module, nn.Module, "an nn.Module")
 
+    def _count_problems(self) -> Iterator[str]:
+        """Find numbers of blocks that do not fit each other."""
+        count = len(self.teacher_blocks)
+        if len(self.student_blocks) != count:
+            yield (
+                f"the student has {len(self.student_blocks)} blocks, the teacher {count}; cut both into as many "
+                "(teacher_cuts, student_cuts)"
+            )
+        if not callable(self.loss) and len(self.loss) != count:
+            yield f"{len(self.loss)} losses for {count} blocks; give one for all, or one each"
+        for name in _BESIDE_BLOCKS:
+            unknown = [i for i in getattr(self, name) if i not in range(count)]
+            yield from (f"{name} of block {i}; there are blocks 0 to {count - 1}" for i in unknown)
+        if not any(self.parameters_of(i) for i in range(min(count, len(self.student_blocks)))):
+            yield "no block has a parameter to train; nothing would be learnt"
+
+    def _check_apart(self) -> None:
+        """Refuse modules that share a parameter or a buffer."""
+        modules = [self.teacher, self.student, *self.output_projectors.values(), *self.input_projectors.values()]
+        modules += [module for several in self.candidates.values() for module in several]
+        owners: dict[int, int] = {}
+        for place, module in enumerate(modules):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if owners.setdefault(id(tensor), place) != place:
+                    raise ModelError(
+                        "two of teacher, student, projectors and candidates share a parameter or buffer; each needs its own "
+                        "(copy.deepcopy)"
+                    )
+
     @cached_property
     def teacher_blocks(self) -> BlockModel:
+        """The teacher with its blocks."""
         return BlockModel(self.teacher, self.teacher_cuts)
 
     @cached_property
     def student_blocks(self) -> BlockModel:
+        """The student with its blocks."""
         return BlockModel(self.student, self.student_cuts)
 
     @property
     def num_blocks(self) -> int:
+        """The number of blocks of each model."""
         return len(self.teacher_blocks)
 
     def loss_of(self, block: int) -> BlockLoss:
-        """The loss of one block."""
+        """The loss of one block.
+
+        Args:
+            block: the block's number.
+        """
         if block == self.num_blocks - 1 and self.last_loss is not None:
             return self.last_loss
         return self.loss if callable(self.loss) else self.loss[block]
 
     def modules_of(self, block: int) -> dict[str, nn.Module]:
-        """What is trained in the place of a block besides the student itself, by name."""
+        """The projectors and candidates of one block by name, such as `candidates.3.0`.
+
+        Args:
+            block: the block's number.
+        """
         named = {
             f"output_projectors.{block}": self.output_projectors.get(block),
             f"input_projectors.{block}": self.input_projectors.get(block),
@@ -120,21 +153,33 @@ class Blockwise:
         return {name: module for name, module in named.items() if module is not None}
 
     def variants(self, block: int) -> list[Callable[[Any], Any]]:
-        """The student's block and its candidates, each with the projectors."""
+        """The functions that are trained in the place of one block: the student's block and its candidates, with projectors.
+
+        Args:
+            block: the block's number.
+        """
         before = self.input_projectors.get(block, _same)
         after = self.output_projectors.get(block, _same)
         calls = [self.student_blocks.blocks[block].call, *self.candidates.get(block, ())]
         return [lambda value, call=call: after(call(before(value))) for call in calls]  # type: ignore[misc]
 
     def parameters_of(self, block: int) -> dict[str, nn.Parameter]:
-        """What a block's optimizer trains, by name: the student's own names, and those of `modules_of`."""
+        """The parameters that one block's optimizer trains, by their names in the student or in `modules_of`.
+
+        Args:
+            block: the block's number.
+        """
         named = dict(self.student_blocks.parameters_of(range(block, block + 1)))
         for prefix, module in self.modules_of(block).items():
             named |= {f"{prefix}.{name}": p for name, p in module.named_parameters()}
         return {name: p for name, p in named.items() if p.requires_grad}
 
     def tensors_of(self, block: int) -> dict[str, Tensor]:
-        """Parameters and buffers of a block and what is trained beside it: what moves between ranks."""
+        """The parameters and buffers of one block, its projectors and candidates by name: what moves between ranks.
+
+        Args:
+            block: the block's number.
+        """
         tensors: dict[str, Tensor] = dict(self.student_blocks.tensors_of(range(block, block + 1)))
         for prefix, module in self.modules_of(block).items():
             named = (*module.named_parameters(), *module.named_buffers())
@@ -142,7 +187,11 @@ class Blockwise:
         return tensors
 
     def in_mode(self, train: bool) -> None:
-        """Student, projectors and candidates in train or eval mode; the teacher always in eval mode."""
+        """Put student, projectors and candidates in train or eval mode, and the teacher in eval mode.
+
+        Args:
+            train: True for train mode, False for eval mode.
+        """
         self.teacher_blocks.in_mode(train=False)
         self.student_blocks.in_mode(train=train)
         for block in range(self.num_blocks):
@@ -151,4 +200,5 @@ class Blockwise:
 
 
 def _same(value: Any) -> Any:
+    """Project nothing."""
     return value

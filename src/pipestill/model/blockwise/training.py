@@ -1,4 +1,4 @@
-"""One block's work in blockwise training: the teacher's forward, and a student block's forward, loss and backward."""
+"""The work on one block in blockwise training: the teacher's forward; the student's forward, loss and backward."""
 
 from __future__ import annotations
 
@@ -17,30 +17,35 @@ from pipestill.schedule import Role
 
 
 def teacher_output(task: Blockwise, block: int, value: Any) -> Any:
-    """What a teacher block gives, without a graph."""
+    """Run one teacher block, without a graph."""
     with torch.no_grad():
         return task.teacher_blocks.blocks[block].call(value)
 
 
 current_batch: ContextVar[int] = ContextVar("batch")
+"""The number of the batch that a student block is being trained on."""
 
 
 def batch_number() -> int:
-    """Which batch of the run, from 0, a student block is being trained on; for blocks that change with it.
+    """The number of the batch, counted from 0 over the whole run, that the running student block is trained on.
 
-    Raises `LookupError` outside of blockwise training.
+    A block of a `ps.Blockwise` task calls this where what it does changes with the batch, as a supernet's random paths do.
+
+    Raises:
+        LookupError: no student block is being trained.
     """
     return current_batch.get()
 
 
 def train_block(
-    task: Blockwise, block: int, value: Any, target: Any, share: float, *, seed: int, batch: int, unit: int,
+    task: Blockwise, block: int, value: Any, target: Any, weight: float, *, seed: int, batch: int, unit: int,
     device: torch.device,
 ) -> Tensor:  # fmt: skip
-    """Forward, loss and backward of a student block and its candidates, for `share` of a batch's rows.
+    """Run forward, loss and backward of one student block and of its candidates, on some rows of a batch.
 
-    Gradients of the batch's mean loss add up over shares. Returns that part of the sum of the variants' losses, detached.
-    Random numbers follow from (seed, batch, block, unit), so that they are the same on any schedule.
+    `weight` is the fraction of the batch's rows that these are: weighted so, losses and gradients of all parts of a batch
+    add up to those of its mean loss. Returns the weighted sum of the variants' losses, detached. Random numbers follow from
+    (seed, batch, block, unit), so they are the same on any schedule.
     """
     total: Tensor | None = None
     current_batch.set(batch)
@@ -48,7 +53,7 @@ def train_block(
         for number, variant in enumerate(task.variants(block)):
             seed_block(seed, Role.STUDENT, block, batch, unit * len(task.variants(block)) + number, device)
             loss = task.loss_of(block)(variant(value), target)
-            part = loss * share
+            part = loss * weight
             if part.requires_grad:  # a block may have nothing to train
                 part.backward()
             total = part.detach() if total is None else total + part.detach()
@@ -58,7 +63,7 @@ def train_block(
 
 @contextmanager
 def untouched_blocks(task: Blockwise) -> Iterator[None]:
-    """The modes of training; buffers, gradients, modes and the random state put back afterwards."""
+    """Run the body with the task's modules in their training modes, and leave no trace in them or in the random state."""
     modules = [task.teacher, task.student]
     modules += [module for block in range(task.num_blocks) for module in task.modules_of(block).values()]
     with restored(modules):
