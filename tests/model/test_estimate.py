@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pipestill import losses
 from pipestill.errors import ConfigError
-from pipestill.model.devices import DEVICES, LAUNCH_SECONDS, MATH_SHARE, MEMORY_SHARE, Machine
+from pipestill.model.devices import DEVICES, LAUNCH_SECONDS, MATH_FRACTION, MEMORY_FRACTION, Machine
 from pipestill.model.dry_run import dry_run
 from pipestill.model.estimate import estimate, task_without_memory
 from pipestill.model.profile import profile
@@ -35,12 +35,12 @@ def test_a_layer_takes_what_its_products_or_its_traffic_take() -> None:
     inputs, targets = torch.rand(2, width), torch.zeros(2, dtype=torch.long)
     costs = estimate(task, A100, inputs, targets, rows=rows, optimizer=adamw)
     a100 = DEVICES["a100"]
-    products = 2 * rows * width * classes / (MATH_SHARE * a100.flops["tf32"])
-    traffic = 4 * (rows * width + width * classes + rows * classes) / (MEMORY_SHARE * a100.bytes_per_second)
+    products = 2 * rows * width * classes / (MATH_FRACTION * a100.flops["tf32"])
+    traffic = 4 * (rows * width + width * classes + rows * classes) / (MEMORY_FRACTION * a100.bytes_per_second)
     assert products > traffic, "or the case is of no use"
     assert costs.student[0].forward_seconds == pytest.approx(products + LAUNCH_SECONDS)
     few = estimate(task, A100, inputs, targets, rows=2, optimizer=adamw)
-    weights = 4 * (2 * width + width * classes + 2 * classes) / (MEMORY_SHARE * a100.bytes_per_second)
+    weights = 4 * (2 * width + width * classes + 2 * classes) / (MEMORY_FRACTION * a100.bytes_per_second)
     assert few.student[0].forward_seconds == pytest.approx(weights + LAUNCH_SECONDS), "few rows: reading the weights"
     assert costs.student[0].stash_bytes == 4 * rows * width
     assert costs.student[0].training_bytes == 3 * 4 * width * classes, "a gradient and AdamW's two averages"

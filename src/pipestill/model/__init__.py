@@ -1,1 +1,1 @@
-"""Models as ordered blocks, what crosses their boundaries, what is trained, and what it costs."""
+"""Models as blocks, tasks that train them, and what is found out of a task before it runs."""

@@ -1,9 +1,9 @@
-"""What batch norm does with microbatches: a policy, the same in a pipeline and in the plain loop.
+"""Policies for batch norm on microbatches, the same in a pipeline and in the plain loop.
 
-- `microbatch`: every microbatch is normalised by its own statistics, and moves the running ones (what torch does).
-- `deferred`: normalised the same, but the running statistics move once a batch, by those of the whole batch (torchgpipe,
-  Kim et al. 2020, section 4; TSPipe). So evaluation does not depend on how a batch was cut.
-- `frozen`: normalised by the running statistics, which do not move.
+- `microbatch`: every microbatch is normalised by its own statistics and updates the running statistics, as torch does.
+- `deferred`: every microbatch is normalised by its own statistics, but the running statistics are updated once a batch, by
+  those of the whole batch (torchgpipe, Kim et al. 2020, section 4). So evaluation does not depend on the microbatches.
+- `frozen`: microbatches are normalised by the running statistics, which are not updated.
 """
 
 from __future__ import annotations
@@ -25,29 +25,33 @@ POLICIES = ("microbatch", "deferred", "frozen")
 
 @dataclass
 class _Sums:
-    """Of what a layer was given since its running statistics last moved: how much, its sum, the sum of its squares."""
+    """Count, sum and sum of squares of a layer's inputs since the last update of its running statistics."""
 
     count: int = 0
+    """The number of values of each channel."""
     total: Tensor | None = None
+    """(channels,), None before the first input."""
     squares: Tensor | None = None
+    """(channels,), None before the first input."""
 
 
 class Norms:
-    """The batch norms of models in training under a policy."""
+    """Keeps the statistics of the batch-norm layers of models in training, under a policy."""
 
     def __init__(self, policy: str) -> None:
         self.policy = policy
         self.sums: dict[_BatchNorm, _Sums] = {}
+        """The layers that defer the update of their running statistics, with their inputs' sums."""
 
     def end_batch(self, modules: Iterable[nn.Module]) -> None:
-        """Move the running statistics of those of `modules` that defer it."""
+        """Update the running statistics of those of `modules` that defer it, at the end of a batch."""
         for module in modules:
             if isinstance(module, _BatchNorm) and module in self.sums:
-                self._move(module, self.sums[module])
+                self._update(module, self.sums[module])
                 self.sums[module] = _Sums()
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Hear what a layer is given."""
+        """Add a layer's input to its sums; called before each of its forwards."""
         assert isinstance(module, _BatchNorm)
         if not module.training:
             return
@@ -61,7 +65,8 @@ class Norms:
 
     @staticmethod
     @torch.no_grad()
-    def _move(module: _BatchNorm, sums: _Sums) -> None:
+    def _update(module: _BatchNorm, sums: _Sums) -> None:
+        """Update a layer's running statistics as torch would have done, had it seen the whole batch at once."""
         if sums.total is None or sums.squares is None:
             return
         assert module.num_batches_tracked is not None
@@ -76,8 +81,9 @@ class Norms:
 
 @contextmanager
 def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
-    """Put the batch norms of `models` under `policy` in the body, and leave them as they were."""
-    norms, hooks = Norms(policy), []
+    """Put the batch-norm layers of `models` under a policy in the body; then leave them as they were."""
+    norms = Norms(policy)
+    hooks = []
     layers = [
         m for model in models for m in model.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
     ]
@@ -87,7 +93,9 @@ def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
         for layer in layers if policy == "deferred" else []:
             norms.sums[layer] = _Sums()
             hooks.append(layer.register_forward_pre_hook(norms._see))
-            layer.track_running_stats = False  # in training only: evaluation reads the running statistics all the same
+            layer.track_running_stats = (
+                False  # affects training only: in eval mode the running statistics are read all the same
+            )
         yield norms
     finally:
         for hook in hooks:
@@ -99,7 +107,7 @@ def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
 
 
 def check_norms(policy: str, models: Iterable[BlockModel]) -> None:
-    """`ConfigError` for an unknown policy; `ModelError` for norms that would need other ranks in the midst of a forward."""
+    """Raise `ConfigError` for an unknown policy, and `ModelError` for layers that talk to other ranks within a forward."""
     if policy not in POLICIES:
         raise ConfigError(
             f"no batch norm policy '{policy}'{nearest(policy, POLICIES)}; there are {', '.join(POLICIES)}"
@@ -108,7 +116,7 @@ def check_norms(policy: str, models: Iterable[BlockModel]) -> None:
         for name, module in model.model.named_modules():
             if isinstance(module, nn.SyncBatchNorm):
                 raise ModelError(
-                    f"'{name}' is a SyncBatchNorm, which averages over ranks that hold the same layer at the same moment; "
-                    "here a layer is on one rank, and sees a batch as microbatches one after the other. Use BatchNorm with "
+                    f"'{name}' is a SyncBatchNorm, which averages over ranks that run the same layer at the same moment; here a "
+                    "layer is on one rank, which runs the microbatches one after the other. Use BatchNorm with "
                     "batch_norm='deferred', whose running statistics are those of whole batches"
                 )

@@ -1,4 +1,4 @@
-"""Accelerators by name: what their data sheets say, and what is assumed of a program that runs on them."""
+"""Accelerators by name: their peaks from data sheets, and the fractions of these that a program is assumed to reach."""
 
 from __future__ import annotations
 
@@ -10,27 +10,30 @@ import torch
 from pipestill.costs import Link
 from pipestill.errors import ConfigError, nearest
 
-MATH_SHARE, MEMORY_SHARE = 0.5, 0.8
-"""Assumed: the share of the peak that products and convolutions reach, and of the memory's speed that all else does."""
-
-LAUNCH_SECONDS, LINK_LATENCY_SECONDS = 5e-6, 15e-6
-"""Assumed: from one kernel to the next, and until the first byte of a message is there."""
+MATH_FRACTION = 0.5
+"""Assumed: the fraction of the peak arithmetic that matrix products and convolutions reach."""
+MEMORY_FRACTION = 0.8
+"""Assumed: the fraction of the memory's speed that all other kernels reach."""
+LAUNCH_SECONDS = 5e-6
+"""Assumed: the seconds from one kernel to the next."""
+LINK_LATENCY_SECONDS = 15e-6
+"""Assumed: the seconds until the first byte of a message arrives."""
 
 _TYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device of a kind. `flops`: peak of dense products a second, by precision; the first is taken where none is named.
-
-    `bytes_per_second` is of its memory, `link_bytes_per_second` of its links to the others, in one direction.
-    """
+    """A kind of device, with its peaks."""
 
     name: str
     flops: Mapping[str, float]
+    """Floating-point operations a second in dense products, by precision; the first precision is the default."""
     bytes_per_second: float
+    """The speed of its memory."""
     memory_bytes: int
     link_bytes_per_second: float
+    """The speed of its links to the other devices, in one direction."""
 
 
 DEVICES = {
@@ -54,7 +57,7 @@ class Machine:
 
     @classmethod
     def parse(cls, text: str) -> Machine:
-        """From `a100` or `a100:bf16`; `ConfigError` with what there is."""
+        """Read a name such as `a100` or `a100:bf16`; `ConfigError` that lists what there is for any other."""
         name, _, precision = text.lower().partition(":")
         if name not in DEVICES:
             raise ConfigError(
@@ -68,24 +71,24 @@ class Machine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, activations and gradients."""
+        """The type of weights, activations and gradients."""
         return _TYPES[self.precision]
 
     @property
     def link(self) -> Link:
-        """Between any two of them."""
+        """The link between any two such devices."""
         return Link(LINK_LATENCY_SECONDS, self.device.link_bytes_per_second)
 
     def kernel_seconds(self, flops: float, num_bytes: float) -> float:
-        """What a kernel takes: its arithmetic or its memory traffic, whichever is longer, and its launch."""
-        arithmetic = flops / (MATH_SHARE * self.device.flops[self.precision])
-        return max(arithmetic, num_bytes / (MEMORY_SHARE * self.device.bytes_per_second)) + LAUNCH_SECONDS
+        """The seconds of a kernel: of its arithmetic or its memory traffic, whichever is longer, and of its launch."""
+        arithmetic = flops / (MATH_FRACTION * self.device.flops[self.precision])
+        return max(arithmetic, num_bytes / (MEMORY_FRACTION * self.device.bytes_per_second)) + LAUNCH_SECONDS
 
     def describe(self) -> str:
-        """For a person, with everything that was assumed."""
+        """Say in words which device costs are computed for, with everything that is assumed."""
         d = self.device
         return (
-            f"computed for {d.name} ({self.precision}: {d.flops[self.precision] / 1e12:g} TFLOP/s, of which {MATH_SHARE:.0%} are "
-            f"reached; memory {d.bytes_per_second / 1e12:g} TB/s, of which {MEMORY_SHARE:.0%}; {LAUNCH_SECONDS * 1e6:g} us a "
+            f"computed for {d.name} ({self.precision}: {d.flops[self.precision] / 1e12:g} TFLOP/s, of which {MATH_FRACTION:.0%} "
+            f"are reached; memory {d.bytes_per_second / 1e12:g} TB/s, of which {MEMORY_FRACTION:.0%}; {LAUNCH_SECONDS * 1e6:g} us a "
             f"kernel; links {d.link_bytes_per_second / 1e9:g} GB/s after {LINK_LATENCY_SECONDS * 1e6:g} us)"
         )

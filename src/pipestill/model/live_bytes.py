@@ -1,4 +1,4 @@
-"""Counts the bytes of tensors while they live."""
+"""Counts the bytes of the tensors that live at one time."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the context: bytes of all tensors that this thread's operators have made and that still live, and their peak.
+    """A context that counts the bytes of all living tensors made by this thread's operators in it, now and at their peak.
 
-    What an operator needs inside, and frees before it ends, is not seen.
+    Memory that an operator needs inside, and frees before it ends, is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
+        """The memory that is counted now, by a number that tells pieces of memory apart."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        """Run one operator and count the memory that it makes."""
         given = {_key(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
@@ -37,14 +40,16 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Count a tensor no longer, though it lives on."""
+        """Stop counting a tensor that lives on."""
         if _key(tensor) in self._known:
             self._forget(_key(tensor), tensor.untyped_storage().nbytes(), None)
 
     def _forget(self, key: int, num_bytes: int, _: object) -> None:
+        """Subtract memory that was freed."""
         if self._known.pop(key, None) is not None:
             self.now -= num_bytes
 
 
 def _key(tensor: Tensor) -> int:
+    """A number that tells pieces of memory apart while they live."""
     return int(tensor.untyped_storage()._cdata)

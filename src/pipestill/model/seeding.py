@@ -1,4 +1,4 @@
-"""Random numbers that depend on where they are drawn, not on which rank draws them or when."""
+"""Seeds random numbers by what they are drawn for, so that they do not depend on which rank draws them, or when."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from pipestill.schedule import Role
 
 
 def seed_block(seed: int, role: Role, block: int, step: int, unit: int, device: torch.device) -> None:
-    """Seed the device's default generator for one forward of one block, the same on any schedule."""
+    """Seed the device's default generator for one forward of one block, so that it draws the same on any schedule.
+
+    `unit` tells the forwards of a block within a step apart: microbatches, and views of them.
+    """
     generator = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[_index(device)]
     generator.manual_seed(derive(seed, role.value, block, step, unit))
 
 
 def derive(*parts: object) -> int:
-    """A 63-bit seed from anything that prints."""
+    """Hash values that `repr` writes fully, such as numbers and text, to a seed of 63 bits."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _index(device: torch.device) -> int:
+    """The number of a GPU; the current one where the device names none."""
     return torch.cuda.current_device() if device.index is None else device.index
 
 
 class OwnGenerator(TorchDispatchMode):
-    """Within this mode (of one thread), random operators that name no generator draw from `generator`.
+    """A mode of one thread in which random operators that are given no generator draw from `generator`.
 
-    A loader that shuffles or augments in a background thread then neither disturbs nor is disturbed by the models'
-    random numbers, and gives the same data on every run.
+    A loader that shuffles or augments in a background thread then does not disturb the models' random numbers, is not
+    disturbed by them, and yields the same data on every run.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -39,6 +43,7 @@ class OwnGenerator(TorchDispatchMode):
         self.generator = generator
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Run one operator, with this mode's generator where it draws on the CPU and was given none."""
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:
             own = self._with_generator(func)
@@ -48,7 +53,7 @@ class OwnGenerator(TorchDispatchMode):
 
     @staticmethod
     def _with_generator(func: Any) -> Any:
-        """The overload of `func` that takes a generator with otherwise the same arguments; None when there is none."""
+        """The overload of an operator that takes a generator beside the same arguments; None where there is none."""
         names = [a.name for a in func._schema.arguments]
         if "generator" in names:
             return func

@@ -1,4 +1,4 @@
-"""Backwards in two halves: the gradient of a block's input first, those of its weights later.
+"""Splits a block's backward into two halves: the gradient of its input first, those of its weights later.
 
 A block's graph has a *spine*, the nodes from which its input can be reached, and beside it nodes that lead to weights alone:
 
@@ -25,28 +25,32 @@ from pipestill.model.boundary import detached, start_of
 from pipestill.model.nests import copied, distinct_tensors
 
 Roots = list[tuple[Tensor, Tensor]]
-"""Outputs of a block and the gradients that came back for them."""
+"""Outputs of a block, each with the gradient that came back for it."""
 
 
 @dataclass
 class _Branch:
-    """A node of the spine where weights branch off, and what reached it."""
+    """A node of the spine where weights branch off."""
 
     node: Node
     weights: list[Tensor]
     arrived: tuple[Tensor | None, ...] = ()
+    """The gradients that reached the node in the first half, one for each of its outputs."""
 
 
 @dataclass
 class SplitBlock:
-    """One forward of one block, between its two halves. `start`: where its graph begins (None: its input has none)."""
+    """The backward of one forward of one block, in two halves."""
 
     start: Tensor | None
+    """The leaf at which the block's graph begins (see `boundary.start_of`); None where its input carries no graph."""
     branches: list[_Branch] = field(default_factory=list)
+    """Between the halves: the nodes that the second half runs again."""
     whole: Roots = field(default_factory=list)
+    """Between the halves of a block without a start: the whole backward, which the second half runs."""
 
     def input_half(self, roots: Roots) -> None:
-        """Bring the gradients to the block's input; weights are left for `weight_half`."""
+        """Run the backward down to the block's input, without the gradients of weights."""
         if self.start is None:
             self.whole = roots
             return
@@ -59,7 +63,7 @@ class SplitBlock:
             hook.remove()
 
     def weight_half(self) -> None:
-        """Add the gradients of the block's weights to what is there."""
+        """Add the gradients of the block's weights to those that the weights have."""
         if self.whole:
             torch.autograd.backward([tensor for tensor, _ in self.whole], [gradient for _, gradient in self.whole])
         for branch in self.branches:
@@ -72,6 +76,8 @@ class SplitBlock:
 
 
 def _keeper(branch: _Branch) -> Any:
+    """Make the hook that keeps the gradients that arrive at a branch."""
+
     def keep(arrived: tuple[Tensor | None, ...]) -> None:
         branch.arrived = arrived
 
@@ -79,11 +85,11 @@ def _keeper(branch: _Branch) -> Any:
 
 
 class Unsplittable(Exception):
-    """Why a block's backward cannot be taken in two halves."""
+    """A block's backward cannot be taken in two halves; the message says why."""
 
 
 def _branches(outputs: Sequence[Tensor], start: Tensor) -> list[_Branch]:
-    """The nodes of the spine where weights branch off; `Unsplittable` where two of them share a weight."""
+    """Find the nodes of the spine where weights branch off; `Unsplittable` where two of them share a weight."""
     spine, order = _spine([tensor.grad_fn for tensor in outputs if tensor.grad_fn is not None], start)
     if any(tensor.grad_fn is None or not spine[tensor.grad_fn] for tensor in outputs):
         raise Unsplittable("an output does not depend on the input")
@@ -103,7 +109,7 @@ def _branches(outputs: Sequence[Tensor], start: Tensor) -> list[_Branch]:
 
 
 def _spine(roots: list[Node], start: Tensor) -> tuple[dict[Node, bool], list[Node]]:
-    """Whether the start can be reached from each node of the graph; and the nodes, children first."""
+    """Find whether the start can be reached from each node of the graph, and list the nodes, children first."""
     reaches: dict[Node, bool] = {}
     order: list[Node] = []
     stack: list[tuple[Node, bool]] = [(root, False) for root in roots]
@@ -122,7 +128,7 @@ def _spine(roots: list[Node], start: Tensor) -> tuple[dict[Node, bool], list[Nod
 
 
 def _leaves(node: Node) -> list[Tensor]:
-    """The tensors that gradients arrive at below a node."""
+    """The leaves of autograd, such as weights, that a node leads to."""
     found, seen, stack = [], set[Node](), [node]
     while stack:
         one = stack.pop()
@@ -135,7 +141,7 @@ def _leaves(node: Node) -> list[Tensor]:
 
 
 def why_whole(call: Callable[[Any], Any], parameters: Sequence[nn.Parameter], value: Any) -> str | None:
-    """Why the backward of a block has to stay whole, found out on a value before it; None when it can be split.
+    """Find out on a value before a block why its backward has to stay whole; None where it can be split.
 
     Runs the block twice, takes one backward whole and the other in halves, and compares all gradients bit by bit. The
     gradients of `parameters` are None afterwards.

@@ -1,1 +1,1 @@
-"""Student blocks that train alone against their teacher blocks."""
+"""The task whose student blocks are trained alone, each against its teacher block, and what is found out of it."""
