@@ -88,7 +88,8 @@ class Machine:
         """Say in words which device costs are computed for, with everything that is assumed."""
         d = self.device
         return (
-            f"computed for {d.name} ({self.precision}: {d.flops[self.precision] / 1e12:g} TFLOP/s, of which {MATH_FRACTION:.0%} "
-            f"are reached; memory {d.bytes_per_second / 1e12:g} TB/s, of which {MEMORY_FRACTION:.0%}; {LAUNCH_SECONDS * 1e6:g} us a "
-            f"kernel; links {d.link_bytes_per_second / 1e9:g} GB/s after {LINK_LATENCY_SECONDS * 1e6:g} us)"
+            f"computed for {d.name} ({self.precision}: {d.flops[self.precision] / 1e12:g} TFLOP/s, of which "
+            f"{MATH_FRACTION:.0%} are reached; memory {d.bytes_per_second / 1e12:g} TB/s, of which {MEMORY_FRACTION:.0%}; "
+            f"{LAUNCH_SECONDS * 1e6:g} us a kernel; links {d.link_bytes_per_second / 1e9:g} GB/s after "
+            f"{LINK_LATENCY_SECONDS * 1e6:g} us)"
         )
