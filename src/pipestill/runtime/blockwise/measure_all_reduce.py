@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from pipestill.model.blockwise.contracts import BlockwiseContracts
-from pipestill.model.blockwise.profile import now
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.blockwise.training import teacher_output, untouched_blocks
+from pipestill.model.measure import now
 from pipestill.model.nests import copied, distinct_tensors, rows_of, to_device
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.pipeline.stage import move
