@@ -1,15 +1,18 @@
-"""How optimizers are made of what a user gave; and LARS, which neither torch nor a small kept library has."""
+"""Optimizers as users ask for them, their rates at each step, and LARS, which torch lacks."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pipestill.arguments import shown
+from pipestill.arguments import checked_factor, shown, try_first
 from pipestill.errors import ConfigError
 
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
@@ -63,6 +66,126 @@ def make_optimizer(
 def _some(names: Iterable[str]) -> str:
     first = list(names)
     return f"{', '.join(map(repr, first[:5]))}{' and more' if len(first) > 5 else ''}"
+
+
+Schedule = Callable[[int], float]
+"""A function from the step, counted from 0, to a factor."""
+
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+"""A function, or a class, that makes a torch scheduler of an optimizer."""
+
+
+class Schedules:
+    """The learning rates and weight decays of every optimizer of a run, as they follow the step."""
+
+    def __init__(
+        self,
+        lr: float = 0.1,
+        lr_schedule: Schedule | SchedulerFactory | None = None,
+        weight_decay_schedule: Schedule | None = None,
+        probe: Callable[[], torch.optim.Optimizer] | None = None,
+    ) -> None:
+        """Tell functions of the step from factories of schedulers.
+
+        A scheduler class, or a partial of one, is a factory. Anything else is called with step 0: what then gives a value is
+        a function of the step. What fails is a factory if it makes a scheduler of an optimizer.
+
+        Args:
+            lr: the learning rate that a function of the step multiplies.
+            lr_schedule: a function from the step to a factor, or a factory of schedulers; None keeps the rates.
+            weight_decay_schedule: a function from the step to a factor; None keeps the weight decays.
+            probe: makes an optimizer like those of the run, of all that is trained. It is never stepped. Only factories
+                need it.
+        """
+        self.lr = lr
+        self.factory: SchedulerFactory | None = None
+        self.decay_factor = checked_factor("weight_decay_schedule", weight_decay_schedule)
+        self._followed: Rates | None = None
+        self._lrs: list[float] = []
+        if lr_schedule is not None and probe is not None and _makes_schedulers(lr_schedule, probe):
+            self.factory = cast(SchedulerFactory, lr_schedule)
+            self._followed = Rates(probe(), self)
+        self.lr_factor = checked_factor("lr_schedule", None if self.factory else cast(Schedule | None, lr_schedule))
+
+    def rates(self, optimizer: torch.optim.Optimizer) -> Rates:
+        """The rates of one optimizer's groups."""
+        return Rates(optimizer, self)
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of the first group at a step, for logs."""
+        if self._followed is None:
+            return self.lr * self.lr_factor(step)
+        while len(self._lrs) <= step:
+            self._followed.set(len(self._lrs))
+            self._lrs.append(float(self._followed.optimizer.param_groups[0]["lr"]))
+        return self._lrs[step]
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the functions at the first step."""
+        yield from try_first("lr_schedule", self.lr_factor)
+        yield from try_first("weight_decay_schedule", self.decay_factor)
+
+
+class Rates:
+    """The learning rates and weight decays of one optimizer's groups, set anew for every step.
+
+    A torch scheduler follows the number of the step, not how often it was asked: a block that other ranks have trained
+    meanwhile goes on at the right rate.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedules: Schedules) -> None:
+        self.optimizer = optimizer
+        self.schedules = schedules
+        self.own = [(group, group["lr"], group.get("weight_decay")) for group in optimizer.param_groups]
+        """Each group with its own learning rate and weight decay, which functions of the step multiply."""
+        self.scheduler = None if schedules.factory is None else _scheduler(schedules.factory, optimizer)
+        self.scheduled_step = 0
+        """The step that the scheduler is at."""
+
+    def set(self, step: int) -> None:
+        """Set the rates for the optimizer's step number `step`; steps never go back."""
+        for group, lr, decay in self.own:
+            if self.scheduler is None:
+                group["lr"] = lr * self.schedules.lr_factor(step)
+            if decay is not None:
+                group["weight_decay"] = decay * self.schedules.decay_factor(step)
+        while self.scheduler is not None and self.scheduled_step < step:
+            if self.scheduled_step:
+                self.scheduler.step()
+            else:
+                with warnings.catch_warnings():  # an optimizer that did not train the first batches was not stepped yet
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                    self.scheduler.step()
+            self.scheduled_step += 1
+
+
+def _makes_schedulers(schedule: Any, probe: Callable[[], torch.optim.Optimizer]) -> bool:
+    """Whether a schedule is a factory of torch schedulers, and no function of the step (see `Schedules`)."""
+    made = schedule.func if isinstance(schedule, partial) else schedule
+    if isinstance(made, type):
+        return issubclass(made, LRScheduler)
+    try:
+        schedule(0)
+    except Exception:
+        try:
+            return isinstance(schedule(probe()), LRScheduler)
+        except Exception:
+            return False
+    return False
+
+
+def _scheduler(factory: SchedulerFactory, optimizer: torch.optim.Optimizer) -> LRScheduler:
+    """The scheduler of an optimizer; `ConfigError` where there can be none that follows the step."""
+    try:
+        made = factory(optimizer)
+    except Exception as error:
+        raise ConfigError(
+            f"lr_schedule makes no scheduler of an optimizer with {len(optimizer.param_groups)} groups: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if isinstance(made, ReduceLROnPlateau) or not isinstance(made, LRScheduler):
+        raise ConfigError(f"lr_schedule made {shown(made)}; expected a torch scheduler that follows the step alone")
+    return made
 
 
 class LARS(torch.optim.Optimizer):

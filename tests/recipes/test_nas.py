@@ -17,6 +17,7 @@ from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
 from pipestill.model.blockwise.training import current_batch, train_block
 from pipestill.model.seeding import derive
+from pipestill.optim import Schedules
 from pipestill.recipes import RECIPES
 from pipestill.recipes.architecture_search import Alternating, SearchSteps, WithFlops, weights_and_alphas
 from pipestill.recipes.nas import PRESETS, Nas
@@ -290,7 +291,7 @@ def test_paths_move_on_their_batches_only_and_weights_on_the_others() -> None:
     trainer = trainer_of(made, task)
     inputs = next(iter(made.loader))[0]
     contracts = blockwise_dry_run(task, inputs)
-    worker = BlockwiseWorker(task, contracts, device=CPU, seed=0, optimizer=trainer.make_optimizer, lr_factor=lambda _: 1.0)
+    worker = BlockwiseWorker(task, contracts, device=CPU, seed=0, optimizer=trainer.make_optimizer, schedules=Schedules())
     worker.hold(range(3), range(3))
     value = task.teacher_blocks.blocks[0].call(inputs).detach()
     target = worker.teacher_output(1, value)

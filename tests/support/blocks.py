@@ -95,9 +95,9 @@ class BlockCase:
         rows = torch.randn(ROWS * BATCHES + 5, WIDTHS[0], generator=generator).to(self.dtype)
         loader = DataLoader(list(rows), batch_size=ROWS, shuffle=True)  # type: ignore[arg-type]
         trainer = ps.Trainer(
-            task, optimizer=optimizer, optimizer_options=options, lr=0.01, lr_schedule=halved, devices=devices,
+            task, optimizer=optimizer, optimizer_options=options, lr=0.01, devices=devices,
             strategy=strategy, device="cpu", log_every=4, timeout_seconds=60.0,
-            **{"costs": profile_of(4), **knobs},
+            **{"costs": profile_of(4), "lr_schedule": halved, **knobs},
         )  # fmt: skip
         result = trainer.fit(loader, epochs=epochs, steps=steps)
         beside = {

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipestill.losses import Metric
 from pipestill.model.batchnorm import Norms
-from pipestill.optim import OptimizerFactory
+from pipestill.optim import OptimizerFactory, Schedules
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of any training. `lr_factor(step)` multiplies every parameter group's own learning rate."""
+    """Settings of any training."""
 
     seed: int
     log_every: int
-    lr: float
-    lr_factor: Callable[[int], float]
     optimizer: OptimizerFactory
+    schedules: Schedules
+    """Set the learning rates and weight decays of every optimizer for each step."""
     timeout_seconds: float
 
 
 @dataclass(frozen=True)
 class PipelineSettings(TrainingSettings):
-    """Settings of training models end to end. `decay_factor(step)` multiplies every parameter group's own weight decay."""
+    """Settings of training models end to end."""
 
-    decay_factor: Callable[[int], float]
     metrics: Mapping[str, Metric]
     validate: bool
     norms: Norms

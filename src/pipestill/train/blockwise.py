@@ -7,17 +7,19 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from pipestill.arguments import one_of, raise_problems, try_first
+from pipestill.arguments import one_of, raise_problems
 from pipestill.costs import Link
 from pipestill.errors import PlanError
 from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
 from pipestill.model.blockwise.task import Blockwise
+from pipestill.optim import Schedules
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, Phase, make_blockwise_plan
 from pipestill.runtime.blockwise.groups import process_groups
 from pipestill.runtime.blockwise.measure_all_reduce import measure_allreduces
@@ -74,13 +76,18 @@ class BlockwiseEngine:
     def num_passes(self) -> int:
         return self.task.num_blocks if self.strategy in (REFERENCE, "dp") else 1
 
+    @cached_property
+    def _schedules(self) -> Schedules:
+        blocks = map(self.task.parameters_of, range(self.task.num_blocks))
+        return self.options.schedules({name: parameter for named in blocks for name, parameter in named.items()})
+
     # -- before a run -------------------------------------------------------------------------------------------
 
     def split(self, item: Any) -> tuple[Any, Any]:
         return split_item(self.options.split_batch, item, "what the loader gave")
 
     def function_problems(self) -> Iterator[str]:
-        return try_first("lr_schedule", self.options.lr_factor)
+        return self._schedules.problems()
 
     def contracts(self, sample: tuple[Any, Any]) -> BlockwiseContracts:
         return blockwise_dry_run(self.task, sample[0])
@@ -194,7 +201,7 @@ class BlockwiseEngine:
     def _settings(self) -> TrainingSettings:
         options = self.options
         return TrainingSettings(
-            seed=options.seed, log_every=options.log_every, lr=options.lr, lr_factor=options.lr_factor,
+            seed=options.seed, log_every=options.log_every, schedules=self._schedules,
             optimizer=options.make_optimizer, timeout_seconds=options.timeout_seconds,
         )  # fmt: skip
 

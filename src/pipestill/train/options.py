@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from pipestill.arguments import (
-    checked_factor,
     function,
     listeners,
     metric_problems,
@@ -26,7 +25,7 @@ from pipestill.arguments import (
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError, PlanError
 from pipestill.losses import Metric
-from pipestill.optim import make_optimizer
+from pipestill.optim import Schedule, SchedulerFactory, Schedules, make_optimizer
 from pipestill.runtime.world import choose_device_type
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.train.callbacks import Callback
@@ -45,8 +44,8 @@ class TrainerOptions:
     lr: float = 0.1
     optimizer_options: Mapping[str, Any] | None = None
     param_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None = None
-    lr_schedule: Callable[[int], float] | None = None
-    weight_decay_schedule: Callable[[int], float] | None = None
+    lr_schedule: Schedule | SchedulerFactory | None = None
+    weight_decay_schedule: Schedule | None = None
     devices: int = 1
     strategy: str | None = None
     microbatches: int = 8
@@ -115,15 +114,9 @@ class TrainerOptions:
         """What a device may hold at most; None is no limit."""
         return None if self.memory is None else parse_bytes(self.memory)
 
-    @cached_property
-    def lr_factor(self) -> Callable[[int], float]:
-        """The factor on every group's learning rate at a step, counted from 0."""
-        return checked_factor("lr_schedule", self.lr_schedule)
-
-    @cached_property
-    def decay_factor(self) -> Callable[[int], float]:
-        """The factor on every group's weight decay at a step, counted from 0."""
-        return checked_factor("weight_decay_schedule", self.weight_decay_schedule)
+    def schedules(self, trained: dict[str, nn.Parameter]) -> Schedules:
+        """How the rates of optimizers follow the step; `trained` is everything that they train, by name."""
+        return Schedules(self.lr, self.lr_schedule, self.weight_decay_schedule, lambda: self.make_optimizer(trained))
 
     def make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
         """The optimizer of some named parameters, such as those of a stage; `ConfigError` where it cannot be made.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate, pairwise
 from statistics import median
 from typing import Any
@@ -21,6 +22,7 @@ from pipestill.model.nests import rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.profile import profile, wake_seconds
 from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
+from pipestill.optim import Schedules
 from pipestill.plan import Plan, make_plan
 from pipestill.runtime.metrics import MetricMeans
 from pipestill.runtime.pipeline.plain_run import PlainRun
@@ -84,6 +86,10 @@ class PipelineEngine:
         """Those whose layers run in train mode."""
         return self._models if teacher_trains(self.task) else [self.task.student_blocks]
 
+    @cached_property
+    def _schedules(self) -> Schedules:
+        return self.options.schedules({n: p for n, p in self.task.student.named_parameters() if p.requires_grad})
+
     # -- before a run -------------------------------------------------------------------------------------------
 
     def split(self, item: Any) -> tuple[Any, Any]:
@@ -93,8 +99,7 @@ class PipelineEngine:
         return inputs, targets
 
     def function_problems(self) -> Iterator[str]:
-        yield from try_first("lr_schedule", self.options.lr_factor)
-        yield from try_first("weight_decay_schedule", self.options.decay_factor)
+        yield from self._schedules.problems()
         if isinstance(self.task, Momentum):
             yield from try_first("momentum", self.task.momentum_at)
 
@@ -273,8 +278,8 @@ class PipelineEngine:
     def _settings(self, run: Run) -> PipelineSettings:
         options = self.options
         return PipelineSettings(
-            seed=options.seed, log_every=options.log_every, lr=options.lr, lr_factor=options.lr_factor,
-            optimizer=options.make_optimizer, timeout_seconds=options.timeout_seconds, decay_factor=options.decay_factor,
+            seed=options.seed, log_every=options.log_every, schedules=self._schedules,
+            optimizer=options.make_optimizer, timeout_seconds=options.timeout_seconds,
             metrics=options.metrics or {}, validate=run.validates, largest_norm=options.clip_grad_norm,
             norms=run.cleanup.enter_context(batch_norms(options.batch_norm, self._training_models)),
         )  # fmt: skip

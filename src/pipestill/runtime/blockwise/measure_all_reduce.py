@@ -16,6 +16,7 @@ from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.blockwise.training import teacher_output, untouched_blocks
 from pipestill.model.measure import now
 from pipestill.model.nests import copied, distinct_tensors, rows_of, to_device
+from pipestill.optim import Schedules
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.pipeline.stage import move
 from pipestill.runtime.world import Processes
@@ -55,7 +56,7 @@ def measure_allreduces(
     """
     assert profile.batch is not None
     few = world.broadcast(None if inputs is None else rows_of(inputs, slice(0, _FEW)))
-    worker = BlockwiseWorker(task, contracts, device=device, seed=0, optimizer=optimizer, lr_factor=lambda _: 1.0)
+    worker = BlockwiseWorker(task, contracts, device=device, seed=0, optimizer=optimizer, schedules=Schedules())
     sizes, every = group_sizes(world.num_ranks), range(task.num_blocks)
     seconds: list[list[float]] = [[] for _ in every]
     worker.hold(every, every)

@@ -59,7 +59,7 @@ class BlockwiseRank:
         self.run_name = run_name
         self.worker = BlockwiseWorker(
             task, contracts, device=device, seed=settings.seed, optimizer=settings.optimizer,
-            lr_factor=settings.lr_factor, apart=isinstance(world, OneProcess) and world.num_ranks > 1,
+            schedules=settings.schedules, apart=isinstance(world, OneProcess) and world.num_ranks > 1,
         )  # fmt: skip
         self.transport = world.transport(rank, plan_edges(plan), settings.timeout_seconds)
         self.events: dict[int, list[Event]] = {}
@@ -143,7 +143,7 @@ class BlockwiseRank:
         mine = {block: losses[block] for block in self.phase.blocks}
         self.losses |= mine
         values = logged_blocks(
-            logged.batch, logged.epoch, mine, lr=self.settings.lr * self.settings.lr_factor(logged.batch),
+            logged.batch, logged.epoch, mine, lr=self.settings.schedules.lr_at(logged.batch),
             seconds=logged.lap.seconds / logged.lap.steps, samples_per_second=logged.lap.rows / logged.lap.seconds,
             bubble=max(0.0, 1.0 - busy / (logged.lap.seconds * len(self.phase.ranks))),
         )  # fmt: skip

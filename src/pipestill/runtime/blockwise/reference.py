@@ -39,7 +39,7 @@ def blockwise_reference(
 ) -> BlocksTrained:
     """Train every block of `task` to its end before the next; no schedule at all. `read` opens the data anew."""
     worker = BlockwiseWorker(
-        task, contracts, device=device, seed=settings.seed, optimizer=settings.optimizer, lr_factor=settings.lr_factor
+        task, contracts, device=device, seed=settings.seed, optimizer=settings.optimizer, schedules=settings.schedules
     )
     worker.hold(range(task.num_blocks), ())
     losses, batches, samples = [math.nan] * task.num_blocks, 0, 0
@@ -62,7 +62,7 @@ def blockwise_reference(
                 check_finite_blocks({block: losses[block]}, number)
                 listener.step(
                     logged_blocks(
-                        number, batch.epoch, {block: losses[block]}, lr=settings.lr * settings.lr_factor(number),
+                        number, batch.epoch, {block: losses[block]}, lr=settings.schedules.lr_at(number),
                         seconds=lap.seconds / lap.steps, samples_per_second=lap.rows / lap.seconds, bubble=0.0,
                     )
                 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,10 @@ from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.blockwise.training import teacher_output, train_block
 from pipestill.model.nests import copied
-from pipestill.optim import OptimizerFactory
+from pipestill.optim import OptimizerFactory, Schedules
 from pipestill.runtime.blockwise.all_reduce import AllReduce, flat_gradients, set_flat_gradients
 from pipestill.runtime.blockwise.optimizer_state import OptimizerState
 from pipestill.runtime.pipeline.stage import move
-from pipestill.runtime.pipeline.weights import OwnRates
 
 OwnTensors = dict[str, tuple[Tensor, Tensor | None]]
 """A rank's own weights and buffers of a block, by name, each with its gradient."""
@@ -26,18 +25,18 @@ OwnTensors = dict[str, tuple[Tensor, Tensor | None]]
 class TrainedBlock:
     """A student block's parameters and their optimizer, on one rank."""
 
-    def __init__(self, task: Blockwise, block: int, optimizer: OptimizerFactory) -> None:
+    def __init__(self, task: Blockwise, block: int, optimizer: OptimizerFactory, schedules: Schedules) -> None:
         self.parameters = task.parameters_of(block)
         for parameter in self.parameters.values():
             parameter.grad = None
         self.optimizer = optimizer(self.parameters) if self.parameters else None
-        self.rates = OwnRates(self.optimizer)
+        self.rates = schedules.rates(self.optimizer) if self.optimizer else None
 
-    def update(self, lr_factor: float) -> None:
-        """Make one optimizer step at `lr_factor` times each parameter group's own learning rate."""
-        if self.optimizer is None:
+    def update(self, batch: int) -> None:
+        """Make the optimizer's step after batch number `batch`, at the rates of that step."""
+        if self.optimizer is None or self.rates is None:
             return
-        self.rates.multiply(lr_factor, decay_factor=1.0)
+        self.rates.set(batch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -57,7 +56,7 @@ class BlockwiseWorker:
         device: torch.device,
         seed: int,
         optimizer: OptimizerFactory,
-        lr_factor: Callable[[int], float],
+        schedules: Schedules,
         apart: bool = False,
     ) -> None:
         self.task = task
@@ -65,7 +64,7 @@ class BlockwiseWorker:
         self.device = device
         self.seed = seed
         self.optimizer = optimizer
-        self.lr_factor = lr_factor
+        self.schedules = schedules
         self.apart = apart
         self.own: dict[int, OwnTensors] = {}
         """By block, where this rank is `apart`."""
@@ -88,7 +87,7 @@ class BlockwiseWorker:
             for tensor in self.task.tensors_of(block).values():
                 tensor.data = tensor.data.to(self.device)
             if block not in self.blocks:
-                self.blocks[block] = TrainedBlock(self.task, block, self.optimizer)
+                self.blocks[block] = TrainedBlock(self.task, block, self.optimizer, self.schedules)
                 if self.apart:
                     tensors = self.task.tensors_of(block).items()
                     self.own[block] = {name: (tensor.detach().clone(), None) for name, tensor in tensors}
@@ -172,7 +171,7 @@ class BlockwiseWorker:
     def update(self, block: int, batch: int) -> None:
         """Make the optimizer's step after batch number `batch` of the run."""
         with self._own_tensors(block):
-            self.blocks[block].update(self.lr_factor(batch))
+            self.blocks[block].update(batch)
         self.trained[block] = batch + 1
 
     # -- blocks that move between ranks -----------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class Student(Protocol):
     def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]: ...
     def weight_gradients(self, step: int, unit: int) -> None: ...
     def clip(self, squares: Tensor, largest: float) -> None: ...
-    def update(self, lr_factor: float, decay_factor: float) -> None: ...
+    def update(self, step: int) -> None: ...
 
 
 class Teacher(Protocol):
@@ -96,8 +96,6 @@ class PipelineExecutor:
         transport: Transport,
         recorder: Recorder,
         source: Iterator[Batch] | None,
-        lr_factor: Callable[[int], float] = lambda step: 1.0,
-        decay_factor: Callable[[int], float] = lambda step: 1.0,
         after_update: Callable[[int, Batch], Waiting] | None = None,
         before_update: Callable[[int, Batch], None] | None = None,
         clip: float | None = None,
@@ -111,7 +109,6 @@ class PipelineExecutor:
         self.student_stages, self.teacher_stages = student_stages, teacher_stages
         self.student, self.teacher = student, teacher
         self.source, self.metric, self.segment = source, metric, segment
-        self.lr_factor, self.decay_factor = lr_factor, decay_factor
         self.before_update, self.after_update, self.clip = before_update, after_update, clip
         self.views, self.num_trained = views, num_trained
         self.device = recorder.device
@@ -292,7 +289,7 @@ class PipelineExecutor:
             assert self.clip is not None
             self.student.clip(torch.cat([s.cpu() for s in squares]), self.clip)
         with self.recorder.working(action):
-            self.student.update(self.lr_factor(action.step), self.decay_factor(action.step))
+            self.student.update(action.step)
         if self.teacher is not None:
             self.teacher.note()
         if self.after_update is not None:

@@ -55,7 +55,7 @@ class PlainRun:
         """Train over all batches."""
         reference(
             self.task, self.contracts, self.zero.batches, self.optimizer, microbatches=self.microbatches,
-            lr_factor=self.settings.lr_factor, decay_factor=self.settings.decay_factor, seed=self.settings.seed,
+            schedules=self.settings.schedules, seed=self.settings.seed,
             device=self.device, before_update=self._before_update, after_update=self._after_update,
             norms=self.settings.norms, largest_norm=self.settings.largest_norm,
             staleness=self.staleness, student_staleness=self.student_staleness,
@@ -73,7 +73,7 @@ class PlainRun:
             seconds, steps, rows = self.clock.lap()
             self.zero.listener.step(
                 logged_values(
-                    step, batch.epoch, self.losses, lr=self.settings.lr * self.settings.lr_factor(step), bubble=0.0,
+                    step, batch.epoch, self.losses, lr=self.settings.schedules.lr_at(step), bubble=0.0,
                     grad_norm=self.grad_norm, seconds=seconds / steps, samples_per_second=rows / seconds,
                     **logged_momentum(self.task, step),
                 )

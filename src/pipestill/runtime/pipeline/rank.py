@@ -66,7 +66,7 @@ class PipelineRank:
         self.teacher_stages = ranges(plan.teacher_partition)
         self.student = StudentStage(
             task, contracts, self.student_stages[rank], device, settings.seed, settings.optimizer, settings.norms,
-            split=self.structure.split, staleness=self.structure.student_staleness,
+            schedules=settings.schedules, split=self.structure.split, staleness=self.structure.student_staleness,
         )  # fmt: skip
         self.teacher = None
         if task.teacher_blocks is not None:
@@ -90,7 +90,6 @@ class PipelineRank:
         self.clock.skip()
         executor = self._executor(
             self.plan.schedule, self.zero.batches if self.zero else None, self.recorder,
-            lr_factor=self.settings.lr_factor, decay_factor=self.settings.decay_factor,
             before_update=self._before_update, after_update=self._after_update, clip=self.settings.largest_norm,
             views=isinstance(self.task, Momentum), num_trained=self.num_trained,
         )  # fmt: skip
@@ -155,7 +154,7 @@ class PipelineRank:
         squares = [square for of_rank in figures for square in of_rank[count:].tolist()]
         values = logged_values(
             logged.step, logged.epoch, dict(zip(self.contracts.loss_parts, losses, strict=True)),
-            **logged_momentum(self.task, logged.step), lr=self.settings.lr * self.settings.lr_factor(logged.step),
+            **logged_momentum(self.task, logged.step), lr=self.settings.schedules.lr_at(logged.step),
             grad_norm=math.sqrt(math.fsum(squares)), seconds=logged.lap.seconds / logged.lap.steps,
             samples_per_second=logged.lap.rows / logged.lap.seconds,
             bubble=max(0.0, 1.0 - busy / (logged.lap.seconds * self.structure.num_ranks)),

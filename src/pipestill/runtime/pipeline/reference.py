@@ -16,6 +16,7 @@ from pipestill.model.nests import copied, rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains, view
+from pipestill.optim import Schedules
 from pipestill.runtime.batch import Batch, microbatch_rows
 from pipestill.runtime.pipeline.stage import (
     clip,
@@ -24,7 +25,7 @@ from pipestill.runtime.pipeline.stage import (
     run_blocks,
     weighted_loss,
 )
-from pipestill.runtime.pipeline.weights import MovingAverage, OwnRates
+from pipestill.runtime.pipeline.weights import MovingAverage
 from pipestill.schedule import Role
 
 
@@ -35,8 +36,7 @@ def reference(
     optimizer: torch.optim.Optimizer,
     *,
     microbatches: int,
-    lr_factor: Callable[[int], float],
-    decay_factor: Callable[[int], float],
+    schedules: Schedules,
     seed: int,
     device: torch.device,
     before_update: Callable[[int, Batch, dict[str, float]], None],
@@ -52,7 +52,7 @@ def reference(
     """
     student, teacher, demands = task.student_blocks, task.teacher_blocks, task.demands
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = OwnRates(optimizer)
+    rates = schedules.rates(optimizer)
     average = MovingAverage(task, range(len(task.teacher_blocks))) if isinstance(task, Momentum) else None
     old_student = Previous(trained, student_staleness)
     old_teacher = Previous([mine for mine, _ in average.pairs] if average else [], staleness)
@@ -102,7 +102,7 @@ def reference(
         for model in (student, teacher) if teacher is not None else (student,):
             norms.end_batch(model.model.modules())
         before_update(step, batch, losses)
-        rates.multiply(lr_factor(step), decay_factor(step))
+        rates.set(step)
         if largest_norm is not None:
             clip(trained, gradient_squares(p for p in student.model.parameters() if p.requires_grad), largest_norm)
         with old_student.update():

@@ -22,8 +22,8 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.split import SplitBlock
 from pipestill.model.tasks import Momentum, Task, teacher_trains
-from pipestill.optim import OptimizerFactory
-from pipestill.runtime.pipeline.weights import MovingAverage, OwnRates, Versions
+from pipestill.optim import OptimizerFactory, Schedules
+from pipestill.runtime.pipeline.weights import MovingAverage, Versions
 from pipestill.schedule import Role
 
 
@@ -126,6 +126,7 @@ class StudentStage:
         optimizer: OptimizerFactory,
         norms: Norms,
         *,
+        schedules: Schedules,
         split: bool = False,
         staleness: int = 0,
     ) -> None:
@@ -141,7 +142,7 @@ class StudentStage:
         for parameter in self.parameters.values():
             parameter.grad = None  # what was left from before is no part of the first batch
         self.optimizer = optimizer(self.parameters) if self.parameters else None
-        self.rates = OwnRates(self.optimizer)
+        self.rates = schedules.rates(self.optimizer) if self.optimizer else None
         self.versions = Versions(list(self.parameters.values()), staleness)
         self.stash: dict[tuple[int, int], _Held] = {}
         self.from_loss: dict[tuple[int, int], tuple[list[Tensor], list[Tensor | None]]] = {}  # outputs, their gradients
@@ -306,11 +307,11 @@ class StudentStage:
         """Scale the gradients so that the norm of those of all stages, whose `squares` these are, is at most `largest`."""
         clip(list(self.parameters.values()), squares, largest)
 
-    def update(self, lr_factor: float, decay_factor: float) -> None:
-        """One optimizer step at these factors of each group's own learning rate and weight decay."""
+    def update(self, step: int) -> None:
+        """Make the optimizer's step, at the learning rates and weight decays of `step`."""
         with self.versions.next():
-            if self.optimizer is not None:
-                self.rates.multiply(lr_factor, decay_factor)
+            if self.optimizer is not None and self.rates is not None:
+                self.rates.set(step)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
 

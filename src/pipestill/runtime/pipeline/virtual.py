@@ -90,7 +90,7 @@ class VirtualStudent(VirtualStage):
     def clip(self, squares: Tensor, largest: float) -> None:
         """Take no time."""
 
-    def update(self, lr_factor: float, decay_factor: float) -> None:
+    def update(self, step: int) -> None:
         """Take the time of an update."""
         self._work(Role.STUDENT, Op.UPDATE, None)
 

@@ -14,21 +14,6 @@ from pipestill.model.blocks import BlockModel
 from pipestill.model.tasks import Momentum
 
 
-class OwnRates:
-    """Each group's own learning rate and weight decay, which every step multiplies by its factors."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer | None) -> None:
-        groups = optimizer.param_groups if optimizer else []
-        self.own = [(group, group["lr"], group.get("weight_decay")) for group in groups]
-
-    def multiply(self, lr_factor: float, decay_factor: float) -> None:
-        """Set them for the next step of the optimizer."""
-        for group, lr, decay in self.own:
-            group["lr"] = lr * lr_factor
-            if decay is not None:
-                group["weight_decay"] = decay * decay_factor
-
-
 class MovingAverage:
     """The teacher's weights in some blocks, and the student's that they follow."""
 
