@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -25,6 +26,7 @@ else:
 import pipestill as ps
 from pipestill.cli import main
 from pipestill.cli.main import COMMANDS
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.schedule import PIPELINE_STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +130,19 @@ def test_files_and_targets_that_pages_name_exist() -> None:
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
         for path in re.findall(r"`((?:docs|tests|benchmarks|src)/[\w/.]+\.(?:py|md|svg))", text_of(page)):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_contributing_answers_where_things_are() -> None:
+    """Each answer names a file, and mostly a function, class or method in it."""
+    answers = table_after("CONTRIBUTING.md", "Ten questions")
+    assert len(answers) == 10
+    for question, answer in answers:
+        path, _, name = answer.partition(" (")[0].replace("`", "").partition(": ")
+        tree: ast.AST = ast.parse(text_of(path))
+        for part in name.split(".") if name else ():
+            inside = [node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == part]
+            assert inside, f"{question} {path} has no {name}"
+            tree = inside[0]
 
 
 def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,12 +292,18 @@ def test_reference_names_everything() -> None:
     reference = text_of("docs/reference.md")
     arguments = [name for name in inspect.signature(ps.Trainer).parameters if name != "task"]
     fields = list(ps.Result.__dataclass_fields__)
-    for name in (*arguments, *fields, *PIPELINE_STRATEGIES):
-        assert f"`{name}`" in reference or f"`{name}," in reference, name
-    own = [name for name, value in vars(ps.losses).items() if getattr(value, "__module__", "") == ps.losses.__name__]
-    losses = [f"ps.losses.{name}" for name in own if not name.startswith("_")]
-    assert "ps.losses.SoftTarget" in losses
-    for name in (*ps.__all__, *losses):
+    for name in (*arguments, *fields, *PIPELINE_STRATEGIES, *BLOCKWISE_STRATEGIES):
+        assert f"`{name}`" in reference, name
+    members = [
+        f"ps.{module}.{name}"
+        for module in ("losses", "lr_schedules", "callbacks")
+        for name, value in vars(getattr(ps, module)).items()
+        if (inspect.isfunction(value) or (inspect.isclass(value) and not issubclass(value, (ps.Callback, nn.Module))))
+        and value.__module__.startswith(f"pipestill.{module}")
+        and not name.startswith("_")
+    ]
+    assert {"ps.losses.SoftTarget", "ps.lr_schedules.cosine"} <= set(members)
+    for name in (*ps.__all__, *members, "ps.callbacks.Terminal", "ps.callbacks.JsonLines", "ps.losses.Dino"):
         assert name in reference, name
 
 
