@@ -37,7 +37,7 @@ from pipestill.recipes.run_options import RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
 
 WORKLOADS = ("nas-cifar", "nas-imagenet", "compress-cifar", "compress-imagenet")
-PUBLISHED = {  # of Pipe-BD on four GPUs, over dp: ls, relay, relay-dpu, hybrid (PAPERS.md, section 2.4)
+PUBLISHED = {  # over dp on four GPUs: ls, relay, relay-dpu, hybrid (Pipe-BD, Jang et al. 2023, bars of its evaluation and poster)
     "nas-cifar": (1.93, 2.41, 3.08, 3.08),
     "nas-imagenet": (0.50, 3.03, 3.14, 4.37),
     "compress-cifar": (2.04, 5.63, 5.84, 7.39),

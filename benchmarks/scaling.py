@@ -29,7 +29,7 @@ from pipestill.schedule.pipeline.structure import Demands
 LINK = Link(latency_seconds=50e-6, bytes_per_second=10e9)
 SSL = ("sequential", "gpipe", "1f1b", "tspipe", "fill", "fill+stale", "fill+split", "fill+split+stale", "async")
 KD = ("sequential", "gpipe", "1f1b", "tspipe", "fill", "fill+split")
-PUBLISHED = {("ssl", 8): 6.42, ("ssl", 16): 12.15, ("kd", 8): 4.68}  # TSPipe (PAPERS.md, section 1.4)
+PUBLISHED = {("ssl", 8): 6.42, ("ssl", 16): 12.15, ("kd", 8): 4.68}  # TSPipe, Lim et al. 2022, evaluation
 
 
 def ssl(devices: int, seconds: float) -> tuple[Costs, Demands]:

@@ -145,6 +145,7 @@ def test_contributing_answers_where_things_are() -> None:
             tree = inside[0]
 
 
+@pytest.mark.slow
 def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its code in order, in one process; it asserts by itself that the student learnt, and equals the plain loop's."""
     monkeypatch.chdir(tmp_path)
@@ -162,6 +163,7 @@ def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"student-0.pt", "timeline.svg", "trace.json.gz"}
 
 
+@pytest.mark.slow
 def test_blockwise_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that the student learnt."""
     monkeypatch.delenv("RANK", raising=False)
@@ -260,6 +262,7 @@ def pictures() -> dict[str, str]:
     return drawn
 
 
+@pytest.mark.slow
 def test_table_of_filling_is_what_the_simulator_gives(capsys: pytest.CaptureFixture[str]) -> None:
     for teacher, words, *shown in table_after("docs/filling.md", "Where each strategy stands"):
         knobs = [*words.split()[1:], "--teacher", {"frozen": "frozen", "momentum": "ema"}[teacher]]
