@@ -1,17 +1,18 @@
-"""Losses and metrics: functions of (student output, teacher output, target) and of (output, target).
+"""Losses and metrics that ship; any callable of the same signature will do.
 
-A loss returns the mean over the rows that it is given, as a scalar or as a dict of scalars whose sum is the loss
-and whose names are logged. Any callable of that form is one.
+A loss takes outputs of the student and of the teacher, and the target. It returns the mean over the rows that it gets, as a
+scalar or as a dict of scalars whose sum is the loss; their names are logged. A metric takes an output and the target.
 """
 
 from __future__ import annotations
 
 from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, normalised_mse
 from pipestill.losses.distillation import Cosine, LogitsMSE, SoftTarget
-from pipestill.losses.masked_language import MaskedDistillation, masked_accuracy, masked_cross_entropy
+from pipestill.losses.masked_language import MaskedDistillation, masked_cross_entropy
+from pipestill.losses.metrics import accuracy, masked_accuracy
 from pipestill.losses.momentum import Dino, InfoNCE, byol
 from pipestill.losses.signatures import BlockLoss, DistillationLoss, LossValue, Metric, MomentumLoss, SupervisedLoss
-from pipestill.losses.supervised import accuracy, cross_entropy
+from pipestill.losses.supervised import cross_entropy
 
 __all__ = [
     "BlockLoss",

@@ -1,4 +1,4 @@
-"""Losses of (output of a student block, output of its teacher block), for `Blockwise`."""
+"""Losses of (output of a student block, output of its teacher block), for `ps.Blockwise`."""
 
 from __future__ import annotations
 
@@ -13,29 +13,52 @@ from pipestill.losses.signatures import check_shapes
 
 
 def mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of what a block gives with what the teacher's gives, of one shape (Pipe-BD's loss of a block)."""
+    """Compute the mean squared error of a student block's output from the teacher block's.
+
+    The loss of a block in Pipe-BD (Jang et al., DATE 2023).
+
+    Args:
+        student: the student block's output, (rows, ...).
+        teacher: the teacher block's output, of the same shape.
+    """
     check_shapes(student, teacher)
     return F.mse_loss(student, teacher)
 
 
 def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over rows of |student - teacher|^2 / |teacher|^2: alike for blocks whose outputs differ in scale."""
+    """Compute the mean over rows of |student - teacher|^2 / |teacher|^2.
+
+    It is alike for blocks whose outputs differ in scale.
+
+    Args:
+        student: the student block's output, (rows, ...).
+        teacher: the teacher block's output, of the same shape.
+    """
     check_shapes(student, teacher)
     error, size = ((x.flatten(1).square().sum(1)) for x in (student - teacher, teacher))
     return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over rows of 1 - cosine similarity of all that a row has."""
+    """Compute the mean over rows of 1 - cosine similarity, each row taken as one vector.
+
+    Args:
+        student: the student block's output, (rows, ...).
+        teacher: the teacher block's output, of the same shape.
+    """
     check_shapes(student, teacher)
     return (1.0 - F.cosine_similarity(student.flatten(1), teacher.flatten(1), dim=-1)).mean()
 
 
 @dataclass(frozen=True)
 class SoftCrossEntropy:
-    """T^2 times the cross entropy of the student's logits with the teacher's softmax, both softened by temperature T.
+    """T^2 times the cross entropy of the student's logits with the teacher's softmax, both softened by a temperature T.
 
-    Outputs (rows, ..., classes) of one shape; the loss of the last block in Pipe-BD.
+    The loss of the last block in Pipe-BD (Jang et al., DATE 2023). The mean over rows, and over any axes between rows and
+    classes.
+
+    Args:
+        temperature: T, above 0, by which the logits of both models are divided.
     """
 
     temperature: float = 1.0
@@ -44,6 +67,12 @@ class SoftCrossEntropy:
         raise_problems(real_number("temperature", self.temperature, above=0))
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            student: the student's logits, (rows, ..., classes).
+            teacher: the teacher's logits, of the same shape.
+        """
         check_shapes(student, teacher)
         t = self.temperature
         return -((teacher / t).softmax(-1) * F.log_softmax(student / t, -1)).sum(-1).mean() * (t * t)

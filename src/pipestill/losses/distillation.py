@@ -1,4 +1,4 @@
-"""Losses of (student output, teacher output, target), for `Distillation`."""
+"""Losses of (student output, teacher output, target), for `ps.Distillation`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from pipestill.losses.signatures import check_shapes
 
 @dataclass(frozen=True)
 class SoftTarget:
-    """Cross entropy with the labels plus `weight` * T^2 * KL(teacher || student) of logits softened by `temperature` T.
+    """Cross entropy with the labels plus weight * T^2 * KL(teacher || student) of logits softened by a temperature T.
 
-    Outputs (rows, ..., classes), labels (rows, ...) of class indices, or None for the KL part alone (Hinton et al.
-    2015, section 2; TSPipe's KD benchmark has T 4 and weight 0.1).
+    The mean over rows, and over any axes between rows and classes (Hinton et al. 2015, section 2). The defaults are those of
+    TSPipe's distillation benchmark.
+
+    Args:
+        temperature: T, above 0, by which the logits of both models are divided.
+        weight: the factor of the divergence, at least 0.
     """
 
     temperature: float = 4.0
@@ -28,6 +32,13 @@ class SoftTarget:
         )
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        """Compute the parts `soft_target` and, with labels, `cross_entropy`.
+
+        Args:
+            student: the student's logits, (rows, ..., classes).
+            teacher: the teacher's logits, of the same shape.
+            target: class indices, (rows, ...), or None for the divergence alone.
+        """
         check_shapes(student, teacher)
         classes = student.shape[-1]
         student, teacher = student.reshape(-1, classes), teacher.reshape(-1, teacher.shape[-1])
@@ -43,7 +54,11 @@ class SoftTarget:
 
 @dataclass(frozen=True)
 class LogitsMSE:
-    """`weight` * mean squared error of the logits (Ba and Caruana 2014, section 2.2). Outputs of one shape."""
+    """The mean squared error of the student's logits from the teacher's (Ba and Caruana 2014, section 2.2).
+
+    Args:
+        weight: the factor of the loss, at least 0.
+    """
 
     weight: float = 1.0
 
@@ -51,13 +66,24 @@ class LogitsMSE:
         raise_problems(real_number("weight", self.weight, least=0))
 
     def __call__(self, student: Tensor, teacher: Tensor, target: object) -> dict[str, Tensor]:
+        """Compute the part `logits_mse`.
+
+        Args:
+            student: the student's output, of any shape.
+            teacher: the teacher's output, of the same shape.
+            target: not read.
+        """
         check_shapes(student, teacher)
         return {"logits_mse": F.mse_loss(student, teacher) * self.weight}
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """`weight` * mean of 1 - cosine similarity along the last axis. Outputs (..., features) of one shape."""
+    """The mean of 1 - cosine similarity of the two models' features.
+
+    Args:
+        weight: the factor of the loss, at least 0.
+    """
 
     weight: float = 1.0
 
@@ -65,5 +91,12 @@ class Cosine:
         raise_problems(real_number("weight", self.weight, least=0))
 
     def __call__(self, student: Tensor, teacher: Tensor, target: object) -> dict[str, Tensor]:
+        """Compute the part `cosine`.
+
+        Args:
+            student: the student's output, (..., features); the similarity is that of the last axis.
+            teacher: the teacher's output, of the same shape.
+            target: not read.
+        """
         check_shapes(student, teacher)
         return {"cosine": (1.0 - F.cosine_similarity(student, teacher, dim=-1)).mean() * self.weight}

@@ -1,4 +1,4 @@
-"""The loss, the loss without a teacher, and the metric of masked language models."""
+"""Losses of masked language models: with a teacher, for `ps.Distillation`, and without one, for `ps.Supervised`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,19 @@ from pipestill.losses.signatures import check_shapes
 
 @dataclass(frozen=True)
 class MaskedDistillation:
-    """Of masked language models: `soft_target` * T^2 * KL(teacher || student) of logits softened by temperature T, +
-    `cross_entropy` with the masked tokens + `cosine` * (1 - cosine similarity of the last hidden states).
+    """DistilBERT's loss of masked language models: the sum of three parts (Sanh et al. 2019, section 3).
 
-    Outputs are dicts of `logits` (rows, length, vocabulary) and `last_hidden_state` (rows, length, features). The target is
-    a dict of `labels` (rows, length) and of two weights of the same shape: `masked`, of each token in the cross entropy, and
-    `tokens`, in the other two. Each part is the mean over rows of the weighted sum over tokens: with weights of rows /
-    tokens, the mean over the batch's tokens, however the batch is cut (Sanh et al. 2019, DistilBERT, section 3; weights 5, 2
-    and 1 and T 2 as in its released training, which counts padding in none of the three).
+    `soft_target` * T^2 * KL(teacher || student) of logits softened by temperature T, `cross_entropy` * the cross entropy
+    with the masked tokens, and `cosine` * (1 - cosine similarity of the last hidden states). Each is the mean over rows of
+    the weighted sum over tokens. With weights of rows / tokens, that is the mean over the batch's tokens, whatever
+    microbatches the batch has. The defaults are those of DistilBERT's released training, which counts padding in none of
+    the three.
+
+    Args:
+        temperature: T, above 0, by which the logits of both models are divided.
+        soft_target: the factor of the divergence, at least 0; a part with factor 0 is left out.
+        cross_entropy: the factor of the cross entropy, likewise.
+        cosine: the factor of the cosine distance, likewise.
     """
 
     temperature: float = 2.0
@@ -41,35 +46,42 @@ class MaskedDistillation:
     def __call__(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], target: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        hidden, taught = student["last_hidden_state"], teacher["last_hidden_state"]
+        """Compute the parts `soft_target`, `cross_entropy` and `cosine`.
+
+        Args:
+            student: the student's `logits`, (rows, length, vocabulary), and `last_hidden_state`, (rows, length, features).
+            teacher: the teacher's, of the same shapes.
+            target: `labels`, the ids of the original tokens, (rows, length), and two weights of that shape: `masked`, of
+                each token in the cross entropy, and `tokens`, of each token in the other two parts.
+        """
         check_shapes(student["logits"], teacher["logits"])
         parts, t = {}, self.temperature
         if self.soft_target:
-            ours, theirs = (F.log_softmax(output["logits"] / t, -1) for output in (student, teacher))
-            divergence = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-            parts["soft_target"] = _weighted(divergence, target["tokens"]) * (self.soft_target * t * t)
+            of_student, of_teacher = (F.log_softmax(output["logits"] / t, -1) for output in (student, teacher))
+            divergence = F.kl_div(of_student, of_teacher, reduction="none", log_target=True).sum(-1)
+            parts["soft_target"] = weighted_mean(divergence, target["tokens"]) * (self.soft_target * t * t)
         if self.cross_entropy:
             parts["cross_entropy"] = masked_cross_entropy(student, target)["cross_entropy"] * self.cross_entropy
         if self.cosine:
-            check_shapes(hidden, taught)
-            apart = 1.0 - F.cosine_similarity(hidden, taught, dim=-1)
-            parts["cosine"] = _weighted(apart, target["tokens"]) * self.cosine
+            student_states, teacher_states = student["last_hidden_state"], teacher["last_hidden_state"]
+            check_shapes(student_states, teacher_states)
+            distance = 1.0 - F.cosine_similarity(student_states, teacher_states, dim=-1)
+            parts["cosine"] = weighted_mean(distance, target["tokens"]) * self.cosine
         return parts
 
 
 def masked_cross_entropy(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cross entropy of `logits` with the masked tokens: outputs and targets as in `MaskedDistillation`."""
+    """Compute the cross entropy with the masked tokens, the mean over rows of the weighted sum over tokens.
+
+    Args:
+        output: the model's `logits`, (rows, length, vocabulary).
+        target: `labels`, (rows, length), and the weights `masked`, of that shape, as in `MaskedDistillation`.
+    """
     logits = output["logits"]
     each = F.cross_entropy(logits.flatten(0, 1), target["labels"].flatten(), reduction="none")
-    return {"cross_entropy": _weighted(each.view_as(target["masked"]), target["masked"])}
+    return {"cross_entropy": weighted_mean(each.view_as(target["masked"]), target["masked"])}
 
 
-def masked_accuracy(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-    """Share of the masked tokens whose largest logit is theirs: outputs and targets as in `MaskedDistillation`."""
-    right = output["logits"].argmax(-1) == target["labels"]
-    return _weighted(right.double(), target["masked"])
-
-
-def _weighted(values: Tensor, weights: Tensor) -> Tensor:
-    """The mean over rows of the weighted sum of values (rows, length)."""
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """The mean over rows of the weighted sum over tokens; both (rows, length)."""
     return (values * weights).sum(-1).mean()

@@ -1,4 +1,4 @@
-"""Losses of (outputs of the student's views, outputs of the teacher's views, target), for `Momentum`."""
+"""Losses of (student outputs, teacher outputs, target), with one output a view, for `ps.Momentum`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from pipestill.errors import ConfigError
 
 
 def byol(student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -> dict[str, Tensor]:
-    """Sum of 2 - 2 cosine(student's view i, teacher's view j) over all pairs of different views, the mean over rows.
+    """Compute BYOL's loss: the sum of 2 - 2 cosine(student's view i, teacher's view j) over all i other than j.
 
-    Outputs (rows, dim) a view (Grill et al. 2020, equation 2, in both directions).
+    The mean over rows (Grill et al. 2020, equation 2, in both directions as in section 3.1).
+
+    Args:
+        student: the student's predictions, (rows, features) a view.
+        teacher: the teacher's projections, likewise.
+        target: not read.
     """
     pairs = [(s, t) for i, s in enumerate(student) for j, t in enumerate(teacher) if i != j]
     terms = [(2.0 - 2.0 * F.cosine_similarity(s, t, dim=-1)).mean() for s, t in pairs]
@@ -25,10 +30,13 @@ def byol(student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -
 
 @dataclass(frozen=True)
 class InfoNCE:
-    """2 T times the cross entropy of telling each sample's other view from those of all other samples, at temperature T.
+    """MoCo v3's loss: 2 T times the cross entropy of telling each sample's other view from those of all other samples.
 
-    Outputs (rows, dim) a view; the negatives are the rest of what it is given, so use it with `batch_loss=True` (Chen et al.
-    2021, MoCo v3, algorithm 1).
+    The other rows that it gets are the negatives, so use it with `ps.Momentum(..., batch_loss=True)` (Chen et al. 2021,
+    algorithm 1).
+
+    Args:
+        temperature: T, above 0, by which the cosine similarities are divided.
     """
 
     temperature: float = 0.2
@@ -37,6 +45,13 @@ class InfoNCE:
         raise_problems(real_number("temperature", self.temperature, above=0))
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -> dict[str, Tensor]:
+        """Compute the part `info_nce`: the sum over all pairs of different views, the mean over rows.
+
+        Args:
+            student: the student's predictions, (rows, features) a view.
+            teacher: the teacher's projections, likewise.
+            target: not read.
+        """
         t, terms = self.temperature, []
         for i, s in enumerate(student):
             for j, key in enumerate(teacher):
@@ -47,12 +62,19 @@ class InfoNCE:
 
 
 class Dino(nn.Module):
-    """Cross entropy of the student's view i with the teacher's view j, the mean over all pairs of different views and rows.
+    """DINO's loss: the cross entropy of the student's view i with the teacher's view j (Caron et al. 2021, section 3.1).
 
-    Outputs (rows, dim) a view. The teacher's are sharpened by a temperature that rises evenly from the first to the second of
-    `teacher_temperatures` over `warm_up_batches`, once `center` is taken from them: their mean, moved by 1 -
-    `center_momentum` towards that of each batch after its loss. So it is of batches: use it with `batch_loss=True`. Both
-    the center and the number of batches are buffers (Caron et al. 2021, DINO, algorithm 1).
+    The mean over all pairs of different views, and over rows. The teacher's outputs are centred by a moving average of
+    their mean, then sharpened by a low temperature. That average is one of whole batches, so use the loss with
+    `ps.Momentum(..., batch_loss=True)`. It and the number of batches are buffers (algorithm 1 and equation 4 of the paper).
+
+    Args:
+        dim: the number of features of an output.
+        student_temperature: above 0; the student's outputs are divided by it.
+        teacher_temperatures: the first and the last temperature of the teacher's outputs, both above 0.
+        warm_up_batches: the number of batches over which the teacher's temperature rises evenly from first to last; 0
+            takes the last one from the start.
+        center_momentum: at least 0 and less than 1; the average moves by 1 - this towards the mean of each batch.
     """
 
     def __init__(
@@ -70,18 +92,28 @@ class Dino(nn.Module):
                 f"student_temperature {student_temperature}, teacher_temperatures {teacher_temperatures}, center_momentum "
                 f"{center_momentum} and warm_up_batches {warm_up_batches}; expected > 0, > 0, 0 to below 1, and >= 0"
             )
-        self.student_temperature, self.teacher_temperatures = student_temperature, teacher_temperatures
-        self.warm_up_batches, self.center_momentum = warm_up_batches, center_momentum
+        self.student_temperature = student_temperature
+        self.teacher_temperatures = teacher_temperatures
+        self.warm_up_batches = warm_up_batches
+        self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(dim))
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         self.center: Tensor
         self.batches: Tensor
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -> dict[str, Tensor]:
-        learnt = [F.log_softmax(view / self.student_temperature, -1) for view in student]
+        """Compute the part `dino`; in train mode, also move the center and count the batch.
+
+        Args:
+            student: the student's outputs, (rows, dim) a view.
+            teacher: the teacher's outputs, likewise.
+            target: not read.
+        """
+        log_student = [F.log_softmax(view / self.student_temperature, -1) for view in student]
         with torch.no_grad():
-            taught = [((view - self.center) / self.teacher_temperature()).softmax(-1) for view in teacher]
-        terms = [-(t * s).sum(-1).mean() for j, t in enumerate(taught) for i, s in enumerate(learnt) if i != j]
+            probabilities = [((view - self.center) / self.teacher_temperature()).softmax(-1) for view in teacher]
+        pairs = [(t, s) for j, t in enumerate(probabilities) for i, s in enumerate(log_student) if i != j]
+        terms = [-(t * s).sum(-1).mean() for t, s in pairs]
         if self.training:
             with torch.no_grad():
                 self.center.lerp_(torch.cat(list(teacher)).mean(0), 1.0 - self.center_momentum)
@@ -89,7 +121,7 @@ class Dino(nn.Module):
         return {"dino": torch.stack(terms).mean()}
 
     def teacher_temperature(self) -> Tensor:
-        """Of the next batch."""
+        """The temperature of the teacher's outputs in the next batch, a scalar."""
         first, last = self.teacher_temperatures
         done = (self.batches / max(1, self.warm_up_batches)).clamp(max=1.0) if self.warm_up_batches else 1.0
         return torch.as_tensor(first + (last - first) * done, device=self.center.device)

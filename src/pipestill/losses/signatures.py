@@ -1,4 +1,4 @@
-"""The forms that losses and metrics have."""
+"""What losses and metrics take and return."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from typing import Any
 from torch import Tensor
 
 LossValue = Tensor | Mapping[str, Tensor]
+"""The mean loss of some rows: a scalar, or a dict of named scalars whose sum is the loss."""
 DistillationLoss = Callable[[Any, Any, Any], LossValue]
+"""From (student output, teacher output, target)."""
 MomentumLoss = Callable[[Sequence[Any], Sequence[Any], Any], LossValue]
+"""From (student outputs, teacher outputs, target), with one output a view."""
 SupervisedLoss = Callable[[Any, Any], LossValue]
+"""From (output, target)."""
 BlockLoss = Callable[[Any, Any], Tensor]
+"""From (output of a student block, output of its teacher block) to a scalar."""
 Metric = Callable[[Any, Any], Tensor]
+"""From (output, target) to the mean over rows, a scalar."""
 
 
 def check_shapes(student: Tensor, teacher: Tensor) -> None:
-    """Before anything is broadcast: a loss would then come out all the same."""
+    """Refuse outputs of two shapes, which a loss would broadcast to a number that means nothing."""
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
