@@ -218,7 +218,10 @@ _HINTS = {
     "num_stages": "called `devices` here: there is one stage on each",
     **dict.fromkeys(("partition", "balance"), "called `student_partition` here (and `teacher_partition`)"),
     "spare_ranks": "gone: give `fit` a world instead",
-    **dict.fromkeys(("teacher_model", "student_model"), "called `teacher` or `student` here"),
+    "teacher_model": "called `teacher` here",
+    **dict.fromkeys(("student_model", "model"), "called `student` here"),
+    "adapters": "called `output_projectors` here",
+    "input_adapters": "called `input_projectors` here",
     **dict.fromkeys(("criterion", "loss_fn", "loss_function", "objective"), "called `loss` here"),
     **dict.fromkeys(
         ("temperature", "alpha"), "the loss's: for example loss=ps.losses.SoftTarget(temperature=4.0, weight=0.1)"

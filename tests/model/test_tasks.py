@@ -1,6 +1,8 @@
-"""The kinds of training as values."""
+"""Tasks: the kinds of training as values."""
 
 import copy
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,3 +83,20 @@ def test_teacher_and_student_share_nothing() -> None:
             student[0].bias = teacher[0].bias
         with pytest.raises(ModelError, match=f"teacher and student share {shared}; .*copy.deepcopy"):
             ps.Distillation(teacher, student, ps.losses.LogitsMSE())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ps.Distillation(teacher_model=model(), student=model(), loss=len), "'teacher_model'; it is called `teacher`"),
+        (lambda: ps.Distillation(model(), student_model=model(), loss_fn=len), "'loss_fn'; it is called `loss` here"),
+        (lambda: ps.Supervised(model=model(), loss=len), "Supervised has no argument 'model'; it is called `student` here"),
+        (lambda: ps.Momentum(model(), model(), len, ema_decay=0.9), "'ema_decay'; it is called `momentum` here"),
+        (lambda: ps.Blockwise(model(), model(), adapters={}), "'adapters'; it is called `output_projectors` here"),
+        (lambda: ps.Blockwise(model(), model(), input_adapters={}), "it is called `input_projectors` here"),
+        (lambda: ps.Blockwise(model(), model(), candidate={}), "did you mean 'candidates'?"),
+    ],
+)  # fmt: skip
+def test_names_that_others_use_get_a_hint(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        make()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from pipestill.arguments import a_loss, one_of, raise_problems, real_number, whole
+from pipestill.arguments import a_loss, hinted, one_of, raise_problems, real_number, whole
 from pipestill.errors import DataError, ModelError
 from pipestill.losses import DistillationLoss, LossValue, MomentumLoss, SupervisedLoss
 from pipestill.model.block import Block
@@ -17,6 +17,7 @@ from pipestill.model.blocks import BlockModel
 from pipestill.schedule.pipeline.structure import Demands
 
 
+@hinted
 @dataclass(frozen=True)
 class Distillation:
     """A frozen teacher and a student that is trained end to end (Hinton et al. 2015).
@@ -72,6 +73,7 @@ class Distillation:
         return _named_parts(self.loss(student[0], teacher[0], target))
 
 
+@hinted
 @dataclass(frozen=True)
 class Momentum:
     """A student and a teacher that is an exponential moving average of it: teacher = m * teacher + (1 - m) * student.
@@ -193,6 +195,7 @@ class Momentum:
         return _named_parts(self.loss(student, teacher, target))
 
 
+@hinted
 @dataclass(frozen=True)
 class Supervised:
     """A student that is trained alone on labels: the baseline that distillation is compared with.

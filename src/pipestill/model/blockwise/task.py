@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipestill.arguments import one_of, raise_problems, shown
+from pipestill.arguments import hinted, one_of, raise_problems, shown
 from pipestill.errors import ModelError
 from pipestill.losses import BlockLoss, mse
 from pipestill.model.block import Block
@@ -20,6 +20,7 @@ _BESIDE_BLOCKS = ("output_projectors", "input_projectors", "candidates")
 """Arguments that give modules by block number, which are trained beside the student's own blocks."""
 
 
+@hinted
 @dataclass(frozen=True)
 class Blockwise:
     """A student whose every block is trained alone against the teacher's block of the same number.
