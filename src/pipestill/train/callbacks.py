@@ -1,4 +1,4 @@
-"""What hears of a run: the metrics file, a terminal, a log."""
+"""Callbacks, which are told of a run: a metrics file, a terminal, a log, and your own."""
 
 from __future__ import annotations
 
@@ -12,21 +12,39 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from pipestill.errors import PipestillError
 
+__all__ = ["Callback", "JsonLines", "Terminal"]
+
 
 class Callback:
-    """Does nothing; override what you want to hear. Called on rank 0 only."""
+    """Is told of a run, on rank 0. Does nothing: override the methods that you want. Steps and epochs count from 1."""
 
     def start(self, description: str, total_steps: int | None) -> None:
-        """Training begins; `total_steps` is None where the loader does not tell its length."""
+        """Training begins.
+
+        Args:
+            description: the name of the run.
+            total_steps: how many steps there will be; None where the loader does not tell its length.
+        """
 
     def step(self, values: dict[str, float]) -> None:
-        """A logged step."""
+        """A step was logged.
+
+        Args:
+            values: `step`, `epoch`, `loss` and its parts, `lr`, `seconds` (a step's, on average since the last call),
+                `samples_per_second`, `bubble`, and for pipelines `grad_norm`.
+        """
 
     def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
-        """A validation after `step` steps, at the end of epoch `epoch`; both count from 1."""
+        """A validation is over.
+
+        Args:
+            step: the number of the step after which it was.
+            epoch: the number of the epoch that it ended.
+            metrics: the mean of each metric over all rows, by name.
+        """
 
     def end(self) -> None:
-        """Training ended or failed."""
+        """Training ended, or failed."""
 
 
 class Reporter:
@@ -73,7 +91,11 @@ class Reporter:
 
 
 class JsonLines(Callback):
-    """Writes one object a logged step and one a validation to a file, as they come."""
+    """Writes a JSON object for each logged step and for each validation to a file, a line each, as they come.
+
+    Args:
+        path: the file; what it held before is lost.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,17 +126,23 @@ class JsonLines(Callback):
 
 
 class Output(Console):
-    """Standard output, whose reader may go away (`| head`)."""
+    """A console on standard output that ends the run where its reader goes away (`| head`)."""
 
     def on_broken_pipe(self) -> None:
         raise PipestillError("nobody reads the output any more (broken pipe), so the run was ended; write it to a file")
 
 
 class Terminal(Callback):
-    """A progress bar on a terminal, plain lines elsewhere (one a validation, and one every `seconds_between`)."""
+    """Shows a progress bar on a terminal, and prints plain lines elsewhere: one for each validation, and for some steps.
+
+    Args:
+        console: where to write (`rich.console.Console`).
+        every: steps from one plain line to the next.
+    """
 
     def __init__(self, console: Console, every: int = 50) -> None:
-        self.console, self.every = console, every
+        self.console = console
+        self.every = every
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         self._description = ""
@@ -123,7 +151,9 @@ class Terminal(Callback):
         self._printed = 0
 
     def start(self, description: str, total_steps: int | None) -> None:
-        self._description, self._total, self._printed = description, total_steps, 0
+        self._description = description
+        self._total = total_steps
+        self._printed = 0
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),

@@ -119,10 +119,10 @@ class TrainerOptions:
         return Schedules(self.lr, self.lr_schedule, self.weight_decay_schedule, lambda: self.make_optimizer(trained))
 
     def make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of some named parameters, such as those of a stage; `ConfigError` where it cannot be made.
+        """Make the optimizer of some parameters, such as those of a stage; `ConfigError` where that cannot be.
 
         Args:
-            parameters: what it trains, by name.
+            parameters: what the optimizer trains, by name.
         """
         return make_optimizer(
             self.optimizer, parameters, lr=self.lr, options=dict(self.optimizer_options or {}),
