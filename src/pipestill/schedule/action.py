@@ -1,12 +1,12 @@
-"""The atom of a schedule: one piece of work, or one transfer of its result.
+"""Actions, the atoms of a schedule: one piece of work, or one transfer of its result.
 
 S2F0@1      student, stage 2, forward, microbatch 0, step 1
 T0F3@2      teacher, stage 0, forward, microbatch 3, step 2
-S2I0@1      its backward's first half, the gradient of its input; S2W0@1 the second, that of its weights
+S2I0@1      the first half of its backward, the gradient of its input; S2W0@1 is the second half, the gradients of its weights
 S1U@4       student, stage 1, optimizer update of step 4 (no microbatch)
 T1E@4       teacher, stage 1, moves its weights towards the student's after that update (no microbatch)
-S1U2@4      the update of block 1 after batch (or share) 2 of a window, where blocks train alone
-S2R1@1      add up the gradients of block 2 with the ranks that share its batch
+S1U2@4      blockwise training: the update of block 1 after share 2 of a window
+S2R1@1      blockwise training: adds up the gradients of block 2 with the ranks that share its batch
 S2F0@1>3    send the result of S2F0@1 to rank 3
 S2F0@1<2    receive the result of S2F0@1 from rank 2
 """
@@ -19,7 +19,7 @@ from enum import Enum
 
 
 class Role(str, Enum):
-    """Whose work it is."""
+    """The model that an action belongs to."""
 
     __hash__ = str.__hash__  # Enum's own is a Python function; schedules hash actions by the million
 
@@ -28,13 +28,13 @@ class Role(str, Enum):
 
 
 class Op(str, Enum):
-    """What is done. `DATA` reads a batch; it belongs to student stage 0 and feeds both roles and the loss.
+    """The kind of work.
 
-    A backward is one `BACKWARD`, or an `INPUT` (the gradient of the stage's input, which the stage before waits for) and
-    later a `WEIGHT` (those of its weights, which only the update waits for). `NORM` sums up a stage's squared gradients for
-    clipping by their global norm. `EMA` is the update of a momentum teacher. Where blocks train alone (see
-    `BlockwiseStructure`), a student's `BACKWARD` is its forward, loss and backward, which nothing separates, and `REDUCE` adds up
-    the gradients of ranks that share a batch.
+    `DATA` reads a batch; it belongs to student stage 0 and feeds both models and the loss. A backward is one `BACKWARD`, or
+    an `INPUT` (the gradient of the stage's input, for which the stage before waits) and later a `WEIGHT` (the gradients of its
+    weights, for which only the update waits). `NORM` sums up a stage's squared gradients for clipping by their global norm.
+    `EMA` is the update of a momentum teacher. In blockwise training a student's `BACKWARD` is its forward, loss and
+    backward, which nothing separates, and `REDUCE` adds up the gradients of ranks that share a batch.
     """
 
     __hash__ = str.__hash__
@@ -52,16 +52,16 @@ class Op(str, Enum):
 
     @property
     def per_microbatch(self) -> bool:
-        """Whether the op is done once a microbatch (else once a step)."""
+        """Whether the op is done once for each microbatch (else once a step)."""
         return self in _PER_MICROBATCH
 
 
 _PER_MICROBATCH = frozenset((Op.FORWARD, Op.LOSS, Op.BACKWARD, Op.INPUT, Op.WEIGHT, Op.REDUCE))
-_OF_TEACHER = frozenset((Op.FORWARD, Op.EMA))
+_TEACHER_OPS = frozenset((Op.FORWARD, Op.EMA))
 
 
 class Kind(str, Enum):
-    """Whether an action computes, or sends or receives what another action computed."""
+    """Whether an action computes, or sends or receives the result of another action."""
 
     __hash__ = str.__hash__
 
@@ -71,11 +71,12 @@ class Kind(str, Enum):
 
 
 class Lane(str, Enum):
-    """Which ordered channel of a directed edge a transfer uses.
+    """An ordered channel from one rank to another; it says what its transfers carry.
 
-    A `DATA` transfer tells a batch's rows, and its targets follow on `TARGET`; a `TOKEN` carries only the order; `NORM`
-    takes a stage's squared gradients to every other; `REPORT` takes losses and metrics to rank 0, beside the schedule. `INPUT`
-    takes samples to ranks that share the first blocks, `STATE` a block that moves, and `REDUCE` gradients in one process.
+    `DATA`: the row counts of a batch, whose targets follow on `TARGET` and whose samples follow on `INPUT`. `TEACHER`,
+    `ACTIVATION`: outputs of a teacher's and a student's stage. `GRADIENT`: the gradient of a stage's input. `TOKEN`:
+    nothing; only its arrival matters. `NORM`: the squared gradients of a stage. `STATE`: a student block that moves to another
+    rank. `REDUCE`: gradients that ranks in one process add up. `REPORT`: losses and metrics for rank 0, beside the schedule.
     """
 
     DATA = "data"
@@ -100,11 +101,12 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """Smallest scheduled work; prints and parses (see the module docstring).
+    """The smallest piece of scheduled work or one transfer of its result. It prints and parses as in the module docstring.
 
-    `microbatch` is None for work done once a step; where samples have several views, it counts pairs of a microbatch and a
-    view (see `PipelineStructure`), and for a `LOSS` what it is evaluated on. `peer` is the other rank of a transfer. In the
-    rows of a `Schedule`, `step` counts from the period's own step; in unrolled rows and traces it is absolute.
+    `stage` counts the stages of one model, or its blocks in blockwise training. `microbatch` is None for work that is done
+    once a step. It counts units of a microbatch in one view (see `PipelineStep`), evaluations of the loss for a `LOSS`, and
+    shares of a block in blockwise training (see `BlockwiseStructure`). `peer` is the other rank of a transfer. `step` counts
+    from the period's own step in the rows of a `Schedule`, and from the start of the run in unrolled rows and traces.
     """
 
     role: Role
@@ -120,7 +122,7 @@ class Action:
             raise ValueError(f"op {self.op.name} {'needs' if self.op.per_microbatch else 'takes no'} microbatch")
         if (self.peer is None) != (self.kind is Kind.COMPUTE):
             raise ValueError("exactly the transfers name a peer")
-        if self.role is Role.TEACHER and self.op not in _OF_TEACHER:
+        if self.role is Role.TEACHER and self.op not in _TEACHER_OPS:
             raise ValueError(f"the teacher only runs forward and moves its weights, not {self.op.name}")
         if self.role is Role.STUDENT and self.op is Op.EMA:
             raise ValueError("only the teacher's weights are an average of others")

@@ -1,4 +1,8 @@
-"""Proves a schedule before anything runs."""
+"""The check that proves a schedule before anything runs.
+
+What is true of every kind of training is proved here and in `deadlock`; the structure itself proves what only its kind knows,
+such as weight versions (`pipeline/proof.py`).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,11 @@ from pipestill.schedule.structure import Structure
 def check(schedule: Schedule[Structure], num_steps: int = 3) -> Proof:
     """Prove `schedule`, or raise `ScheduleError` with every problem found.
 
-    Proved for runs of any length: every unit of work and every transfer once, on its rank; no deadlock, whether sends
-    are buffered or block until their receive is posted. Proved over a warm-up, `num_steps` steps and a cool-down, which
-    hold every order that rows can produce: transfers in the same order at both ends of each lane; every stage
-    takes the microbatches in order; weight versions; stash and run-ahead bounds.
+    Proved for runs of any length: every unit of work and every transfer stands once, on its rank; nothing deadlocks, whether
+    sends are buffered or block until their receive is posted. Proved over a warm-up, `num_steps` steps and a cool-down, which
+    hold every order that rows can produce: transfers stand in the same order at both ends of each lane; every stage
+    takes the microbatches in order; ranks that share a batch meet in the same order; weight versions are those declared, and
+    so are the bounds on stash and run-ahead.
     """
     proof = examine(schedule, num_steps)
     if proof.problems:
@@ -29,7 +34,7 @@ def check(schedule: Schedule[Structure], num_steps: int = 3) -> Proof:
 
 
 def examine(schedule: Schedule[Structure], num_steps: int = 3) -> Proof:
-    """Like `check`, but returns the problems instead of raising."""
+    """Like `check`, but return the problems instead of raising."""
     problems = [*_work_problems(schedule), *_transfer_problems(schedule)]
     complete = not problems
     rows = schedule.unroll(num_steps + schedule.lookahead)
@@ -43,7 +48,7 @@ def examine(schedule: Schedule[Structure], num_steps: int = 3) -> Proof:
 
 
 def _work_problems(schedule: Schedule[Structure]) -> list[str]:
-    """Every unit of work of one step stands once in the period, on the rank that holds its stage."""
+    """Where a unit of work of one step does not stand once in the period, on the rank that computes it."""
     structure = schedule.structure
     expected = {action: structure.rank_of(action) for action in structure.actions()}
     found = Counter[tuple[Action, int]]()
@@ -65,10 +70,10 @@ def _work_problems(schedule: Schedule[Structure]) -> list[str]:
 
 
 def _transfer_problems(schedule: Schedule[Structure]) -> list[str]:
-    """Every need that crosses ranks has one send and one receive; there are no others.
+    """Where a need that crosses ranks does not have one send and one receive, or a transfer meets no need.
 
-    The data is read in the period before its step or earlier, since a period starts by asking for its batch; and its
-    sends and receives are of the same step everywhere, so that nothing is on its way when a run ends.
+    The data is to be read in the period before its step or earlier, since a period starts by asking for its batch; and its
+    sends and receives are to be of the same step everywhere, so that nothing is on its way when a run ends.
     """
     structure = schedule.structure
     reads = [(rank, action) for rank, row in enumerate(schedule.rows) for action in row if action.op is Op.DATA]
@@ -93,7 +98,7 @@ def _transfer_problems(schedule: Schedule[Structure]) -> list[str]:
 
 
 def _lane_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
-    """On each lane, sends and receives stand in the same order."""
+    """Where the sends and the receives of a lane do not stand in the same order."""
     sent = defaultdict[tuple[int, int, Lane], list[Action]](list)
     received = defaultdict[tuple[int, int, Lane], list[Action]](list)
     for rank, row in enumerate(rows):
@@ -115,14 +120,14 @@ def _lane_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
 
 
 def _collective_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
-    """Ranks that add up gradients together do so in the same order: a process group tells its collectives by their order."""
+    """Where ranks that add up gradients together do so in different orders: a process group matches collectives by order."""
     if not any(map(meets, structure.actions())):
         return []
     met = defaultdict[tuple[Op, tuple[int, ...]], dict[int, list[Action]]](lambda: defaultdict(list))
     known = set(structure.actions())
     for rank, row in enumerate(rows):
         for action in row:
-            if action.op in (Op.BACKWARD, Op.REDUCE) and action.at(0) in known:  # sent on their way, and waited for
+            if action.op in (Op.BACKWARD, Op.REDUCE) and action.at(0) in known:  # which start a sum, and wait for it
                 group = tuple(map(structure.rank_of, structure.sharers(action)))
                 met[action.op, group][rank].append(action)
     problems = []
@@ -139,7 +144,7 @@ def _collective_problems(rows: list[list[Action]], structure: Structure) -> list
 
 
 def _order_problems(rows: list[list[Action]]) -> list[str]:
-    """A stage takes microbatches in the order of a plain loop: so statistics move, and losses and gradients add up."""
+    """Where a stage takes microbatches in another order than a plain loop, in which statistics move and gradients add up."""
     problems = []
     for rank, row in enumerate(rows):
         last = dict[tuple[Role, int, Op], Action]()
@@ -155,4 +160,5 @@ def _order_problems(rows: list[list[Action]]) -> list[str]:
 
 
 def _sequence(action: Action) -> tuple[int, int]:
+    """The place of an action among the like work of its stage in a plain loop."""
     return action.step, -1 if action.microbatch is None else action.microbatch

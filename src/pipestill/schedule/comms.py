@@ -1,16 +1,15 @@
 """The pass that inserts reads of the data, sends and receives into rows of work.
 
-Rows repeat period after period, so places in a row are counted as *moments* of an endless row. Moment 0 is the first action of
-the period whose own step is that of the result in question; with rows of 4 actions:
+Rows repeat period after period, so a place in a row is counted as a *moment* of an endless row. Moment 0 is the first action of
+the period whose own step is that of the result in question. In rows of 4 actions, with a lead of 1:
 
-    period        |    of the step before     |     of the step itself    |
-    action        | F0@0   B0@0   U@0    t0@1 | F0@0   B0@0   U@0    t0@1 |
-    moment        | -4     -3     -2     -1   |  0      1      2      3   |
-    result wanted |                      t0   | F0                        |
-    posted, lead 1|               t0     F0   |
+    moment                     -4    -3    -2    -1  |   0     1     2     3
+    action                   F0@0  B0@0   U@0  t0@1  | F0@0  B0@0   U@0  t0@1
+                             -- period before ------ | -- period of the step --
 
-F0 is used at moment 0, so with a lead of 1 its receive is posted at moment -1. That is position 3 of the period before,
-from where its step is one ahead: the receive is written before t0@1 as one of step 1.
+The result that F0@0 needs is used at moment 0, so its receive is posted at moment -1. In the row that is before the action at
+position 3 (-1 modulo 4), and one step ahead of the period in which it is posted: a receive of step 1. What t0@1 needs is of the
+step after its period's own: seen from that step's period, t0@1 stands at moment -1, and its receive at -2.
 """
 
 from __future__ import annotations

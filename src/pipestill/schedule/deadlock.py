@@ -1,8 +1,9 @@
-"""Whether the ranks of a schedule can ever wait for each other in a circle."""
+"""The proof that the ranks of a schedule never wait for each other in a circle, and a story for those that do."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
 from pipestill.schedule.action import Action, Kind
@@ -20,19 +21,23 @@ def never_stuck(schedule: Schedule[Structure]) -> bool:
     later than all that comes before: the search below raises these times until they fit.
     """
     edges = _edges(schedule)
-    same_period = {v: [u for u, w in before if w == 0] for v, before in enumerate(edges)}
+    same_period = {v: [u for u, periods in before if periods == 0] for v, before in enumerate(edges)}
     try:
         order = list(TopologicalSorter(same_period).static_order())
-        period = len(edges) + 1
-        time, latest = [0] * len(edges), dict[int, int]()
+        period = len(edges) + 1  # longer than any chain of actions of one period
+        time = [0] * len(edges)
+        raised_by = dict[int, int]()  # the action that each one's time follows from
         moved = True
         while moved:
             moved = False
             for v in order:
-                for u, w in edges[v]:
-                    if time[u] + 1 - period * w > time[v]:
-                        time[v], latest[v], moved = time[u] + 1 - period * w, u, True
-            TopologicalSorter({v: (u,) for v, u in latest.items()}).prepare()
+                for u, periods in edges[v]:
+                    earliest = time[u] + 1 - period * periods
+                    if earliest > time[v]:
+                        time[v] = earliest
+                        raised_by[v] = u
+                        moved = True
+            TopologicalSorter({v: (u,) for v, u in raised_by.items()}).prepare()
     except CycleError:
         return False
     return True
@@ -40,39 +45,38 @@ def never_stuck(schedule: Schedule[Structure]) -> bool:
 
 def _edges(schedule: Schedule[Structure]) -> list[list[tuple[int, int]]]:
     """For each action of the period, numbered rank by rank: those that come before it, and over how many periods."""
-    structure = schedule.structure
-    place: dict[tuple[int, Action], tuple[int, int]] = {}  # rank, action -> number, written step
+    numbers: dict[tuple[int, Action], tuple[int, int]] = {}  # (rank, action at step 0) -> number, written step
     for rank, row in enumerate(schedule.rows):
         for action in row:
-            place[rank, action.at(0)] = len(place), action.step
+            numbers[rank, action.at(0)] = len(numbers), action.step
     edges: list[list[tuple[int, int]]] = []
     for rank, row in enumerate(schedule.rows):
         first = len(edges)
         for i, action in enumerate(row):
-            before = [(len(edges) - 1, 0) if i else (first + len(row) - 1, 1)]
-            sources = list[tuple[int, Action, int]]()  # rank, action, step
-            for need in needs(action, structure):
-                sources.append((rank, need.at(0), need.step))
-                source = structure.rank_of(need)
-                if source != rank and meets(action):
-                    sources[-1] = (source, need.at(0), need.step)
-                elif source != rank:
-                    sources[-1:] = [
-                        (rank, need.receive_from(source).at(0), need.step),
-                        (source, need.send_to(rank).at(0), need.step),
-                    ]
-            if action.kind is Kind.SEND and action.peer is not None:
-                sources.append((action.peer, action.payload.receive_from(rank).at(0), action.step))
-            for source, wanted, step in sources:
-                if (source, wanted) in place:
-                    number, written = place[source, wanted]
-                    before.append((number, written - step))
+            before = [(first + i - 1, 0) if i else (first + len(row) - 1, 1)]  # the row's own order
+            for source, wanted in _waited_for(action, rank, schedule.structure):
+                if (source, wanted.at(0)) in numbers:
+                    number, written = numbers[source, wanted.at(0)]
+                    before.append((number, written - wanted.step))
             edges.append(before)
     return edges
 
 
+def _waited_for(action: Action, rank: int, structure: Structure) -> Iterator[tuple[int, Action]]:
+    """(rank, action) for everything on any rank that an action waits for besides its row, with sends that block."""
+    for need in needs(action, structure):
+        source = structure.rank_of(need)
+        if source == rank or meets(action):
+            yield source, need
+        else:
+            yield rank, need.receive_from(source)
+            yield source, need.send_to(rank)
+    if action.kind is Kind.SEND and action.peer is not None:
+        yield action.peer, action.payload.receive_from(rank)
+
+
 def stuck_ranks(schedule: Schedule[Structure]) -> list[str]:
-    """What the ranks of a schedule that gets stuck wait for, in the shortest run that shows it.
+    """For each rank of a schedule that gets stuck, what it waits for in the shortest run that shows it.
 
     Ranks wait for each other within a step, so a cycle reaches over `lookahead` steps a rank at most.
     """
@@ -86,14 +90,14 @@ def stuck_ranks(schedule: Schedule[Structure]) -> list[str]:
 
 
 def deadlock(rows: list[list[Action]], structure: Structure, *, rendezvous: bool) -> list[str]:
-    """One line a stuck rank when the rows cannot all run to their end, else nothing.
+    """One line for each stuck rank when the rows cannot all run to their end, else nothing.
 
     A receive only posts a buffer and never blocks on the message itself; work blocks until its inputs are
     there. A send is buffered, or with `rendezvous` blocks until its receive is posted.
     """
-    done: list[set[Action]] = [set() for _ in rows]
-    posted = set[tuple[int, Action]]()
-    sent = set[tuple[int, Action]]()
+    done: list[set[Action]] = [set() for _ in rows]  # work that each rank has done
+    posted = set[tuple[int, Action]]()  # (receiver, result)
+    sent = set[tuple[int, Action]]()  # (receiver, result)
     position = [0] * len(rows)
 
     def available(need: Action, rank: int, collective: bool) -> bool:

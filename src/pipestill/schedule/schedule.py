@@ -1,4 +1,4 @@
-"""Schedules as data: in which order each rank does its actions."""
+"""Schedules as data: the order in which each rank does its actions, as rows and as text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Schedule(Generic[S_co]):
     """Each rank's ordered actions over a period of one step, repeated for as long as the data lasts.
 
     In period p, an action written with step s belongs to step p + s: prefetched work carries s > 0. Warm-up
-    and cool-down are the same rows, with the actions of steps before the first and after the last left out, so
+    and cool-down are the same rows, without the actions of steps before the first and after the last, so
     a run of any length is these few rows. `stash[r]` bounds the student's units that rank r holds between
     forward and backward; `run_ahead` bounds how many units the teacher is ahead of the student's
-    forward on the same rank. Both are proved by `check`.
+    forward on the same rank. `check` proves both.
     """
 
     strategy: str
@@ -44,7 +44,7 @@ class Schedule(Generic[S_co]):
 
     @property
     def lookahead(self) -> int:
-        """How many steps ahead of its own step a period reaches."""
+        """The most steps that an action of a period is ahead of the period's own step."""
         return max((action.step for row in self.rows for action in row), default=0)
 
     def unroll(self, num_steps: int) -> list[list[Action]]:
@@ -70,19 +70,10 @@ class Schedule(Generic[S_co]):
 
         `kinds` are the structures that the text may be of: the first whose lines it has, or else the first of all.
         """
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines or lines[0] != _HEADER:
-            raise ValueError(f"not a schedule: expected the first line to be '{_HEADER}', got {lines[:1]}")
-        fields: Fields = {}
-        for line in lines[1:]:
-            key, colon, value = line.partition(":")
-            if not colon or key in fields:
-                raise ValueError(f"not a line of a schedule, or a second one of its kind: '{line}'")
-            fields[key] = value.strip()
+        fields = _fields(text)
+        kind = next((k for k in kinds if not fields.keys().isdisjoint(k.line_names)), kinds[0])
         try:
-            structure = next((k for k in kinds if not fields.keys().isdisjoint(k.line_names)), kinds[0]).from_lines(
-                fields
-            )
+            structure = kind.from_lines(fields)
             strategy, stash = fields.pop("strategy"), parse_numbers("stash", fields)
             run_ahead = parse_number("run ahead", fields)
             rows = tuple(tuple(map(Action.parse, fields.pop(f"rank {r}").split())) for r in range(structure.num_ranks))
@@ -91,3 +82,17 @@ class Schedule(Generic[S_co]):
         if fields:
             raise ValueError(f"the schedule has lines that mean nothing: {', '.join(fields)}")
         return Schedule(strategy, structure, rows, stash, run_ahead)
+
+
+def _fields(text: str) -> Fields:
+    """The lines of a schedule's text below its header, by what stands before their colons."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or lines[0] != _HEADER:
+        raise ValueError(f"not a schedule: expected the first line to be '{_HEADER}', got {lines[:1]}")
+    fields: Fields = {}
+    for line in lines[1:]:
+        key, colon, value = line.partition(":")
+        if not colon or key in fields:
+            raise ValueError(f"not a line of a schedule, or a second one of its kind: '{line}'")
+        fields[key] = value.strip()
+    return fields
