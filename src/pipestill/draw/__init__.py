@@ -1,4 +1,4 @@
-"""Schedule or Trace -> terminal text, SVG/PNG, Chrome trace (Perfetto)."""
+"""Pictures of schedules and traces: terminal text, SVG and PNG, and Chrome traces for Perfetto."""
 
 from pipestill.draw.boxes import Unit
 from pipestill.draw.chrome import chrome_trace, read_chrome_trace, write_chrome_trace

@@ -1,4 +1,4 @@
-"""Traces as boxes: what all pictures have in common."""
+"""Traces as boxes: the looks, labels and windows that all pictures have in common."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipestill.schedule.action import Action, Op, Role
 from pipestill.schedule.trace import Trace
 
 Unit = Literal["s"] | None
-"""What the numbers on a time axis are: seconds (shown as s, ms or us, whichever reads best) or just time units."""
+"""The unit of the numbers on a time axis: seconds (shown as s, ms or us, whichever reads best), or None for plain time units."""
 
 ROUNDING = 1e-6
 INSTANT = "U"  # shown even when it takes no time, since it ends a step
@@ -25,12 +25,12 @@ INSTANT = "U"  # shown even when it takes no time, since it ends a step
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How one kind of work looks; of each pair, even steps have the first and odd steps the second."""
+    """The look of one kind of work; even steps have the first and odd steps the second of each pair."""
 
     letter: str
     name: str
     colours: tuple[str, str]
-    terminal_colours: tuple[int, int]  # of the 256 of ANSI terminals
+    terminal_colours: tuple[int, int]  # numbers among the 256 colours of ANSI terminals
     inks: tuple[str, str]
 
 
@@ -48,27 +48,27 @@ WORKS = {  # colours that stay apart for colour-blind readers, and from each oth
     (Role.TEACHER, Op.EMA): Work("E", "teacher update", ("#0b4f31", "#0b4f31"), (22, 22), ("white", "white")),
 }
 STUDENT_STEP = replace(WORKS[Role.STUDENT, Op.BACKWARD], name="student step")
-"""A student's backward where blocks train alone: its forward, loss and backward."""
+"""The look of a student's backward in blockwise training, which is its forward, loss and backward."""
 
 LEGEND = tuple(w for op, work in WORKS.items() for w in ((work, STUDENT_STEP) if op[1] is Op.BACKWARD else (work,)))
 """Every kind of work, in the order of legends."""
 
 
 def work_of(action: Action, trace: Trace) -> Work:
-    """How `action` of a trace looks."""
+    """The look of an action of a trace."""
     return STUDENT_STEP if trace.by_block and action.op is Op.BACKWARD else WORKS[action.role, action.op]
 
 
 def number_of(action: Action, trace: Trace) -> int | None:
-    """What tells `action` from the like work around it in a trace: its block, or its microbatch if it has one."""
+    """The number that tells an action from the like work around it in a trace: its block, or its microbatch if it has one."""
     return action.stage if trace.by_block else action.microbatch
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """One action inside a window, in seconds from the start of the window, cut off at its ends.
+    """One action inside a window, in seconds from the start of the window and clipped to it.
 
-    `number` is what tells it from its likes: the microbatch, or the block where blocks train alone.
+    `number` is the one of `number_of`.
     """
 
     rank: int
@@ -80,50 +80,53 @@ class Box:
 
     @property
     def seconds(self) -> float:
+        """How long the box is."""
         return self.end - self.start
 
 
 def extent(trace: Trace) -> tuple[float, float]:
-    """First start and last end, in seconds."""
+    """The first start and the last end of a trace, in seconds; `ConfigError` if it is empty."""
     if not trace.events:
         raise ConfigError("the trace is empty: no rank has recorded any work; run or simulate at least one step")
     return min(e.start for e in trace.events), max(e.end for e in trace.events)
 
 
 def window(trace: Trace, num_steps: int, start: float | None = None, end: float | None = None) -> tuple[float, float]:
-    """What to show, in seconds: the steady steps, unless `start` or `end` say otherwise."""
+    """The start and end, in seconds, of what a picture shows: the steady steps, unless `start` or `end` say otherwise."""
     extent(trace)
-    steady = trace.steady_window(num_steps)
-    start, end = steady[0] if start is None else start, steady[1] if end is None else end
+    steady_start, steady_end = trace.steady_window(num_steps)
+    start = steady_start if start is None else start
+    end = steady_end if end is None else end
     if not (isfinite(start) and isfinite(end) and start < end):
         raise ConfigError(f"nothing to draw between {start:g} s and {end:g} s; expected an end after the start")
     return start, end
 
 
 def boxes_in(trace: Trace, start: float, end: float) -> Iterator[Box]:
-    """What the window shows, in the order of the trace; work that takes no time is left out, but for updates."""
+    """The boxes that a window shows, in the order of the trace; work that takes no time is left out, but for updates."""
     for event in trace.events:
         action = event.action
         work = work_of(action, trace)
         if event.start < end and event.end > start and event.seconds > 0:
-            box = max(event.start, start) - start, min(event.end, end) - start
+            shown = max(event.start, start) - start, min(event.end, end) - start
         elif work.letter == INSTANT and start <= event.start <= event.end <= end:
-            box = event.start - start, event.end - start
+            shown = event.start - start, event.end - start
         else:
             continue
-        yield Box(event.rank, work, number_of(action, trace), action.step, *box)
+        yield Box(event.rank, work, number_of(action, trace), action.step, *shown)
 
 
 def scale(span: float, unit: Unit) -> tuple[float, str]:
-    """By what to multiply seconds below `span`, and the unit that this gives."""
+    """The factor and the unit with which seconds up to `span` read best, such as 1000 and ms for 0.02 seconds."""
     if unit is None:
         return 1.0, "time units"
     return next(((f, u) for f, u in ((1.0, "s"), (1e3, "ms")) if span * f >= 1.0), (1e6, "us"))
 
 
 def summary(trace: Trace, boxes: Iterable[Box], span: float, unit: Unit) -> str:
-    """Figures of the steady state; of all that is shown, where there is none."""
-    steady, each = trace.seconds_per_step / trace.batches_per_step, "batch" if trace.by_block else "step"
+    """Seconds and utilisation of the steady state in words, or of all that is shown where there is none."""
+    steady = trace.seconds_per_step / trace.batches_per_step
+    each = "batch" if trace.by_block else "step"
     busy = trace.utilisation if steady else sum(b.seconds for b in boxes) / (span * trace.num_ranks)
     factor, symbol = scale(steady or span, unit)
     amount = (steady or span) * factor
@@ -147,7 +150,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def typical_seconds(boxes: Iterable[Box]) -> dict[str, float]:
-    """The median seconds of forwards and backwards, by their letters."""
+    """The median seconds of forwards and of backwards, by their letters."""
     seconds = defaultdict[str, list[float]](list)
     for box in boxes:
         if box.work.letter in "tFBIW":

@@ -1,4 +1,4 @@
-"""Traces in the Trace Event Format, for Perfetto."""
+"""Traces written to and read from the Trace Event Format, which Perfetto shows."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipestill.schedule.trace import Event, Trace
 
 
 def chrome_trace(trace: Trace) -> dict[str, Any]:
-    """`trace` in the Trace Event Format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+    """Convert `trace` to the Trace Event Format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
-    One thread a rank, one complete event an action; `ts` and `dur` are microseconds since the first start. Raises
+    Each rank is a thread and each action a complete event; `ts` and `dur` are microseconds since the first start. Raises
     `ConfigError` for an empty trace.
     """
     origin, _ = extent(trace)
@@ -51,7 +51,7 @@ def write_chrome_trace(trace: Trace, path: str | Path) -> None:
 
 
 def read_chrome_trace(path: str | Path) -> Trace:
-    """The trace that `write_chrome_trace` wrote to `path`, its clock starting at 0; `ConfigError` when it is none."""
+    """Read the trace that `write_chrome_trace` wrote to `path`, its clock starting at 0; `ConfigError` for any other file."""
     try:
         data = Path(path).read_bytes()
         content = json.loads(gzip.decompress(data) if str(path).endswith(".gz") else data)
@@ -62,7 +62,7 @@ def read_chrome_trace(path: str | Path) -> Trace:
             for e in works
         )
         num_ranks = sum(entry["name"] == "thread_name" for entry in entries)
-        other = content["otherData"]
+        other = content["otherData"]  # whose names are older than those of a trace
         return Trace(num_ranks, events, frozenset(other["cuts"]), other.get("blockwise", False), other.get("window", 1))
     except OSError as error:
         raise ConfigError(f"cannot read trace '{path}': {error.strerror or error}") from None

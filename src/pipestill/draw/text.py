@@ -1,4 +1,4 @@
-"""Timelines and tables for terminals."""
+"""Timelines of traces and tables of schedules for terminals."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipestill.schedule.structure import Structure
 from pipestill.schedule.trace import Trace
 
 _Style = tuple[Work, int] | None
-"""Whose a cell of a terminal is: the work and its step modulo 2; None is idle."""
+"""What a cell of a terminal shows: work and the parity of its step, or None for idle."""
 
 
 def text(
@@ -36,7 +36,7 @@ def text(
     colour: bool = False,
     unit: Unit = "s",
 ) -> str:
-    """A timeline for terminals, one line a rank, time to the right, then an axis and a legend.
+    """Draw a timeline for terminals: one line for each rank, time to the right, then an axis and a legend.
 
         rank 0 |t0t1F0F1......B0--B1--|
         rank 1 |..t0t1F0F1B0--B1--U...|
@@ -44,9 +44,8 @@ def text(
 
     Shows `start` to `end` in seconds of the trace's clock (default: two steady steps, or everything when there are
     none); the axis counts from `start`. Ranks' lines are at most `width` columns, or 20 cells where that is wider.
-    Numbers are microbatches, or blocks where these train alone; boxes too narrow for theirs show their letter only; shorter
-    ones than half a column may vanish.
-    `colour` adds ANSI escape codes. Raises `ConfigError` for an empty trace or window.
+    Numbers are microbatches, or blocks in blockwise training. A box that is too narrow for its number shows its letter only, and
+    one shorter than half a column may vanish. `colour` adds ANSI escape codes. Raises `ConfigError` for an empty trace or window.
     """
     start, end = window(trace, 2, start, end)
     boxes = list(boxes_in(trace, start, end))
@@ -70,13 +69,13 @@ def text(
 
 
 def schedule_table(schedule: Schedule[Structure], *, transfers: bool = False) -> str:
-    """The rows of one period in order, without times: one line a rank, one column a position in the row.
+    """Write the rows of one period without times: one line for each rank, one column for each position in its row.
 
         rank 0 | F0 t1@1 B0 U
         rank 1 | F0 L0   B0 U t0@1
 
     `t1@1` is work for the step after the period's own. With `transfers`, reads of the data are shown as well,
-    `F0>1` sends the result of F0 to rank 1, and `F0<1` posts its receive from there. Where blocks train alone:
+    `F0>1` sends the result of F0 to rank 1, and `F0<1` posts its receive from there. In blockwise training:
 
         rank 0 | T0.0 B0.0 R0.0 U0.0
         rank 1 | T0.1 T1   B0.1 R0.1 U0.1 B1 U1
@@ -97,14 +96,14 @@ def schedule_table(schedule: Schedule[Structure], *, transfers: bool = False) ->
 
 
 def _name(action: Action, structure: Structure) -> str:
-    """`F0`, `t1@1` (one step ahead), `F0>1` (sent to rank 1)."""
+    """The name of an action in a table: `F0`, `t1@1` (one step ahead), `F0>1` (sent to rank 1)."""
     step = f"@{action.step}" if action.step else ""
     peer = "" if action.peer is None else f"{action.kind.value}{action.peer}"
     return f"{structure.label(action)}{step}{peer}"
 
 
 def _grid(boxes: Sequence[Box], span: float, num_cells: int) -> tuple[int, float]:
-    """How many cells a line has, at most `num_cells`, and the seconds of each.
+    """Choose how many cells a line has, at most `num_cells`, and how many seconds each of them is.
 
     Where forwards and backwards take multiples of some time (as they do under uniform costs), a cell is a whole part
     of that time, so that equal work gets equally many cells.
@@ -121,7 +120,7 @@ def _grid(boxes: Sequence[Box], span: float, num_cells: int) -> tuple[int, float
 def _cells(
     boxes: Iterable[Box], num_cells: int, cell_seconds: float, numbered: set[str], filling: str
 ) -> list[tuple[str, _Style]]:
-    """One rank's line: every box gets the cells whose middle it covers; `numbered` work says its microbatch there."""
+    """The cells of one rank's line: a box gets those whose middle it covers, and shows its number if it is `numbered` work."""
     cells: list[tuple[str, _Style]] = [(".", None)] * num_cells
     for box in boxes:
         first, after = (floor(t / cell_seconds + 0.5 - ROUNDING) for t in (box.start, box.end))
@@ -137,6 +136,7 @@ def _cells(
 
 
 def _painted(cells: str, style: _Style, colour: bool) -> str:
+    """Cells of one style, with escape codes around them if `colour` is on."""
     if not colour:
         return cells
     if style is None:
@@ -147,7 +147,7 @@ def _painted(cells: str, style: _Style, colour: bool) -> str:
 
 
 def _axis_line(num_cells: int, cell_seconds: float, width: int, unit: Unit) -> str:
-    """Round times, each starting in the cell that starts then, and the unit after the last one."""
+    """The axis: round times, each written from the cell that starts then, and the unit after the last one."""
     factor, symbol = scale(num_cells * cell_seconds, unit)
     least = 8 * cell_seconds * factor
     power = 10.0 ** floor(log10(least))

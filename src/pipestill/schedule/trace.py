@@ -20,6 +20,7 @@ class Event:
 
     @property
     def seconds(self) -> float:
+        """How long the action took."""
         return self.end - self.start
 
 
@@ -27,15 +28,15 @@ class Event:
 class Trace:
     """Everything that ranks computed, in the order of each rank.
 
-    All figures are of the steady state: the middle third of the steps, which leaves out warm-up and cool-down, and
-    without the intervals after `interruptions`, steps that something else followed (a validation).
+    All figures describe the steady state: the middle third of the steps, which leaves out warm-up and cool-down, and
+    without the intervals after `interruptions`, the steps that something else followed (a validation).
     """
 
     num_ranks: int
     events: tuple[Event, ...]
     interruptions: frozenset[int] = frozenset()
     by_block: bool = False
-    """Work is told apart by its block and figures are of a batch, where else it is by its microbatch and they are of a step."""
+    """Pictures tell work apart by its block and give seconds per batch; otherwise by its microbatch, and seconds per step."""
     batches_per_step: int = 1
 
     def steps(self) -> list[int]:
@@ -45,9 +46,9 @@ class Trace:
         return steps[gaps[-1] :] if gaps else steps
 
     def _update_ends(self) -> dict[int, float]:
-        """When the last update of each step ended, for steps that every rank updated, and for windows cut short by an epoch."""
-        ends, full = self._updates()
-        return {step: end for step, end in ends.items() if step in full or self.batches_per_step > 1}
+        """When the last update of each step ended, of complete steps and of windows of batches that an epoch's end cut short."""
+        ends, complete = self._updates()
+        return {step: end for step, end in ends.items() if step in complete or self.batches_per_step > 1}
 
     def _updates(self) -> tuple[dict[int, float], set[int]]:
         """When the last update of each step ended, and the steps that have all updates."""
@@ -65,25 +66,25 @@ class Trace:
 
     def _steady(self) -> list[int]:
         """The steps k whose interval, end of k to end of k + 1, is steady: the middle third of them, without interruptions."""
-        full = self._updates()[1]
-        steps = [k for k in self.steps()[:-1] if k not in self.interruptions and k + 1 in full]
+        complete = self._updates()[1]
+        steps = [k for k in self.steps()[:-1] if k not in self.interruptions and k + 1 in complete]
         skip = len(steps) // 3
         return steps[skip : len(steps) - skip]
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean steady seconds a step; 0 when fewer than two steps were traced."""
+        """Mean seconds of a steady step; 0 when fewer than two steps were traced."""
         seconds = self.step_seconds()
         return sum(seconds) / len(seconds) if seconds else 0.0
 
     @property
     def median_seconds_per_step(self) -> float:
-        """Median steady seconds a step; 0 when fewer than two steps were traced."""
+        """Median seconds of a steady step; 0 when fewer than two steps were traced."""
         seconds = self.step_seconds()
         return median(seconds) if seconds else 0.0
 
     def busy_seconds_per_step(self) -> list[float]:
-        """For each rank, the seconds of work that one steady step holds."""
+        """For each rank, the seconds of work in one steady step."""
         steady = self._steady()
         busy = [0.0] * self.num_ranks
         for event in self.events:
@@ -93,19 +94,20 @@ class Trace:
 
     @property
     def utilisation(self) -> float:
-        """Busy share of rank-time in the steady state, 0 to 1."""
+        """The fraction of rank-time in the steady state in which ranks work, 0 to 1."""
         seconds = self.seconds_per_step
         return min(1.0, sum(self.busy_seconds_per_step()) / (self.num_ranks * seconds)) if seconds else 0.0
 
     @property
     def bubble(self) -> float:
-        """Idle share of rank-time in the steady state."""
+        """The fraction of rank-time in the steady state in which ranks are idle."""
         return 1.0 - self.utilisation
 
     @property
     def stash_peak(self) -> tuple[int, ...]:
         """For each rank, the most units of the student held between their forward and the end of their backward."""
-        held, peak = [0] * self.num_ranks, [0] * self.num_ranks
+        held = [0] * self.num_ranks
+        peak = [0] * self.num_ranks
         for event in self.events:
             if event.action.role is Role.STUDENT and event.action.op is Op.FORWARD:
                 held[event.rank] += 1
@@ -115,7 +117,7 @@ class Trace:
         return tuple(peak)
 
     def steady_window(self, num_steps: int = 2) -> tuple[float, float]:
-        """Start and end, in seconds, of `num_steps` steady steps (at least one): what a picture shows."""
+        """Start and end, in seconds, of `num_steps` steady steps (at least one), or of everything if none is steady."""
         ends = self._update_ends()
         steady = self._steady()
         if not steady:

@@ -1,1 +1,1 @@
-"""Schedules of blocks that train alone."""
+"""Schedules of blockwise training: every student block is trained alone, on outputs of the teacher's blocks."""
