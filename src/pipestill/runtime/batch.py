@@ -28,6 +28,11 @@ class Batch:
     targets: Any = None
     length: int = 0
 
+    @property
+    def ended(self) -> bool:
+        """Whether this marks the end of the data."""
+        return self.rows == 0
+
     def header(self) -> Tensor:
         """What every rank has to know, as whole numbers."""
         return torch.tensor([self.rows, self.epoch, self.last, self.length], dtype=torch.int64)

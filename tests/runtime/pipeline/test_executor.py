@@ -82,8 +82,8 @@ def test_nothing_stays_behind(strategy: str, microbatches: int, kept: Kept) -> N
     executors, worlds = kept
     assert len(executors) == 3 + 2 * 3
     for executor in executors:
-        assert not executor.results
-        assert len(executor.batches) <= 1 + executor.schedule.lookahead  # the end of the data
+        assert not executor.mailbox.results
+        assert len(executor.batches.known) <= 1 + executor.schedule.lookahead  # the end of the data
         assert executor.student is not None
         assert not executor.student.stash
         assert not executor.student.from_loss
@@ -96,7 +96,7 @@ def test_memory_does_not_grow_with_the_run(kept: Kept) -> None:
     result = fit("fill", (4,) * 60, microbatches=2)
     assert result.steps == 60
     executors, _ = kept
-    assert max(len(executor.batches) for executor in executors) <= 3
+    assert max(len(executor.batches.known) for executor in executors) <= 3
     assert len({event.action.step for event in result.trace.events}) < 60
 
 

@@ -1,4 +1,4 @@
-"""Runs one rank's row of a schedule of blocks that learn alone."""
+"""Runs one rank's row of a schedule of blocks that are trained alone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import distinct_tensors, rows_of, to_device
 from pipestill.runtime.blockwise.windows import Window, header_length
+from pipestill.runtime.mailbox import Forms, Mailbox
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport, Waiting, receive
+from pipestill.runtime.step_data import StepData
+from pipestill.runtime.transport.protocol import Message, Transport, Waiting
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.blockwise.shares import Part, rows_of_part
 from pipestill.schedule.blockwise.structure import BlockwiseStructure
-from pipestill.schedule.needs import lane, needs
 
 
 class Worker(Protocol):
-    """What the executor has a rank do (see `BlockwiseWorker`)."""
+    """What an executor asks of a rank's blocks (see `BlockwiseWorker`)."""
 
     def teacher_output(self, block: int, value: Any) -> Any: ...
     def train(self, block: int, value: Any, target: Any, weight: float, batch: int, unit: int, group: Any) -> None: ...
@@ -38,11 +39,11 @@ class Worker(Protocol):
 
 
 class BlockwiseExecutor:
-    """One rank of one phase. The schedule counts the phase's `ranks` from 0; messages name them as the world does.
+    """Runs one rank's row over all windows of one phase. The schedule counts the phase's `ranks` from 0.
 
     `source` gives windows on the rank that reads them, and is None elsewhere. `groups` are the process groups of ranks
-    that share blocks; without them, ranks take turns in one process. `after_step(step, window)` runs when all that this
-    rank does for a window is done.
+    that share batches of a block; without them, ranks take turns in one process. `after_step(step, window)` runs when all
+    that this rank does for a window is done.
     """
 
     def __init__(
@@ -60,337 +61,271 @@ class BlockwiseExecutor:
         after_step: Callable[[int, Window], Waiting] | None = None,
         segment: int = 0,
     ) -> None:
-        self.schedule, self.rank, self.ranks, self.structure = schedule, rank, ranks, schedule.structure
-        self.worker, self.contracts, self.transport, self.recorder = worker, contracts, transport, recorder
-        self.source, self.groups, self.after_step, self.segment = source, groups, after_step, segment
-        self.device = recorder.device
-        self.windows: dict[int, Window] = {}
-        self.results: dict[
-            Action, tuple[Any, int]
-        ] = {}  # a teacher forward -> its output here, and how often it is used yet
-        self.sources: dict[tuple[Action, int], list[tuple[Action, Part]]] = {}  # of each work of a step, see `_sources`
-        self.uses = self._count_uses()
-        self.packed: tuple[int, list[Tensor]] = (-1, [])  # the samples of a step as they go to one rank after the other
-        self.heard = set[Message]()  # transfers whose arrival only the order was about
-        self.row = schedule.rows[rank]
-        self.tokens = {a.at(0): self._tokens_of(a.at(0)) for a in self.row if a.op in (Op.FORWARD, Op.BACKWARD)}
-        self.reads_samples = self.structure.reads_samples(rank)
-        self.forms = {a.stage: worker.state_forms(a.stage) for a, _ in self.structure.moves if self._touches(a)}
-
-    def _touches(self, update: Action) -> bool:
-        """Whether this rank ever sends or receives the block of an update."""
-        return self.rank in {share.rank for share in self.structure.student[update.stage]}
+        self.schedule = schedule
+        self.structure = schedule.structure
+        self.rank = rank
+        self.ranks = ranks
+        self.worker = worker
+        self.contracts = contracts
+        self.transport = transport
+        self.recorder = recorder
+        self.groups = groups
+        self.after_step = after_step
+        self.sources: dict[tuple[Action, int], list[tuple[Action, Part]]] = {}
+        """Of each work of step 0 and each teacher block whose rows it takes (see `_sources_of`)."""
+        self.mailbox = Mailbox(
+            schedule, rank, transport, device=recorder.device, local_uses=self._local_uses, segment=segment, ranks=ranks
+        )
+        self.windows = StepData(self.mailbox, source, _WindowTravel(contracts.inputs, self.structure.window))
+        moving = {update.stage for update, _ in self.structure.moves}
+        held = {block for block in moving for share in self.structure.student[block] if share.rank == rank}
+        self.state_forms = {block: worker.state_forms(block) for block in sorted(held)}
+        """Of each block that moves between ranks, and is ever on this one."""
 
     def run(self) -> Waiting:
-        """Everything from the first window to the last."""
+        """Run every period of the schedule, from the first window to the last."""
         for period in count(-self.schedule.lookahead):
             if period >= 0:
-                window = yield from self._window(period)
+                window = yield from self.windows.get(period)
                 if window.ended:
                     break
-            for action in self.row:
+            for action in self.schedule.rows[self.rank]:
                 if period + action.step >= 0:
                     yield from self._do(action.at(period + action.step))
             if period >= 0:
                 if self.after_step is not None:
-                    yield from self.after_step(period, self.windows[period])
-                del self.windows[period]
-        self.transport.flush(self.segment)
+                    yield from self.after_step(period, self.windows.known[period])
+                self.windows.forget(period)
+        self.mailbox.flush()
 
-    def _count_uses(self) -> dict[Action, int]:
-        """How often this rank uses each teacher forward of a step: its own work, and sends of what it computed."""
-        uses: dict[Action, int] = {}
-        for action in self.schedule.rows[self.rank]:
-            used = []
-            if action.kind is Kind.SEND and self._lane(action, action.peer) is Lane.TEACHER:
-                used = [action.payload]
-            elif action.computes and action.op in (Op.FORWARD, Op.BACKWARD):
-                used = [source for block in self.structure.reads(action) for source, _ in self._sources(action, block)]
-            for source in used:
-                uses[source.at(0)] = uses.get(source.at(0), 0) + 1
-        return uses
+    def _local_uses(self, work: Action) -> list[Action]:
+        """The teacher forwards whose outputs a work takes rows of."""
+        if work.op not in (Op.FORWARD, Op.BACKWARD):
+            return []
+        return [source for block in self.structure.reads(work) for source, _ in self._sources_of(work, block)]
 
-    def _sources(self, action: Action, block: int) -> list[tuple[Action, Part]]:
-        """The teacher forwards whose rows `action` takes of a block, with the rows that each has."""
-        key = action.at(0), block
+    def _sources_of(self, work: Action, block: int) -> list[tuple[Action, Part]]:
+        """The teacher forwards whose rows `work` takes of a block, with the part of the batch that each has."""
+        key = work.at(0), block
         if key not in self.sources:
-            units = self.structure.sources(block, self.structure.share_of(action)) if block >= 0 else []
+            units = self.structure.sources(block, self.structure.share_of(work)) if block >= 0 else []
             parts = [self.structure.teacher[block][u].part for u in units]
             forwards = [Action(Role.TEACHER, block, Op.FORWARD, u, 0) for u in units]
             self.sources[key] = list(zip(forwards, parts, strict=True))
-        return [(forward.at(action.step), part) for forward, part in self.sources[key]]
+        return [(forward.at(work.step), part) for forward, part in self.sources[key]]
 
-    # -- one action ---------------------------------------------------------------------------------------------
+    # -- one action -------------------------------------------------------------------------------------------------
 
     def _do(self, action: Action) -> Waiting:
+        """Do one action, unless the data has ended before it.
+
+        At the end of an epoch the last batches of a window may be missing. Tokens and states of blocks travel all the same.
+        """
         if action.op is Op.DATA:
-            self._do_data(action)
+            self.windows.do(action)
             return
-        window = yield from self._window(action.step)
+        window = yield from self.windows.get(action.step)
         if window.ended:
             return
-        batch = self.structure.share_of(action).batch
-        there = window.rows[batch] > 0  # at the end of an epoch the last batches of a window may be missing
-        if action.kind is Kind.SEND:
-            self._send(action, there)
-        elif action.kind is Kind.RECEIVE:
-            self._post(action, there)
-        elif action.op is Op.FORWARD:
-            yield from self._tokens(action)
-            if there:
-                yield from self._teach(action)
-        elif action.op is Op.BACKWARD:
-            yield from self._tokens(action)
-            yield from self._take_over(action)
-            if there:
-                yield from self._learn(action, window)
-        elif there and action.op is Op.REDUCE:
-            yield from self._reduce(action)
-        elif there:
-            with self.recorder.working(action):
-                self.worker.update(action.stage, window.first + batch)
+        exists = window.rows[self.structure.share_of(action).batch] > 0
+        if action.computes:
+            yield from self._wait(action)
+            if exists:
+                yield from self._compute(action, window)
+        elif not self.mailbox.transfer_token(action):
+            self._transfer(action, exists)
 
-    def _teach(self, action: Action) -> Waiting:
-        value = yield from self._rows(action, action.stage - 1)
+    def _wait(self, work: Action) -> Waiting:
+        """Wait for what `work` comes after, and take over the block that it trains from another rank."""
+        yield from self.mailbox.wait_for_tokens(work)
+        for receipt in self.mailbox.tokens(work):
+            if receipt.at(0) in self.structure.receipts.get(work.at(0), ()):
+                sent = work.at(receipt.step).send_to(self.structure.rank_of(receipt))
+                self.transport.settle(self.mailbox.message(sent))
+        if work.op is Op.BACKWARD:
+            before = self.structure.before(work)
+            if before.step >= 0 and (before.at(0), self.rank) in self.structure.moves:
+                tensors = yield from self.mailbox.receive(before, Lane.STATE)
+                self.worker.set_state(work.stage, tensors)
+
+    def _compute(self, work: Action, window: Window) -> Waiting:
+        """Do a work, once everything that it comes after is done."""
+        if work.op is Op.FORWARD:
+            yield from self._forward(work)
+        elif work.op is Op.BACKWARD:
+            yield from self._train(work, window)
+        elif work.op is Op.REDUCE and self.groups is not None:
+            with self.recorder.working(work):
+                self.worker.reduce(work.stage)
+            self._settle_samples(work)
+        elif work.op is Op.REDUCE:
+            yield from self._add_up_gradients(work)
+        else:
+            with self.recorder.working(work):
+                self.worker.update(work.stage, window.first + self.structure.share_of(work).batch)
+
+    def _forward(self, work: Action) -> Waiting:
+        """Run a teacher block forward, over no rows where the batch has too few."""
+        value = yield from self._rows(work, work.stage - 1)
         output = None
         if value is not None:
-            with self.recorder.working(action):
-                output = self.worker.teacher_output(action.stage, value)
-        if self.uses.get(action.at(0)):
-            self.results[action] = output, self.uses[action.at(0)]
+            with self.recorder.working(work):
+                output = self.worker.teacher_output(work.stage, value)
+        self.mailbox.keep(work, output)
 
-    def _learn(self, action: Action, window: Window) -> Waiting:
-        value = yield from self._rows(action, action.stage - 1)
-        target = yield from self._rows(action, action.stage)
-        share = self.structure.share_of(action)
-        rows = self._count(share.part, action)
-        unit = self.structure.of_batch(Role.STUDENT, action.stage, share.batch).index(action.microbatch or 0)
-        sharers = tuple(self.ranks[self.structure.rank_of(a)] for a in self.structure.sharers(action))
-        group = self.groups[sharers] if self.groups is not None and len(sharers) > 1 else None
-        with self.recorder.working(action):
-            total = window.rows[share.batch]
-            self.worker.train(action.stage, value, target, rows / total, window.first + share.batch, unit, group)
+    def _train(self, work: Action, window: Window) -> Waiting:
+        """Run forward, loss and backward of a student block."""
+        value = yield from self._rows(work, work.stage - 1)
+        target = yield from self._rows(work, work.stage)
+        share = self.structure.share_of(work)
+        total = window.rows[share.batch]
+        part = rows_of_part(share.part, total)
+        unit = self.structure.of_batch(Role.STUDENT, work.stage, share.batch).index(work.microbatch or 0)
+        sharers = [self.structure.rank_of(a) for a in self.structure.sharers(work)]
+        group = None
+        if self.groups is not None and len(sharers) > 1:
+            group = self.groups[tuple(self.ranks[rank] for rank in sharers)]
+        weight = (part.stop - part.start) / total
+        with self.recorder.working(work):
+            self.worker.train(work.stage, value, target, weight, window.first + share.batch, unit, group)
         if self.groups is None and len(sharers) > 1:
-            for other in set(sharers) - {self.ranks[self.rank]}:
-                sent = Message(Lane.REDUCE, action, self.ranks[self.rank], other, self.segment)
-                self.transport.send(sent, self.worker.gradients(action.stage))
+            for other in sharers:
+                if other != self.rank:
+                    self.mailbox.send(work.send_to(other), self.worker.gradients(work.stage), Lane.REDUCE)
 
-    def _reduce(self, action: Action) -> Waiting:
-        if self.groups is not None:
-            with self.recorder.working(action):
-                self.worker.reduce(action.stage)
-            self._settle_samples(action)
-            return
+    def _add_up_gradients(self, work: Action) -> Waiting:
+        """Add up a block's gradients over ranks of one process, in the order of their shares."""
         parts: list[list[Tensor]] = []
-        for other in self.structure.sharers(
-            Action(Role.STUDENT, action.stage, Op.BACKWARD, action.microbatch, action.step)
-        ):
-            source = self.structure.rank_of(other)
-            if source == self.rank:
-                parts.append(self.worker.gradients(action.stage))
+        for trained in self.structure.sharers(replace(work, op=Op.BACKWARD)):
+            if self.structure.rank_of(trained) == self.rank:
+                parts.append(self.worker.gradients(work.stage))
             else:
-                message = Message(Lane.REDUCE, other, self.ranks[source], self.ranks[self.rank], self.segment)
-                parts.append((yield from receive(self.transport, message)))
-        with self.recorder.working(action):
+                parts.append((yield from self.mailbox.receive(trained, Lane.REDUCE)))
+        with self.recorder.working(work):
             summed = [torch.stack(tensors).sum(0) for tensors in zip(*parts, strict=True)]
-            self.worker.set_gradients(action.stage, summed)
+            self.worker.set_gradients(work.stage, summed)
 
     def _settle_samples(self, reduced: Action) -> None:
-        """Who has added up gradients of a window has the samples of the one before."""
-        if self.source is not None:
+        """Let go of sent samples: ranks that have added up gradients of a window have received the window before."""
+        if self.windows.source is not None:
             read = Action(Role.STUDENT, 0, Op.DATA, None, reduced.step - 1)
             for other in {self.structure.rank_of(a) for a in self.structure.sharers(reduced)} - {self.rank}:
-                self.transport.settle(self._message(read.send_to(other), Lane.INPUT))
+                self.transport.settle(self.mailbox.message(read.send_to(other), Lane.INPUT))
 
-    def _take_over(self, action: Action) -> Waiting:
-        """The block that `action` trains, from the rank that trained it before."""
-        before = self.structure.before(action)
-        if before is not None and before.step >= 0 and (before.at(0), self.rank) in self.structure.moves:
-            tensors = yield from receive(self.transport, self._from(before, Lane.STATE))
-            self.worker.set_state(action.stage, tensors)
-
-    def _tokens_of(self, action: Action) -> list[Action]:
-        """Work of other ranks that `action` (of step 0) waits for, and that only the order is about."""
-        others = [need for need in needs(action, self.structure) if need.op is not Op.DATA]
-        others = [need for need in others if self.structure.rank_of(need) != self.rank]
-        return [need for need in others if self._lane(need, self.rank) is Lane.TOKEN]
-
-    def _tokens(self, action: Action) -> Waiting:
-        """Wait for work of other ranks that only the order is about."""
-        for need in self.tokens[action.at(0)]:
-            step = need.step + action.step
-            message = self._from(need.at(step), Lane.TOKEN) if step >= 0 else None
-            if message is not None and message not in self.heard:
-                yield from receive(self.transport, message)
-                recent = action.step - self.structure.ahead - 2
-                self.heard = {m for m in self.heard if m.payload.step >= recent} | {message}
-            if message is not None and need.at(0) in self.structure.receipts.get(action.at(0), ()):
-                sent = action.at(step).send_to(self.structure.rank_of(need))
-                self.transport.settle(self._message(sent, Lane.TEACHER))
-
-    # -- rows of teacher blocks -----------------------------------------------------------------------------------
-
-    def _count(self, part: Part, action: Action) -> int:
-        """How many rows a part has of the batch of `action`."""
-        rows = rows_of_part(part, self._batch_rows(action))
-        return int(rows.stop - rows.start)
+    # -- rows of teacher blocks -------------------------------------------------------------------------------------
 
     def _batch_rows(self, action: Action) -> int:
-        return self.windows[action.step].rows[self.structure.share_of(action).batch]
+        """How many rows the batch of an action has."""
+        return self.windows.known[action.step].rows[self.structure.share_of(action).batch]
 
-    def _rows(self, action: Action, block: int) -> Generator[Message, None, Any]:
-        """The rows of `action` behind a teacher block (-1: of the samples), from wherever they are; None for no rows."""
-        total = self._batch_rows(action)
-        share = self.structure.share_of(action)
+    def _rows(self, work: Action, block: int) -> Generator[Message, None, Any]:
+        """The rows that `work` takes of a teacher block's output (-1: of the samples); None where its share has none."""
+        total = self._batch_rows(work)
+        share = self.structure.share_of(work)
         wanted = rows_of_part(share.part, total)
         pieces = []
         if block < 0 and wanted.start < wanted.stop:
-            samples = yield from self._samples(action.step)
-            pieces.append(_cut(samples[share.batch], 0, total, wanted))
-        for source, part in self._sources(action, block):
+            window = yield from self.windows.get_whole(work.step)
+            assert window.inputs is not None
+            pieces.append(_take_rows(window.inputs[share.batch], slice(0, total), wanted))
+        for source, part in self._sources_of(work, block):
             value, held = yield from self._output(source, part, total)
             inside = slice(max(held.start, wanted.start), min(held.stop, wanted.stop))
             if inside.start < inside.stop:
-                pieces.append(_cut(value, held.start, held.stop, inside))
+                pieces.append(_take_rows(value, held, inside))
         if wanted.start == wanted.stop:
             return None
-        return pieces[0] if len(pieces) == 1 else _joined(self.contracts.outputs[block], pieces)
+        return pieces[0] if len(pieces) == 1 else _join_rows(self.contracts.outputs[block], pieces)
 
     def _output(self, source: Action, part: Part, total: int) -> Generator[Message, None, tuple[Any, slice]]:
-        """What a teacher forward gave, as far as this rank has it or gets it, and which rows of the batch that is."""
+        """The output of a teacher forward, as far as this rank has it or receives it, and which rows of the batch that is."""
         here = self.structure.rank_of(source) == self.rank
         held = rows_of_part(part if here else self.structure.relays[source.at(0), self.rank], total)
-        if source not in self.results:
+        if source not in self.mailbox.results:
             assert not here, f"{source} was run before"
             value = None
             if held.start < held.stop:
-                contract = self.contracts.outputs[source.stage]
-                packed = yield from receive(self.transport, self._from(source, Lane.TEACHER))
-                rows = held.stop - held.start
-                value = contract.join([f.unpack(t, rows) for t, f in zip(packed, contract.values, strict=True)], rows)
-            self.results[source] = value, self.uses[source.at(0)]
-        return self._use(source), held
+                tensors = yield from self.mailbox.receive_packed(source, self._output_forms(source, held))
+                value = self.contracts.outputs[source.stage].join(tensors, held.stop - held.start)
+            self.mailbox.keep(source, value)
+        return self.mailbox.use(source), held
 
-    def _use(self, source: Action) -> Any:
-        value, uses = self.results.pop(source)
-        if uses > 1:
-            self.results[source] = value, uses - 1
-        return value
+    def _output_forms(self, forward: Action, rows: slice) -> Forms:
+        """The forms of some rows of a teacher block's output; none for no rows."""
+        if rows.start == rows.stop:
+            return []
+        return [(form, rows.stop - rows.start) for form in self.contracts.outputs[forward.stage].values]
 
-    # -- messages -------------------------------------------------------------------------------------------------
+    # -- results that travel ----------------------------------------------------------------------------------------
 
-    def _lane(self, transfer: Action, destination: int | None) -> Lane:
-        assert destination is not None
-        return lane(transfer, destination, self.structure)
-
-    def _message(self, transfer: Action, on: Lane) -> Message:
+    def _transfer(self, transfer: Action, exists: bool) -> None:
+        """Send or announce a block's state, or rows of a teacher block's output where the batch exists."""
         assert transfer.peer is not None
-        mine, theirs = self.ranks[self.rank], self.ranks[transfer.peer]
-        source, destination = (mine, theirs) if transfer.kind is Kind.SEND else (theirs, mine)
-        return Message(on, transfer.payload, source, destination, self.segment)
-
-    def _from(self, payload: Action, on: Lane) -> Message:
-        """The message that brings another rank's result."""
-        return self._message(payload.receive_from(self.structure.rank_of(payload)), on)
-
-    def _send(self, transfer: Action, there: bool) -> None:
-        on = self._lane(transfer, transfer.peer)
-        message = self._message(transfer, on)
-        if on is Lane.TOKEN:
-            self.transport.send(message, [torch.zeros(1, device=self.device)])
-        elif on is Lane.STATE:
-            self.transport.send(message, [t.reshape(-1) for t in self.worker.state(transfer.stage)])
-        elif there:
-            assert transfer.peer is not None
-            value = self._use(transfer.payload)
-            total = self._batch_rows(transfer)
+        if self.mailbox.lane_of(transfer) is Lane.STATE:
+            self._transfer_state(transfer)
+        elif exists and transfer.kind is Kind.SEND:
+            value, total = self.mailbox.use(transfer.payload), self._batch_rows(transfer)
             held = rows_of_part(self.structure.share_of(transfer).part, total)
             wanted = rows_of_part(self.structure.relays[transfer.payload.at(0), transfer.peer], total)
             if wanted.start < wanted.stop:
-                contract, rows = self.contracts.outputs[transfer.stage], wanted.stop - wanted.start
-                tensors = contract.split(_cut(value, held.start, held.stop, wanted), rows)
-                self.transport.send(message, [f.pack(t, rows) for t, f in zip(tensors, contract.values, strict=True)])
+                rows, contract = _take_rows(value, held, wanted), self.contracts.outputs[transfer.stage]
+                tensors = contract.split(rows, wanted.stop - wanted.start)
+                self.mailbox.send_packed(transfer, tensors, self._output_forms(transfer, wanted))
+        elif exists:
+            part = self.structure.relays[transfer.payload.at(0), self.rank]
+            wanted = rows_of_part(part, self._batch_rows(transfer))
+            self.mailbox.post_packed(transfer, self._output_forms(transfer, wanted))
 
-    def _post(self, transfer: Action, there: bool) -> None:
-        on = self._lane(transfer, self.rank)
-        message = self._message(transfer, on)
-        if on is Lane.TOKEN:
-            self.transport.post(message, [torch.empty(1, device=self.device)])
-        elif on is Lane.STATE:
-            forms = self.forms[transfer.stage]
-            self.transport.post(
-                message, [torch.empty(torch.Size(s).numel(), dtype=d, device=self.device) for s, d in forms]
-            )
-        elif there:
-            wanted = rows_of_part(self.structure.relays[transfer.payload.at(0), self.rank], self._batch_rows(transfer))
-            if wanted.start < wanted.stop:
-                rows = wanted.stop - wanted.start
-                forms_ = self.contracts.outputs[transfer.stage].values
-                self.transport.post(message, [form.empty(rows, self.device) for form in forms_])
-
-    # -- the window -----------------------------------------------------------------------------------------------
-
-    def _do_data(self, action: Action) -> None:
-        if action.computes:
-            assert self.source is not None, "the rank of the data action has a source"
-            window = next(self.source)
-            inputs = None if window.inputs is None else tuple(to_device(v, self.device) for v in window.inputs)
-            self.windows[action.step] = replace(window, inputs=inputs)
-        elif action.kind is Kind.RECEIVE:
-            header = torch.empty(header_length(self.structure.window), dtype=torch.int64)
-            self.transport.post(self._message(action, Lane.DATA), [header])
+    def _transfer_state(self, transfer: Action) -> None:
+        """Send the weights and the optimizer state of a block that another rank trains next, or announce theirs."""
+        if transfer.kind is Kind.SEND:
+            self.mailbox.send(transfer, [tensor.reshape(-1) for tensor in self.worker.state(transfer.stage)])
         else:
-            assert action.peer is not None
-            window = self.windows[action.step]
-            self.transport.send(self._message(action, Lane.DATA), [window.header()])
-            if self.structure.reads_samples(action.peer) and not window.ended:
-                if self.packed[0] != action.step:
-                    self.packed = action.step, self._packed(window)
-                self.transport.send(self._message(action, Lane.INPUT), self.packed[1])
-
-    def _packed(self, window: Window) -> list[Tensor]:
-        """The samples of a window as they travel."""
-        contract, packed = self.contracts.inputs, list[Tensor]()
-        for rows, inputs in zip(window.rows, window.inputs or (), strict=False):
-            tensors = contract.split(inputs, rows)
-            packed += [form.pack(t, rows) for t, form in zip(tensors, contract.values, strict=True)]
-        return packed
-
-    def _window(self, step: int) -> Generator[Message, None, Window]:
-        """What this rank knows of a step's window; waits until the reading rank has told of it."""
-        if step not in self.windows:
-            data = Action(Role.STUDENT, 0, Op.DATA, None, step)
-            (header,) = yield from receive(self.transport, self._from(data, Lane.DATA))
-            window = self.windows[step] = Window.from_header(header)
-            if self.reads_samples and not window.ended:
-                forms = [(form, rows) for rows in window.rows if rows for form in self.contracts.inputs.values]
-                self.transport.post(self._from(data, Lane.INPUT), [f.empty(rows, self.device) for f, rows in forms])
-        return self.windows[step]
-
-    def _samples(self, step: int) -> Generator[Message, None, tuple[Any, ...]]:
-        """The batches of a window, whole."""
-        window = self.windows[step]
-        if window.inputs is None:
-            data = Action(Role.STUDENT, 0, Op.DATA, None, step)
-            packed = iter((yield from receive(self.transport, self._from(data, Lane.INPUT))))
-            contract = self.contracts.inputs
-            inputs = tuple(
-                contract.join([form.unpack(next(packed), rows) for form in contract.values], rows)
-                for rows in window.rows if rows
-            )  # fmt: skip
-            window = self.windows[step] = replace(window, inputs=inputs)
-        assert window.inputs is not None
-        return window.inputs
+            forms = self.state_forms[transfer.stage]
+            device = self.recorder.device
+            self.mailbox.post(transfer, [torch.empty(torch.Size(s).numel(), dtype=d, device=device) for s, d in forms])
 
 
-def _cut(value: Any, start: int, stop: int, wanted: slice) -> Any:
-    """Rows `wanted` of a batch, out of a value that holds rows `start` to `stop` of it."""
-    if (start, stop) == (wanted.start, wanted.stop):
+class _WindowTravel:
+    """How windows travel: samples go to the ranks that take rows through the first blocks."""
+
+    def __init__(self, contract: Contract, window: int) -> None:
+        self.contract = contract
+        self.header_length = header_length(window)
+
+    def from_header(self, header: Tensor) -> Window:
+        return Window.from_header(header)
+
+    def to_device(self, data: Window, device: torch.device) -> Window:
+        inputs = None if data.inputs is None else tuple(to_device(batch, device) for batch in data.inputs)
+        return replace(data, inputs=inputs)
+
+    def forms(self, data: Window) -> Forms:
+        return [(form, rows) for rows in data.rows if rows for form in self.contract.values]
+
+    def split(self, data: Window) -> list[Tensor]:
+        batches = zip(data.inputs or (), data.rows, strict=False)  # there may be fewer than the window has room for
+        return [tensor for inputs, rows in batches for tensor in self.contract.split(inputs, rows)]
+
+    def join(self, data: Window, tensors: Sequence[Tensor]) -> Window:
+        rest, size = iter(tensors), len(self.contract.values)
+        inputs = tuple(
+            self.contract.join([next(rest) for _ in range(size)], rows) for rows in data.rows if rows
+        )  # fmt: skip
+        return replace(data, inputs=inputs)
+
+    def is_whole(self, data: Window) -> bool:
+        return data.inputs is not None
+
+
+def _take_rows(value: Any, held: slice, wanted: slice) -> Any:
+    """The `wanted` rows of a batch, out of a value that holds some rows of it."""
+    if held == wanted:
         return value
-    return rows_of(value, slice(wanted.start - start, wanted.stop - start))
+    return rows_of(value, slice(wanted.start - held.start, wanted.stop - held.start))
 
 
-def _joined(contract: Contract, pieces: Sequence[Any]) -> Any:
+def _join_rows(contract: Contract, pieces: Sequence[Any]) -> Any:
     """Values of consecutive rows as one."""
     counts = [distinct_tensors(piece)[0].shape[0] for piece in pieces]
     columns = zip(*(contract.split(piece, rows) for piece, rows in zip(pieces, counts, strict=True)), strict=True)

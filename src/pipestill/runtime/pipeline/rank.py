@@ -16,7 +16,8 @@ from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.log_clock import Lap, LogClock
 from pipestill.runtime.metrics import MetricMeans
-from pipestill.runtime.pipeline.executor import PipelineExecutor
+from pipestill.runtime.pipeline.boundaries import Boundaries
+from pipestill.runtime.pipeline.executor import PipelineExecutor, UpdateRules
 from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.reports import FigureExchange, RunListener, check_finite, logged_values
@@ -74,7 +75,10 @@ class PipelineRank:
         self.holds_loss = self.structure.student_ranks[self.structure.last] == rank
         self.evaluation = forward_only(plan.num_devices, plan.microbatches)
         stages = [task.student_blocks.parameters_of(stage).values() for stage in self.student_stages]
-        self.num_trained = [sum(p.requires_grad for p in parameters) for parameters in stages]
+        self.boundaries = Boundaries(
+            contracts, self.student_stages, self.teacher_stages, views=isinstance(task, Momentum),
+            num_trained=[sum(p.requires_grad for p in parameters) for parameters in stages],
+        )  # fmt: skip
         self.num_validations = 0
         self.losses: dict[str, float] = {}
         self.gradient_squares = torch.zeros(0, dtype=torch.float64)
@@ -88,20 +92,18 @@ class PipelineRank:
         self.task.student_blocks.in_mode(train=False)
         self.task.student_blocks.in_mode(train=True)  # anew: some layers may stay in eval mode
         self.clock.skip()
-        executor = self._executor(
-            self.plan.schedule, self.zero.batches if self.zero else None, self.recorder,
-            before_update=self._before_update, after_update=self._after_update, clip=self.settings.largest_norm,
-            views=isinstance(self.task, Momentum), num_trained=self.num_trained,
+        rules = UpdateRules(
+            largest_norm=self.settings.largest_norm, before=self._before_update, after=self._after_update
         )  # fmt: skip
-        yield from executor.run()
+        source = self.zero.batches if self.zero else None
+        yield from self._executor(self.plan.schedule, source, self.recorder, rules=rules).run()
         self.task.student.train()  # the last thing that ran may have been a validation
 
     def _executor(
         self, schedule: Schedule[PipelineStructure], source: Iterator[Batch] | None, recorder: Recorder, **rest: Any
     ) -> PipelineExecutor:
         return PipelineExecutor(
-            schedule, self.rank, contracts=self.contracts, student_stages=self.student_stages,
-            teacher_stages=self.teacher_stages, student=self.student, teacher=self.teacher,
+            schedule, self.rank, boundaries=self.boundaries, student=self.student, teacher=self.teacher,
             transport=self.transport, recorder=recorder, source=source, **rest,
         )  # fmt: skip
 
@@ -140,7 +142,7 @@ class PipelineRank:
         mine = torch.cat([torch.tensor([busy, *losses], dtype=torch.float64), self.gradient_squares])
         if self.exchange.reports:
             self.unreported = _LoggedStep(step, batch.epoch, self.clock.lap())
-        self.exchange.give(step, mine, [1 + len(losses) + count for count in self.num_trained])
+        self.exchange.give(step, mine, [1 + len(losses) + count for count in self.boundaries.num_trained])
 
     def _report(self) -> Waiting:
         """Report the step that was logged last, unless that was done before."""

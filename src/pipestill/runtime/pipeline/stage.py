@@ -225,7 +225,7 @@ class StudentStage:
             )
 
     def loss(
-        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, share: float
+        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, weight: float
     ) -> None:
         """Evaluate a loss of the outputs of some units (of both models) and take its gradients with regard to them."""
         seed_block(self.seed, Role.STUDENT, len(self.model), step, number, self.device)
@@ -236,8 +236,8 @@ class StudentStage:
                 f"the loss had the parts {', '.join(self.contracts.loss_parts)} on the sample batch and now has "
                 f"{', '.join(parts)}; it must always give the same ones, in the same order"
             )
-        self.loss_sums += torch.stack([part.detach().double() for part in parts.values()]) * share
-        weighted_loss(parts, share).backward()
+        self.loss_sums += torch.stack([part.detach().double() for part in parts.values()]) * weight
+        weighted_loss(parts, weight).backward()
         for unit, (_, tracked, gradients) in cuts.items():
             self.from_loss[step, unit] = (tracked, gradients)
 

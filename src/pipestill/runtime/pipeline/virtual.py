@@ -12,7 +12,8 @@ from pipestill.costs import StageCosts
 from pipestill.model.contracts import observe
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.plan import Plan
-from pipestill.runtime.pipeline.executor import PipelineExecutor
+from pipestill.runtime.pipeline.boundaries import Boundaries
+from pipestill.runtime.pipeline.executor import PipelineExecutor, UpdateRules
 from pipestill.runtime.transport.protocol import Message
 from pipestill.runtime.transport.virtual import (
     EventsBySegment,
@@ -73,7 +74,7 @@ class VirtualStudent(VirtualStage):
         raise AssertionError("virtual devices only train")
 
     def loss(
-        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, share: float
+        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, weight: float
     ) -> None:
         """Take the time of a loss."""
         self._work(Role.STUDENT, Op.LOSS, number)
@@ -127,13 +128,16 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
             return 0.0
         return transfer_seconds(message.payload, structure, costs) - latency
 
+    stages = [range(i, i + 1) for i in range(plan.num_devices)]
+    boundaries = Boundaries(
+        _contracts(structure, plan.num_devices), stages, stages, num_trained=(0,) * plan.num_devices, views=False
+    )
     executor = PipelineExecutor(
-        schedule, rank, contracts=_contracts(structure, plan.num_devices), student_stages=_stages(plan),
-        teacher_stages=_stages(plan), student=VirtualStudent(rank, schedule, costs, clock),
+        schedule, rank, boundaries=boundaries, student=VirtualStudent(rank, schedule, costs, clock),
         teacher=VirtualTeacher(rank, schedule, costs, clock) if structure.teacher_ranks else None,
         transport=VirtualTransport(transport, seconds, latency, clock), recorder=recorder,
-        source=virtual_batches(structure.num_microbatches, steps) if rank == 0 else None, clip=1.0,
-        num_trained=(0,) * plan.num_devices,
+        source=virtual_batches(structure.num_microbatches, steps) if rank == 0 else None,
+        rules=UpdateRules(largest_norm=1.0),
     )  # fmt: skip
 
     def run() -> EventsBySegment:
@@ -145,11 +149,6 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
         return None
     events, late = timed
     return Trace(plan.num_devices, tuple(events[0])), late
-
-
-def _stages(plan: Plan) -> list[range]:
-    """A stage of one block for each rank."""
-    return [range(i, i + 1) for i in range(plan.num_devices)]
 
 
 def _contracts(structure: PipelineStructure, num_blocks: int) -> PipelineContracts:
