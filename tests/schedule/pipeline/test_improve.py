@@ -11,7 +11,8 @@ from schedule.tasks import Task, lists_of, stage_costs, tasks, uniform
 from pipestill.costs import Link, StageCosts
 from pipestill.schedule import Op, check
 from pipestill.schedule.comms import connect
-from pipestill.schedule.pipeline.improve import Clock, Rows, improve
+from pipestill.schedule.pipeline.clock import Clock
+from pipestill.schedule.pipeline.improve import Rows, improve
 from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
 from pipestill.schedule.simulate import simulate
 

@@ -9,7 +9,8 @@ from schedule.tasks import lists_of, texts_of, uniform
 from pipestill.schedule import Action, check
 from pipestill.schedule.comms import connect
 from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
-from pipestill.schedule.pipeline.weave import Edge, Weaver, in_order, stash_bounds
+from pipestill.schedule.pipeline.weave import in_order, stash_bounds
+from pipestill.schedule.pipeline.weaver import Bound, Weaver
 
 SPLIT = pipeline(1, 2, teacher=False, split=True)
 ORDER = lists_of("S0F0@0 S0L0@0 S0I0@0 S0F1@0 S0L1@0 S0I1@0 S0U@0")
@@ -21,13 +22,13 @@ def weaver(
     orders: Sequence[Sequence[Action]],
     flexible: Iterable[Action],
     period: float,
-    bounds: Iterable[Edge] = (),
+    bounds: Iterable[Bound] = (),
 ) -> Weaver:
     n = len(structure.student_ranks)
     return Weaver(structure, uniform(n, 1, 1, 2, weight=1), orders, flexible, period, bounds)
 
 
-def woven(period: float, bounds: Iterable[Edge] = (), latest: bool = True) -> list[str]:
+def woven(period: float, bounds: Iterable[Bound] = (), latest: bool = True) -> list[str]:
     """Both gradients of weights in the order above, the later one first."""
     made = weaver(SPLIT, ORDER, WEIGHTS, period, [*in_order(WEIGHTS), *bounds])
     assert made.feasible

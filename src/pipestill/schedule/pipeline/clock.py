@@ -1,76 +1,101 @@
-"""Times rows of work quickly: the simulator without contention on links, for searches that ask thousands of times."""
+"""A fast, contention-free timer for candidate schedules of one structure.
+
+It is the simulator without transfers that queue on a link and without what messages cost, for searches that time thousands
+of rows. Rows repeat, so a few periods are played, and the later ones are measured:
+
+    periods played     0   1   2   3   4   5   6   7   8
+    measured                       |---------------|      from the end of period 3 to that of period 7
+
+Rows settle in the first periods. In the last one a rank may run on by itself, because nothing after it is played.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from pipestill.costs import StageCosts
-from pipestill.schedule.action import Action, Op
-from pipestill.schedule.needs import needs
-from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
+from pipestill.schedule.action import Action
 from pipestill.schedule.pipeline.structure import PipelineStructure
+from pipestill.schedule.pipeline.work import WorkTable
 
-_PERIODS = 9
+_PERIODS = 9  # that are played
+_SETTLED = 3  # the period at whose end the measurement begins
+_LAST = 7  # the period at whose end it ends
 
 
 class Clock:
-    """Of one structure under given costs."""
+    """A fast, contention-free timer for candidate schedules of one structure under given costs."""
 
     def __init__(self, structure: PipelineStructure, costs: StageCosts) -> None:
-        self.structure, self.costs = structure, costs
-        self.seconds = {a: action_seconds(a, structure, costs) * costs.interference for a in structure.actions()}
-        self.needed: dict[Action, list[tuple[Action, int, float]]] = {}
-        for action in self.seconds:
-            rank = structure.rank_of(action)
-            self.needed[action] = [
-                (need.at(0), need.step, transfer_seconds(need, structure, costs))
-                for need in needs(action, structure)
-                if structure.rank_of(need) != rank and need.op is not Op.DATA
-            ]
+        self.structure = structure
+        self._table = WorkTable(structure, costs)
+        self._number = {action: number for number, action in enumerate(self._table.seconds)}
 
     def period(self, rows: Sequence[Sequence[Action]]) -> float | None:
-        """Mean seconds of a late period; None where a rank gets stuck."""
-        written = {a.at(0): a.step for row in rows for a in row}
-        todo = [
-            [
-                (a.at(0), self.seconds[a.at(0)], [(n, a.step + d - written[n], c) for n, d, c in self.needed[a.at(0)]])
-                for a in row
-            ]
-            for row in rows
-        ]
-        ends: dict[Action, list[float]] = {a: [] for a in written}
-        where, now = [0] * len(rows), [0.0] * len(rows)
-        marks: list[list[float]] = [[] for _ in rows]
+        """Mean seconds of a settled period of `rows`; None where a rank gets stuck."""
+        written = {action.at(0): action.step for row in rows for action in row}
+        run = _Run([[self._item(action, written) for action in row] for row in rows], len(self._number))
         moved = True
         while moved:
-            moved = False
-            for rank, row in enumerate(todo):
-                position, time = where[rank], now[rank]
-                while position < len(row) * _PERIODS:
-                    period, index = divmod(position, len(row))
-                    action, seconds, needed = row[index]
-                    for need, lag, comm in needed:
-                        at = period + lag
-                        if at < 0:
-                            continue
-                        done = ends[need]
-                        if at >= len(done):
-                            if at < _PERIODS:
-                                break
-                            continue
-                        if done[at] + comm > time:
-                            time = done[at] + comm
-                    else:
-                        time += seconds
-                        ends[action].append(time)
-                        position += 1
-                        if index == len(row) - 1:
-                            marks[rank].append(time)
-                        continue
-                    break
-                if position != where[rank]:
-                    where[rank], now[rank], moved = position, time, True
-        if any(len(mark) < _PERIODS for mark in marks):
+            moved = sum(run.advance(rank) for rank in range(len(rows))) > 0
+        ends = [run.ends[self._number[row[-1].at(0)]] for row in rows]
+        if any(len(of_rank) < _PERIODS for of_rank in ends):
             return None
-        half = _PERIODS // 2
-        return max((mark[-2] - mark[half - 1]) / (_PERIODS - 1 - half) for mark in marks)
+        return max((of_rank[_LAST] - of_rank[_SETTLED]) / (_LAST - _SETTLED) for of_rank in ends)
+
+    def _item(self, action: Action, written: dict[Action, int]) -> _Item:
+        """Look up what an action of a row takes and waits for. `written`: the step that each action has in the rows."""
+        work = action.at(0)
+        waits = [
+            (self._number[wait.result], action.step + wait.step - written[wait.result], wait.transfer_seconds)
+            for wait in self._table.waits[work]
+            if wait.far  # what is on the same rank has ended before
+        ]
+        return _Item(self._number[work], self._table.seconds[work], waits)
+
+
+class _Item(NamedTuple):
+    """One piece of work of a period."""
+
+    number: int
+    seconds: float
+    waits: list[tuple[int, int, float]]
+    """Numbers of work on other ranks, how many periods later (0 or less: earlier) that stands, and transfer seconds."""
+
+
+class _Run:
+    """The state of one timing: how far each rank has come, and when each piece of work has ended."""
+
+    def __init__(self, rows: Iterable[Sequence[_Item]], num_works: int) -> None:
+        self.todo = [[(period, item) for period in range(_PERIODS) for item in row] for row in rows]
+        self.position = [0] * len(self.todo)  # of each rank, in its todo
+        self.now = [0.0] * len(self.todo)  # when each rank's last work ended
+        self.ends: list[list[float]] = [[] for _ in range(num_works)]  # of each work, in each period so far
+
+    def advance(self, rank: int) -> bool:
+        """Run a rank's work until some of it has to wait for another rank; whether there was any to run."""
+        todo, now = self.todo[rank], self.now[rank]
+        first = position = self.position[rank]
+        while position < len(todo):
+            period, (number, seconds, waits) = todo[position]
+            start = self._start(period, waits, now) if waits else now
+            if start is None:
+                break
+            now = start + seconds
+            self.ends[number].append(now)
+            position += 1
+        self.position[rank], self.now[rank] = position, now
+        return position > first
+
+    def _start(self, period: int, waits: list[tuple[int, int, float]], now: float) -> float | None:
+        """When work can start that waits for other ranks; None while some of that has not ended."""
+        for number, later, transfer in waits:
+            awaited = period + later
+            if not 0 <= awaited < _PERIODS:
+                continue  # of a period that is not played
+            ends = self.ends[number]
+            if awaited >= len(ends):
+                return None
+            now = max(now, ends[awaited] + transfer)
+        return now

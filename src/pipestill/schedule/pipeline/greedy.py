@@ -1,30 +1,79 @@
 """List scheduling: every rank does whatever is ready first, by priority, until a pattern repeats.
 
-What the student's next rank waits for comes first (gradients of inputs, then forwards), then what may wait: gradients of
-weights and the teacher's forwards, which take whatever room is left.
+    first    what other ranks wait for: the end of a step, losses, gradients of inputs, then forwards of the student
+    then     what may wait, in the room that is left: gradients of weights and the teacher's forwards
+
+Some steps are played out with the given costs. The order in which a rank did the work of one step in the middle is its row,
+if it has settled: that is, if it then did all the work of exactly one period.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.needs import needs
-from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
 from pipestill.schedule.pipeline.structure import PipelineStructure
+from pipestill.schedule.pipeline.work import Rows, WorkTable
 
-_STEPS = 12
+_STEPS = 12  # that are played
 _ROUNDING = 1e-9
+
+_Kind = tuple[Role, Op]
+_FORWARD = (Role.STUDENT, Op.FORWARD)
+_TEACHER = (Role.TEACHER, Op.FORWARD)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One piece of work of a step, with the ends of what it needs."""
+
+    action: Action
+    seconds: float
+    ends: list[float]
+    """When it ended in each step so far."""
+    waits: list[tuple[list[float], int, float]]
+    """For each result that it needs: the ends of that work, how many steps later it is (0 or less), transfer seconds."""
+
+    def ready(self, step: int) -> float | None:
+        """When all that the work needs in a step is there; None while some of it has not ended."""
+        latest = 0.0
+        for ends, later, transfer in self.waits:
+            needed = step + later
+            if needed < 0:
+                continue  # before the first step
+            if needed >= len(ends):
+                return None
+            latest = max(latest, ends[needed] + transfer)
+        return latest
+
+
+@dataclass(slots=True)
+class _Rank:
+    """What one rank has done so far, and what comes next of each kind of work."""
+
+    queues: dict[_Kind, list[_Work]]
+    """All work of one step, by its kind, in order."""
+    done: dict[_Kind, int]
+    """How many pieces of work of each kind the rank has done, over all steps."""
+    order: list[Action] = field(default_factory=list)
+    """Everything that the rank has done."""
+    free: float = 0.0
+    """When its last work ended."""
 
 
 class Greedy:
-    """`rows()` gives the repeating period, or None where no pattern of one step has set in.
+    """List scheduling of one structure under given costs; `rows` gives the repeating period.
 
-    `stash` bounds each stage's units between forward and backward, `run_ahead` the units that the teacher is ahead of the
-    student; one that is no more than `lead` ahead goes before the student's forwards. `weights_first`: whether gradients of
-    weights have priority over the teacher's forwards.
+    Args:
+        structure: what a step computes
+        costs: seconds of each kind of work on each stage
+        stash: for each stage, the most units between forward and backward
+        run_ahead: the most units that the teacher may be ahead of the student on a rank
+        lead: a teacher's forward that is no more than so many units ahead goes before the student's forwards
+        weights_first: whether gradients of weights have priority over the teacher's forwards
     """
 
     def __init__(
@@ -36,140 +85,102 @@ class Greedy:
         lead: int = 0,
         weights_first: bool = True,
     ) -> None:
-        self.structure, self.costs, self.stash, self.run_ahead = structure, costs, stash, run_ahead
-        self.lead, self.weights_first = lead, weights_first
-        self.num_ranks = len(structure.student_ranks)
-        self.taught = structure.num_units(Role.TEACHER)
-        self.seconds = {a: action_seconds(a, structure, costs) * costs.interference for a in structure.actions()}
-        self.done: dict[Action, float] = {}
-        self.awaited: dict[Action, list[tuple[Action, float]]] = {}
-        self.orders: list[list[Action]] = [[] for _ in range(self.num_ranks)]
-        self.next = [dict.fromkeys(self._kinds(rank), 0) for rank in range(self.num_ranks)]
-        self.free = [0.0] * self.num_ranks
+        self.structure = structure
+        self.stash = stash
+        self.run_ahead = run_ahead
+        self.lead = lead
+        self.weights_first = weights_first
+        table = WorkTable(structure, costs)
+        ends: dict[Action, list[float]] = {action: [] for action in table.seconds}
+        self.ranks = [_Rank({}, {}) for _ in structure.student_ranks]
+        for action, seconds in table.seconds.items():
+            waits = [(ends[wait.result], wait.step, wait.transfer_seconds) for wait in table.waits[action]]
+            rank = self.ranks[structure.rank_of(action)]
+            rank.queues.setdefault((action.role, action.op), []).append(_Work(action, seconds, ends[action], waits))
+            rank.done[action.role, action.op] = 0
 
-    def _kinds(self, rank: int) -> list[tuple[Role, Op]]:
-        ops = [Op.FORWARD, *self.structure.backward_ops, Op.UPDATE]
-        kinds = [(Role.STUDENT, op) for op in ops]
-        if rank == self.structure.last:
-            kinds.append((Role.STUDENT, Op.LOSS))
-        if self.structure.clip:
-            kinds.append((Role.STUDENT, Op.NORM))
-        if self.structure.momentum:
-            kinds.append((Role.TEACHER, Op.EMA))
-        return [*kinds, (Role.TEACHER, Op.FORWARD)] if self.structure.teacher_ranks else kinds
-
-    def rows(self) -> list[list[Action]] | None:
-        """One period a rank, up to what ends a step there."""
-        now, soon = 0.0, [0.0]
+    def rows(self) -> Rows | None:
+        """One period on each rank, up to what ends a step there; None where no pattern of one step has set in."""
+        soon = [0.0]  # moments at which some work ends or some result arrives
         while soon:
             now = heapq.heappop(soon)
             while soon and soon[0] <= now * (1 + _ROUNDING):
                 heapq.heappop(soon)
-            for rank in range(self.num_ranks):
-                while (
-                    self.free[rank] <= now * (1 + _ROUNDING) and (action := self._choose(rank, now, soon)) is not None
-                ):
-                    self._do(rank, action, now, soon)
-        return self._period()
-
-    def _do(self, rank: int, action: Action, now: float, soon: list[float]) -> None:
-        now += self.seconds[action.at(0)]
-        self.done[action] = now
-        self.orders[rank].append(action)
-        self.next[rank][action.role, action.op] += 1
-        self.free[rank] = now
-        heapq.heappush(soon, now)
-
-    def _candidate(self, rank: int, kind: tuple[Role, Op]) -> Action | None:
-        """The next work of its kind on a rank, in a run of some steps."""
-        role, op = kind
-        count = self.next[rank][kind]
-        if not op.per_microbatch:
-            unit, step = None, count
-        else:
-            per_step = self.structure.num_losses if op is Op.LOSS else self.structure.num_units(role)
-            step, unit = divmod(count, per_step)
-        return Action(role, rank, op, unit, step) if step < _STEPS else None
-
-    def _choose(self, rank: int, now: float, soon: list[float]) -> Action | None:
-        """What to start now. Notes in `soon` when something that is on its way will be there."""
-        for kind in self._priorities(rank):
-            action = self._candidate(rank, kind)
-            if action is None or not self._allowed(rank, action):
-                continue
-            ready = self._ready(rank, action)
-            if ready is None:
-                continue
-            if ready <= now * (1 + _ROUNDING):
-                return action
-            heapq.heappush(soon, ready)
-        return None
-
-    def _priorities(self, rank: int) -> list[tuple[Role, Op]]:
-        s, done = self.structure, self.next[rank]
-        forward, teacher = (Role.STUDENT, Op.FORWARD), (Role.TEACHER, Op.FORWARD)
-        kinds = [
-            (Role.STUDENT, Op.NORM), (Role.TEACHER, Op.EMA), (Role.STUDENT, Op.UPDATE), (Role.STUDENT, Op.LOSS),
-            (Role.STUDENT, s.backward_ops[0]), forward,
-        ]  # fmt: skip
-        kinds = [kind for kind in kinds if kind in done]
-        rest = [(Role.STUDENT, Op.WEIGHT)] if s.split else []
-        if teacher in done:
-            if done[teacher] * s.views <= (done[forward] + self.lead) * s.teacher_views:
-                kinds.insert(kinds.index(forward), teacher)  # the loss will wait for it
-            else:
-                rest.insert(len(rest) if self.weights_first else 0, teacher)
-        return kinds + rest
-
-    def _allowed(self, rank: int, action: Action) -> bool:
-        """Whether memory and the versions of weights that are still to be read let it start."""
-        s, done = self.structure, self.next[rank]
-        forwards = done[Role.STUDENT, Op.FORWARD]
-        if action.op is Op.EMA:
-            return done[Role.TEACHER, Op.FORWARD] >= self.taught * min(_STEPS, action.step + s.staleness + 1)
-        if action.role is Role.TEACHER:
-            assert action.microbatch is not None
-            return done[action.role, action.op] * s.views < forwards * s.teacher_views + self.run_ahead * s.views
-        if action.op is Op.FORWARD:
-            return forwards - done[Role.STUDENT, s.backward_ops[-1]] < self.stash[rank]
-        return True
-
-    def _ready(self, rank: int, action: Action) -> float | None:
-        """When all that an action needs is there; None while some of it is not done."""
-        latest = 0.0
-        for need, transfer in self._awaited(rank, action):
-            end = self.done.get(need)
-            if end is None:
-                return None
-            latest = max(latest, end + transfer)
-        return latest
-
-    def _awaited(self, rank: int, action: Action) -> list[tuple[Action, float]]:
-        """What it needs, each with the seconds in which it comes; looked up once, because it is asked again and again."""
-        if action not in self.awaited:
-            self.awaited[action] = [
-                (
-                    need,
-                    transfer_seconds(need, self.structure, self.costs) if self.structure.rank_of(need) != rank else 0.0,
-                )
-                for need in needs(action, self.structure)
-                if need.step >= 0 and need.op is not Op.DATA
-            ]
-        return self.awaited[action]
-
-    def _period(self) -> list[list[Action]] | None:
+            for stage, rank in enumerate(self.ranks):
+                while rank.free <= now * (1 + _ROUNDING) and self._do_next(stage, rank, now, soon):
+                    pass
         rows = []
-        for order in self.orders:
-            last = Op.EMA if self.structure.momentum else Op.UPDATE
-            ends = [i + 1 for i, a in enumerate(order) if a.op is last]
-            middle = len(ends) // 2
-            if len(ends) < _STEPS:
-                return None
-            cut = order[ends[middle - 1] : ends[middle]]
-            if any(a.step < middle for a in cut):
-                return None
-            row = [a.at(a.step - middle) for a in cut]
-            if len({a.at(0) for a in row}) != len(row) or len(row) * _STEPS != len(order):
+        for rank in self.ranks:
+            row = _period(rank.order, Op.EMA if self.structure.momentum else Op.UPDATE)
+            if row is None:
                 return None
             rows.append(row)
         return rows
+
+    def _do_next(self, stage: int, rank: _Rank, now: float, soon: list[float]) -> bool:
+        """Do the first work in order of priority that is ready; False where there is none.
+
+        Adds to `soon` when the work ends, or when something arrives that work of a higher priority waits for.
+        """
+        for kind in self._priorities(rank):
+            step, index = divmod(rank.done[kind], len(rank.queues[kind]))
+            if step >= _STEPS or not self._allowed(stage, rank, kind, step):
+                continue
+            work = rank.queues[kind][index]
+            ready = work.ready(step)
+            if ready is None:
+                continue
+            if ready > now * (1 + _ROUNDING):
+                heapq.heappush(soon, ready)
+                continue
+            rank.free = now + work.seconds
+            rank.order.append(work.action.at(step))
+            rank.done[kind] += 1
+            work.ends.append(rank.free)
+            heapq.heappush(soon, rank.free)
+            return True
+        return False
+
+    def _priorities(self, rank: _Rank) -> list[_Kind]:
+        """The kinds of work in the order in which they are considered."""
+        s = self.structure
+        first = [
+            (Role.STUDENT, Op.NORM), (Role.TEACHER, Op.EMA), (Role.STUDENT, Op.UPDATE), (Role.STUDENT, Op.LOSS),
+            (Role.STUDENT, s.backward_ops[0]),
+        ]  # fmt: skip
+        last = [(Role.STUDENT, Op.WEIGHT)]
+        teacher_ahead = s.views * rank.done.get(_TEACHER, 0) - s.teacher_views * rank.done[_FORWARD]
+        if teacher_ahead <= self.lead * s.teacher_views:  # the loss will wait for it
+            kinds = [*first, _TEACHER, _FORWARD, *last]
+        elif self.weights_first:
+            kinds = [*first, _FORWARD, *last, _TEACHER]
+        else:
+            kinds = [*first, _FORWARD, _TEACHER, *last]
+        return [kind for kind in kinds if kind in rank.done]
+
+    def _allowed(self, stage: int, rank: _Rank, kind: _Kind, step: int) -> bool:
+        """Whether memory and the versions of weights that are still to be read let work of a kind start."""
+        s, done = self.structure, rank.done
+        role, op = kind
+        if op is Op.EMA:
+            steps_to_read = min(_STEPS, step + s.staleness + 1)  # whose forwards read the weights as they are
+            return done[_TEACHER] >= s.num_units(Role.TEACHER) * steps_to_read
+        if role is Role.TEACHER:
+            return done[_TEACHER] * s.views < done[_FORWARD] * s.teacher_views + self.run_ahead * s.views
+        if op is Op.FORWARD:
+            return done[_FORWARD] - done[Role.STUDENT, s.backward_ops[-1]] < self.stash[stage]
+        return True
+
+
+def _period(order: list[Action], last: Op) -> list[Action] | None:
+    """The period of a rank's order, from one `last` of a step to the next, in the middle; None where there is none."""
+    ends = [i + 1 for i, action in enumerate(order) if action.op is last]
+    if len(ends) < _STEPS:
+        return None
+    step = _STEPS // 2
+    period = order[ends[step - 1] : ends[step]]
+    if any(action.step < step for action in period):
+        return None
+    row = [action.at(action.step - step) for action in period]
+    each_once = len({action.at(0) for action in row}) == len(row) and len(row) * _STEPS == len(order)
+    return row if each_once else None
