@@ -8,10 +8,8 @@ from support.models import distillation, images
 from torch import nn
 
 from pipestill.costs import Costs, Link
-from pipestill.losses import cross_entropy
 from pipestill.model.dry_run import dry_run
 from pipestill.model.profile import profile, wake_seconds
-from pipestill.model.tasks import Supervised
 
 
 def measure(task: object, rows: int = 6) -> Costs:
@@ -77,18 +75,6 @@ def test_nothing_changes() -> None:
         assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), seed)
-
-
-def test_what_blocks_keep_for_their_backward_is_counted_once() -> None:
-    """Linear layers keep their input, a ReLU its output; the last layer's input is that output."""
-    layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
-    task = Supervised(layers, cross_entropy)
-    few = (torch.rand(3, 8), torch.tensor([0, 1, 2]))
-    costs = profile(
-        task, dry_run(task, *few), *few, rows=5, optimizer=lambda p: torch.optim.SGD(p.values(), 0.1), repeats=1
-    )
-    assert [b.stash_bytes for b in costs.student] == [4 * 5 * 8, 4 * 5 * 16, 0]
-    assert [b.training_bytes for b in costs.student] == [b.parameter_bytes for b in costs.student], "gradients"
 
 
 def test_work_after_a_nap_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,7 @@ from support.blocks import BATCHES, EPOCHS, OPTIMIZERS, ROWS, BlockCase, Chain, 
 from torch import Tensor, nn
 
 import pipestill as ps
-from pipestill.errors import ConfigError, DataError, ModelError, PlanError, TrainingError
-from pipestill.model.blockwise.dry_run import blockwise_dry_run
+from pipestill.errors import ConfigError, DataError, PlanError, TrainingError
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, Phase
 from pipestill.runtime.blockwise.rank import BlockwiseRank
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -201,68 +200,8 @@ def test_nest_crosses_between_blocks() -> None:
             torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-12)
 
 
-# ---------------------------------------------------------------- what is refused
-
-
 def chain(*widths: int) -> Chain:
     return Chain([nn.Linear(a, b) for a, b in pairwise(widths)])
-
-
-def test_numbers_of_blocks_that_differ() -> None:
-    with pytest.raises(ModelError, match="the student has 2 blocks, the teacher 3; cut both into as many"):
-        ps.Blockwise(chain(4, 4, 4, 4), chain(4, 4, 4))
-
-
-def test_everything_wrong_with_a_task_is_told_at_once() -> None:
-    with pytest.raises(ModelError) as error:
-        ps.Blockwise(chain(4, 4, 4), chain(4, 4, 4), loss=[ps.losses.mse], output_projectors={5: nn.Linear(1, 1)})
-    assert "1 losses for 2 blocks" in str(error.value)
-    assert "output_projectors of block 5; there are blocks 0 to 1" in str(error.value)
-
-
-def test_shared_parameter_is_refused() -> None:
-    teacher, student = chain(4, 4), chain(4, 4)
-    student.b0.weight = teacher.b0.weight  # type: ignore[assignment]
-    with pytest.raises(ModelError, match="share a parameter or buffer"):
-        ps.Blockwise(teacher, student)
-
-
-def test_weight_tied_between_student_blocks_is_refused() -> None:
-    student = chain(4, 4, 4)
-    student.b1.weight = student.b0.weight  # type: ignore[assignment]
-    with pytest.raises(ModelError, match="shared by student stages 0 and 1"):
-        ps.Blockwise(chain(4, 4, 4), student)
-
-
-@pytest.mark.parametrize(
-    ("student", "more", "message"),
-    [
-        (
-            chain(4, 3, 4),
-            {},
-            r"student block 0 \('b0'\) cannot take float32\[2, 4\] and be compared with float32\[2, 5\].*projectors",
-        ),
-        (chain(3, 5, 4), {}, r"student block 0 \('b0'\) cannot take .*give projectors"),
-        (chain(4, 5, 4), {"loss": lambda s, t: s}, "the loss of block 0 gave a tensor of shape .* expected a scalar"),
-        (
-            chain(4, 5, 4),
-            {"loss": lambda s, t: t.sum()},
-            "the loss of block 0 does not depend on any trained parameter",
-        ),
-    ],
-)
-def test_blocks_that_do_not_fit_are_named(student: Chain, more: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        blockwise_dry_run(ps.Blockwise(chain(4, 5, 4), student, **more), torch.randn(3, 4))
-
-
-def test_boundary_without_rows_is_refused() -> None:
-    class Sum(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.sum(0)
-
-    with pytest.raises(ModelError, match=r"teacher block 0 \('b0'\) gives .* give tensors of one row a sample"):
-        blockwise_dry_run(ps.Blockwise(Chain([Sum()]), chain(4, 4)), torch.randn(3, 4))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""Stopwatches by a clock that the test moves, and optimizers that change no model."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipestill.model import measure
+from pipestill.model.measure import NappingStopwatch, Stopwatch, state_bytes, trial_optimizer
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock of one number, which sleeping moves."""
+    time = [0.0]
+
+    def sleep(seconds: float) -> None:
+        time[0] += seconds
+
+    monkeypatch.setattr(measure, "now", lambda: time[0])
+    monkeypatch.setattr("time.sleep", sleep)
+    return time
+
+
+def test_a_stopwatch_notes_the_seconds_of_every_piece(clock: list[float]) -> None:
+    watch = Stopwatch()
+    clock[0] = 5.0
+    with watch:  # counts from here
+        for seconds, piece in ((1.0, "one"), (2.0, "two"), (4.0, "one")):
+            clock[0] += seconds
+            watch.mark(piece, 3)
+    assert watch.seconds == {("one", 3): [1.0, 4.0], ("two", 3): [2.0]}
+
+
+def test_naps_count_for_no_piece(clock: list[float]) -> None:
+    watch = NappingStopwatch(every=2, nap_seconds=100.0, most=2)
+    for _ in range(7):
+        clock[0] += 1.0
+        watch.mark("piece", 0)
+    assert watch.seconds == {("piece", 0): [1.0] * 7}
+    assert clock[0] == 7.0 + 2 * 100.0
+
+
+def test_a_trial_optimizer_changes_no_model() -> None:
+    layer = nn.Linear(3, 2)
+    before = [parameter.clone() for parameter in layer.parameters()]
+    optimizer = trial_optimizer(
+        dict(layer.named_parameters()), lambda p: torch.optim.SGD(p.values(), 0.1, momentum=0.9)
+    )
+    assert optimizer is not None
+    optimizer.step()
+    assert state_bytes(optimizer) == (3 * 2 + 2) * 4
+    assert all(torch.equal(a, b) for a, b in zip(before, layer.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    assert trial_optimizer({}, lambda p: torch.optim.SGD(p.values(), 0.1)) is None
