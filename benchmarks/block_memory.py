@@ -27,9 +27,8 @@ from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
 from pipestill.model.live_bytes import LiveBytes
 from pipestill.plan.describe import describe
+from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.compress import Compress
-from pipestill.recipes.recipe import BlockwiseWorkload
-from pipestill.recipes.run_blockwise import make_block_trainer
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.launch import launch
@@ -51,7 +50,7 @@ def counted(name: str, devices: int) -> list[dict[str, Any]]:
     profile = world.broadcast(_profile(workload) if world.is_main else None)
     for strategy in PIPELINE_STRATEGIES:
         options = RunOptions(devices=devices, threads=1, device="cpu", strategy=strategy)
-        trainer = make_block_trainer(workload.task(), workload, options, profile=profile)
+        trainer = workload.trainer(workload.task(), options, costs=profile)
         plan = trainer.engine.plan(profile, BATCH)
         with LiveBytes() as mode, weights_counted(mode, trainer, profile):
             trainer.fit(workload.loader, steps=max(6, 4 * plan.window))
@@ -89,7 +88,7 @@ def weights_counted(mode: LiveBytes, trainer: Trainer, profile: BlockProfile) ->
 def _profile(workload: BlockwiseWorkload) -> BlockProfile:
     """Of whole batches only: what few rows take does not matter here."""
     task, options = workload.task(), RunOptions(device="cpu", strategy="balanced")
-    trainer = make_block_trainer(task, workload, options)
+    trainer = workload.trainer(task, options)
     inputs, _ = inputs_and_targets(next(iter(workload.loader)))
     measured = measure_blocks(
         task, blockwise_dry_run(task, inputs), inputs, batch=BATCH, devices=1, optimizer=trainer.make_optimizer

@@ -30,10 +30,11 @@ from pipestill.losses import cross_entropy
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.plan.blockwise.costs import dp_seconds
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, make_blockwise_plan
+from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.compress import Compress
 from pipestill.recipes.datasets import digits
-from pipestill.recipes.recipe import BlockwiseWorkload, Training
 from pipestill.recipes.run_options import RunOptions
+from pipestill.recipes.training import Training
 from pipestill.schedule.blockwise.profile import BlockProfile
 
 WORKLOADS = ("nas-cifar", "nas-imagenet", "compress-cifar", "compress-imagenet")

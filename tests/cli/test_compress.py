@@ -39,10 +39,10 @@ WRONG = {
     ),
     "unknown strategy": ("--strategy relay-dup", "no strategy 'relay-dup' (did you mean 'relay-dpu'?)"),
     "staleness": ("--staleness 1", "staleness is of a momentum teacher"),
-    "missing profile": ("--profile p.csv", "cannot read block profile 'p.csv'"),
-    "profile of other blocks": ("--profile three.csv", "the costs are of 3 blocks, the models have 6"),
+    "missing profile": ("--costs p.csv", "cannot read block profile 'p.csv'"),
+    "profile of other blocks": ("--costs three.csv", "the costs are of 3 blocks, the models have 6"),
     "profile without memory": (
-        "--widths 4,6 --depths 1,1 --student_depths 1,1 --profile three.csv --memory 1GB",
+        "--widths 4,6 --depths 1,1 --student_depths 1,1 --costs three.csv --memory 1GB",
         "memory",
     ),
     "memory in words": ("--memory much", "memory takes an amount such as 80GB or 512MiB, got 'much'"),
@@ -84,8 +84,9 @@ def test_wrong_input_is_one_line_and_status_2(
             "strategy 'relay' is of recipes that train block by block; recipe 'soft-target' trains end to end",
         ),
         (
-            "--profile p.csv --memory 1GB",
-            "profile is for recipes that train block by block; leave it out; memory is for",
+            "--costs p.csv",
+            "costs 'p.csv' are of models that are trained block by block, and recipe 'soft-target' trains end to end; "
+            "'pipestill profile soft-target -o FILE.json' measures what it needs",
         ),
     ],
 )

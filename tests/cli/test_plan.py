@@ -57,8 +57,7 @@ WRONG = {
     "nothing to plan": ("plan", "'plan' needs one of: a recipe"),
     "missing costs": ("plan --costs c.json", "cannot read costs file 'c.json'"),
     "missing profile": ("plan --costs b.csv", "cannot read block profile 'b.csv'"),
-    "two files": ("plan --costs costs.json --profile blocks.csv", "two names for one thing"),
-    "profile that is no CSV": ("plan --profile costs.json", "'costs.json' does not end in .csv"),
+    "old name of costs": ("plan --profile blocks.csv", "--profile is part of --costs now"),
     "plan of another name": ("plan --costs costs.json -o plan.txt", "a plan's name must end in .json"),
     "plan into nowhere": ("plan --costs costs.json -o no/plan.json", "there is no directory 'no'"),
     "too many devices": ("plan --costs costs.json --devices 5", "4 blocks for 5 devices"),
@@ -79,7 +78,7 @@ WRONG = {
     "measuring nothing": ("plan --costs costs.json --threads 1", "--threads is for measuring a recipe"),
     "costs of the other kind": ("plan compress --costs costs.json", "'pipestill profile compress -o FILE.csv'"),
     "blocks of the other kind": ("plan soft-target --costs blocks.csv", "'pipestill profile soft-target -o FILE.json'"),
-    "blocks of other models": ("plan compress --profile other.csv", "is of 1 blocks, the models of recipe 'compress' have 6"),
+    "blocks of other models": ("plan compress --costs other.csv", "is of 1 blocks, the models of recipe 'compress' have 6"),
     "costs of other models": ("plan soft-target --costs costs.json", "the models of recipe 'soft-target' have 5 student"),
     "profile of nothing": ("profile", "'profile' needs a recipe"),
     "profile to a CSV": ("profile soft-target -o c.csv", "is of pipelines, so the name must end in .json"),
@@ -134,7 +133,7 @@ def test_costs_without_their_teacher_are_the_students_alone(command: str, capsys
 
 
 def test_plan_of_blocks_is_what_simulate_reads(capsys: pytest.CaptureFixture[str]) -> None:
-    found = figures(capsys, "plan --profile blocks.csv --devices 3 -o plan.json")
+    found = figures(capsys, "plan --costs blocks.csv --devices 3 -o plan.json")
     assert (found["kind"], found["batch"]) == ("blockwise", 64)
     assert [one["name"] for one in found["considered"]] == list(BLOCKWISE_STRATEGIES)
     chosen = next(one for one in found["considered"] if one["chosen"])
@@ -214,13 +213,13 @@ def test_a_profile_of_blocks_serves_every_command(capsys: pytest.CaptureFixture[
     profile = BlockProfile.load("measured.csv")
     assert [list(block.rows) for block in profile.blocks] == [[8, 16]] * len(found["blocks"]), "shares of 1 and 2 ranks"
     assert profile.link.to_json() == found["link"], "links are in the file too"
-    planned = figures(capsys, f"plan compress {tiny} --profile measured.csv --devices 2")
+    planned = figures(capsys, f"plan compress {tiny} --costs measured.csv --devices 2")
     assert len(planned["considered"]) == len(BLOCKWISE_STRATEGIES), "not the recipe's own strategy alone"
     assert planned["batch"] == 16
     assert figures(capsys, f"simulate compress {tiny} --costs measured.csv")["strategy"] == "balanced"
-    _, out, _ = run(capsys, f"plan compress {tiny} --profile measured.csv --memory 1GB")
+    _, out, _ = run(capsys, f"plan compress {tiny} --costs measured.csv --memory 1GB")
     assert (
-        "pipestill train compress --devices 2 --strategy" in out and "--memory 1000000000 --profile measured.csv" in out
+        "pipestill train compress --devices 2 --strategy" in out and "--memory 1000000000 --costs measured.csv" in out
     )
 
 

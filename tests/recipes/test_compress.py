@@ -12,10 +12,10 @@ from pipestill.errors import ConfigError, DataError
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.tasks import Supervised
 from pipestill.recipes.compress import DATA, SHAPES, Compress
+from pipestill.recipes.end_to_end import make_trainer
+from pipestill.recipes.evaluate import evaluate
 from pipestill.recipes.run import run_recipe
-from pipestill.recipes.run_blockwise import make_block_trainer
 from pipestill.recipes.run_options import Numbers, RunOptions
-from pipestill.recipes.runner import evaluate, make_trainer
 
 TINY = {"widths": Numbers((4, 6)), "depths": Numbers((1, 1)), "student_depths": Numbers((1, 1))}
 
@@ -95,10 +95,10 @@ def test_the_student_learns_what_the_teacher_knows() -> None:
     plain = RunOptions(strategy="reference", microbatches=1)
     task = workload.task()
     teacher = Supervised(task.teacher, workload.supervised_loss)
-    make_trainer(teacher, workload, workload.teacher_training, plain).fit(workload.train_loader, epochs=4)
-    before = evaluate(task.student, workload, torch.device("cpu"))["accuracy"]
-    result = make_block_trainer(task, workload, options).fit(workload.train_loader, epochs=recipe.epochs)
-    after = evaluate(task.student, workload, torch.device("cpu"))["accuracy"]
+    make_trainer(teacher, workload.teacher_training, workload.train_loader, plain).fit(workload.train_loader, epochs=4)
+    before = evaluate(task.student, workload.metrics, workload.validation_loader, torch.device("cpu"))["accuracy"]
+    result = workload.trainer(task, options).fit(workload.train_loader, epochs=recipe.epochs)
+    after = evaluate(task.student, workload.metrics, workload.validation_loader, torch.device("cpu"))["accuracy"]
     assert before < 0.3
     assert after > 0.9
     assert list(result.losses.values())[-1] < 0.2

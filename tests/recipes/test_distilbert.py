@@ -15,9 +15,8 @@ from pipestill.model.tasks import Supervised
 from pipestill.recipes import language, text
 from pipestill.recipes.distilbert import PRESETS, DistilBert
 from pipestill.recipes.language import Sizes
-from pipestill.recipes.run import concluded, preflight, run_recipe
+from pipestill.recipes.run import preflight, run_recipe
 from pipestill.recipes.run_options import Numbers, RunOptions
-from pipestill.recipes.runner import make_trainer
 from pipestill.train.run_directory import RunDirectory
 from pipestill.verify.pipeline import train_few
 
@@ -100,7 +99,7 @@ def test_a_published_preset_says_that_its_teacher_is_random(
         2 * PRESETS[preset].layers + 2, 2 * PRESETS[preset].student_layers + 2,
     )  # fmt: skip
     options = RunOptions(devices=2, strategy="fill", microbatches=2)
-    result = make_trainer(task, workload, workload.student_training, options).fit(workload.train_loader, steps=2)
+    result = workload.trainer(task, options).fit(workload.train_loader, steps=2)
     assert result.steps == 2
 
 
@@ -130,7 +129,7 @@ def test_positions_are_frozen_where_the_teacher_gives_them(small: str) -> None:
         assert workload.build_student().get_parameter(name).requires_grad, "without a teacher they have to be learnt"
         task = workload.task()
         before = task.student.get_parameter(name).clone()
-        make_trainer(task, workload, workload.student_training, RunOptions(microbatches=2)).fit(
+        workload.trainer(task, RunOptions(microbatches=2)).fit(
             workload.train_loader, steps=2
         )
         assert torch.equal(task.student.get_parameter(name), before) is freeze
@@ -205,8 +204,8 @@ def test_the_distilled_student_is_better_than_the_same_one_alone(small: str, tmp
 def test_ranks_without_metrics_conclude_nothing(small: str) -> None:
     """Those of a phase are gathered on rank 0; perplexity was asked for on all."""
     workload = DistilBert(**TINY, data=small).workload(0)
-    assert concluded(workload, {}) == {}
-    assert concluded(workload, {"cross_entropy": 2.0}) == {
+    assert workload.concluded({}) == {}
+    assert workload.concluded({"cross_entropy": 2.0}) == {
         "cross_entropy": 2.0,
         "perplexity": pytest.approx(7.389, abs=1e-3),
     }
@@ -287,5 +286,5 @@ def test_grouping_can_be_left_out(small: str) -> None:
     task = Supervised(workload.build_student(), workload.supervised_loss)
     options = RunOptions(devices=2, strategy="1f1b", microbatches=2)
     assert (
-        make_trainer(task, workload, workload.student_training, options).fit(workload.train_loader, steps=2).steps == 2
+        workload.trainer(task, options).fit(workload.train_loader, steps=2).steps == 2
     )

@@ -20,8 +20,8 @@ from pipestill.model.seeding import derive
 from pipestill.optim import Schedules
 from pipestill.recipes import RECIPES
 from pipestill.recipes.architecture_search import Alternating, SearchSteps, WithFlops, weights_and_alphas
+from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.nas import PRESETS, Nas
-from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import Numbers, RunOptions
 from pipestill.recipes.supernet import (
     SKIP,
@@ -416,11 +416,7 @@ def test_a_fresh_network_has_the_form_of_the_one_that_was_found() -> None:
 
 
 def trainer_of(made: BlockwiseWorkload, task: ps.Blockwise, **knobs: Any) -> ps.Trainer:
-    training = made.student_training
-    return ps.Trainer(
-        task, optimizer=training.optimizer, lr=training.lr, optimizer_options=training.optimizer_options,
-        param_groups=training.param_groups, lr_schedule=training.factor(made.loader), device="cpu", **knobs,
-    )  # fmt: skip
+    return ps.Trainer(task, **made.student_training.arguments(made.loader), device="cpu", **knobs)
 
 
 UNEVEN = BlockProfile(
@@ -463,7 +459,7 @@ def test_shared_rows_differ_by_rounding(strategy: str, tmp_path: Path) -> None:
     devices = {"dp": 2, "hybrid": 4}[strategy]  # more ranks than blocks: some share rows
     UNEVEN.save(tmp_path / "profile.csv")
     options = RunOptions(
-        strategy=strategy, devices=devices, profile=str(tmp_path / "profile.csv"), timeout_seconds=60.0
+        strategy=strategy, devices=devices, costs=str(tmp_path / "profile.csv"), timeout_seconds=60.0
     )
     result = verify_blockwise(tiny(), options, steps=5, transports=("in-process",), device_type="cpu")
     assert result["rows_split"]
@@ -473,7 +469,7 @@ def test_shared_rows_differ_by_rounding(strategy: str, tmp_path: Path) -> None:
 def test_check_says_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     UNEVEN.save(tmp_path / "profile.csv")
     words = ["--strategy", "balanced", "--devices", "2", "--transport", "in-process", "--steps", "5", "--json"]
-    words += ["--profile", str(tmp_path / "profile.csv")]
+    words += ["--costs", str(tmp_path / "profile.csv")]
     assert main(["check", "nas", *WORDS, *words]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["exact"]

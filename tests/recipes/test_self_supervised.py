@@ -20,11 +20,12 @@ from pipestill.recipes.byol import Byol
 from pipestill.recipes.dino import PRESETS as DINO_PRESETS
 from pipestill.recipes.dino import Dino
 from pipestill.recipes.moco_v3 import MocoV3
-from pipestill.recipes.recipe import MomentumWorkload, warmed_up, without_decay
+from pipestill.recipes.momentum import MomentumWorkload
 from pipestill.recipes.run import run_recipe
 from pipestill.recipes.run_options import RunOptions
-from pipestill.recipes.runner import load_into
 from pipestill.recipes.self_supervised import Chain, Perceptron
+from pipestill.recipes.training import warmed_up, without_decay
+from pipestill.recipes.weights import load_into
 from pipestill.train.run_directory import RunDirectory
 from pipestill.verify import pipeline as verify
 
@@ -57,8 +58,7 @@ def test_warm_up_rises_evenly_to_the_top_of_the_cosine() -> None:
 def test_weight_decay_grows_along_a_cosine_on_weights_alone() -> None:
     training = Dino().workload(0).student_training
     loader = [None] * 10
-    factor = training.decay_factor(loader)
-    assert factor is not None
+    factor = training.arguments(loader)["weight_decay_schedule"]
     assert (factor(0), factor(10 * training.epochs)) == (1.0, pytest.approx(10.0))
     assert factor(5 * training.epochs) == pytest.approx(5.5)
     assert cosine(4, end=3.0)(2) == pytest.approx(2.0)

@@ -14,7 +14,6 @@ from pipestill.recipes.datasets import read_classes
 from pipestill.recipes.estimate import form_of
 from pipestill.recipes.run import run_recipe
 from pipestill.recipes.run_options import RunOptions
-from pipestill.recipes.runner import make_trainer
 from pipestill.recipes.soft_target import SoftTarget, tenths
 
 REDUCED: dict[str, Any] = {
@@ -62,7 +61,7 @@ def test_two_steps_of_the_published_form_at_reduced_width() -> None:
         workload = SoftTarget(**REDUCED).workload(0)
         task = workload.task()
         options = RunOptions(devices=devices, strategy=strategy, microbatches=2)
-        trainer = make_trainer(task, workload, workload.student_training, options)
+        trainer = workload.trainer(task, options)
         before = task.student.state_dict()["fc.weight"].clone()
         result = trainer.fit(workload.train_loader, steps=2)
         assert result.steps == 2 and not torch.equal(before, task.student.state_dict()["fc.weight"])

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 import pipestill as ps
 from pipestill.losses import cross_entropy
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
+from pipestill.recipes.blockwise import BlockwiseWorkload, end_to_end
 from pipestill.recipes.compress import Compress
-from pipestill.recipes.recipe import BlockwiseWorkload, Training
-from pipestill.recipes.run_blockwise import end_to_end
 from pipestill.recipes.run_options import Numbers, RunOptions
 from pipestill.recipes.runner import Runner
+from pipestill.recipes.training import Training
 from pipestill.runtime.blockwise.measure_all_reduce import measure_allreduces
 from pipestill.runtime.transport.process_group import ProcessGroup
 from pipestill.runtime.transport.protocol import Message
@@ -126,10 +126,10 @@ def train_teacher(devices: int) -> dict[str, torch.Tensor]:
     options = RunOptions(devices=devices, microbatches=2, timeout_seconds=60.0, device="cpu")
     options = end_to_end(options, task.teacher)
     assert options.devices == min(devices, 2)
-    runner = Runner(workload, options, None, quiet=True)
+    runner = Runner(options, None, quiet=True)
     supervised = ps.Supervised(task.teacher, workload.supervised_loss)
-    for _ in range(2):  # a second phase has groups of its own
-        runner.phase_of_some("teacher", supervised, workload.teacher_training, "teacher")
+    for _ in range(2):  # a second training has groups of its own
+        workload._train_whole("teacher", supervised, workload.teacher_training, options, runner)
     state = {name: tensor.clone() for name, tensor in task.teacher.state_dict().items()}
     box: list[Any] = [state]
     dist.broadcast_object_list(box, src=devices - 1)

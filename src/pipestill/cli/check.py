@@ -12,8 +12,7 @@ from pipestill.busy import Busy
 from pipestill.cli.measure import built
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.errors import ConfigError
-from pipestill.recipes.recipe import BlockwiseWorkload
-from pipestill.recipes.run import check_strategy
+from pipestill.recipes.run import check_options
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.world import choose_device_type
 from pipestill.verify.blockwise import verify_blockwise
@@ -52,8 +51,8 @@ def run(words: list[str]) -> int:
         transports = ("in-process",)
     device_type = choose_device_type(options.device, max(1, options.devices))
     workload = built(recipe, options.seed)
-    check_strategy(recipe, workload, options)
-    by_blocks = isinstance(workload, BlockwiseWorkload)
+    check_options(recipe, workload, options)
+    by_blocks = workload.kind == "blockwise"
     run_it = verify_blockwise if by_blocks else verify
     with Busy(f"training {wanted.steps} steps with '{options.strategy}' and with a plain loop"):
         result = run_it(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)

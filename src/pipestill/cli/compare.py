@@ -27,7 +27,6 @@ from pipestill.compare.virtual import VirtualOptions, compare_virtual_blockwise,
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
-from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run import preflight
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.world import choose_device_type
@@ -112,7 +111,7 @@ def run(words: list[str]) -> int:
     refuse(rest, ("strategy",), "names one; 'compare' takes several: --strategies a,b,c")
     refuse(rest, ("teacher",), "is not read by 'compare': how well a teacher does takes no time")
     device_type = choose_device_type(options.device, options.devices)
-    if isinstance(built(recipe, options.seed), BlockwiseWorkload):
+    if built(recipe, options.seed).kind == "blockwise":
         given = any(word.startswith("--strategies") for word in rest)
         names = _strategies(wanted) if given else [*BLOCKWISE_STRATEGIES]
         with _note(names, options.devices, wanted):

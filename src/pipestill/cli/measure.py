@@ -19,7 +19,7 @@ from pipestill.model.tasks import Task
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.recipes.estimate import compute, form_of
 from pipestill.recipes.measure import measure
-from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, Recipe
+from pipestill.recipes.recipe import Recipe, Workload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.schedule import PIPELINE_STRATEGIES
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -54,7 +54,7 @@ def costs_of_recipe(command: str, words: Sequence[str], group: type[T]) -> tuple
     """
     recipe, options, _ = recipe_of(command, words, group)
     workload = built(recipe)
-    if isinstance(workload, BlockwiseWorkload):
+    if workload.kind == "blockwise":
         raise ConfigError(
             f"'{command} {recipe.name}' is of pipelines, and recipe '{recipe.name}' trains block by block, without one; "
             "give --costs FILE.csv (of 'pipestill profile') instead of the recipe"
@@ -69,7 +69,7 @@ def costs_of_recipe(command: str, words: Sequence[str], group: type[T]) -> tuple
 
 
 def costs_for(
-    recipe: Recipe, workload: AnyWorkload, file: str | None, how: RunOptions, estimate: str | None = None
+    recipe: Recipe, workload: Workload, file: str | None, how: RunOptions, estimate: str | None = None
 ) -> tuple[Costs | BlockProfile, Demands]:
     """From a file, computed for a device, or measured: costs of a pipeline, or a profile where the recipe trains block by
     block; and what the recipe's task asks of a schedule.
@@ -82,14 +82,14 @@ def costs_for(
         with Busy(f"computing costs for {estimate}"):
             computed, task = compute(workload, Machine.parse(estimate), how)
         return computed, task.demands
-    if isinstance(workload, BlockwiseWorkload):
+    if workload.kind == "blockwise":
         blocks = workload.task()
         return (measured(recipe, how) if file is None else _of_file(file, recipe, blocks)), Demands()
     form = form_of(workload)
     return (measured(recipe, how) if file is None else _of_file(file, recipe, form)), form.demands
 
 
-def built(recipe: Recipe, seed: int = 0) -> AnyWorkload:
+def built(recipe: Recipe, seed: int = 0) -> Workload:
     """Build the recipe's workload, with a note for whoever waits."""
     with Busy("reading the data"):
         return recipe.workload(seed)

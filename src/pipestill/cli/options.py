@@ -22,7 +22,7 @@ from pipestill.recipes import RECIPES, find
 from pipestill.recipes.run_options import Numbers, NumBytes
 
 if TYPE_CHECKING:
-    from pipestill.recipes.recipe import Recipe  # which loads torch
+    from pipestill.recipes.recipe import Recipe
 
 
 class Helped(Exception):
@@ -201,9 +201,13 @@ def _impossible(values: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _refuse_unknown(keys: Sequence[str], known: Sequence[str]) -> None:
-    problems = [f"no key '{key}'{nearest(key, known)}" for key in keys if key not in known]
+    problems = [_RENAMED.get(key) or f"no key '{key}'{nearest(key, known)}" for key in keys if key not in known]
     if problems:
         raise ConfigError("; ".join(problems) + "; --help lists the keys")
+
+
+_RENAMED = {"profile": "--profile is part of --costs now, which takes a CSV of blocks too: --costs FILE.csv"}
+"""What to say of keys that there were once."""
 
 
 def refuse(words: Sequence[str], keys: Sequence[str], why: str) -> None:
@@ -239,6 +243,7 @@ def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe
     if first.endswith((".yaml", ".yml")):
         values = _read_yaml(Path(first))
         name = values.pop("recipe", None)
+        values = {key: value for key, value in values.items() if key not in _RENAMED or value is not None}
         if not isinstance(name, str):
             raise ConfigError(f"'{first}' has no line 'recipe: NAME'; add one, such as 'recipe: soft-target'")
         return find(name).load(), values, rest

@@ -20,7 +20,7 @@ from pipestill.cli.figures import (
     who_does_what,
     wide_console,
 )
-from pipestill.cli.measure import CSV, built, check_strategy, costs_for, load, recipe_of, writable, write_json
+from pipestill.cli.measure import built, check_strategy, costs_for, load, recipe_of, writable, write_json
 from pipestill.cli.options import Helped, parse, refuse
 from pipestill.cli.simulate import FOR_BLOCKS, FOR_PIPELINES, OF_BLOCKS, WITHOUT_RECIPE, rows_of_batch, without_recipe
 from pipestill.costs import Costs
@@ -29,7 +29,6 @@ from pipestill.plan import Plan
 from pipestill.plan.blockwise.json import blockwise_plan_to_json
 from pipestill.plan.blockwise.plan import BlockwisePlan
 from pipestill.plan.search import Considered, Search, search_blockwise, search_pipelines
-from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import NumBytes, RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.pipeline.structure import Demands
@@ -46,7 +45,6 @@ class PlanOptions:
         microbatches: slices of a batch
         staleness: 1 to also consider strategies whose momentum teacher is one step old (default: 0)
         costs: a file of costs, or a CSV of blocks; by itself, or with a recipe instead of measuring it
-        profile: another name for --costs with a CSV
         batch: rows of a batch, with a CSV of blocks (default: the most that was measured)
         estimate: compute the costs of a pipeline for a device that is not here: v100, a100, h100 or h200, with :fp32, :bf16 or
             the like behind it for another precision than its usual one (default: measure costs here)
@@ -66,7 +64,6 @@ class PlanOptions:
     microbatches: int = 8
     staleness: int | None = None
     costs: str | None = None
-    profile: str | None = None
     batch: int | None = None
     estimate: str | None = None
     memory: NumBytes | None = None
@@ -115,7 +112,7 @@ def _of_recipe(words: list[str]) -> tuple[_Problem, PlanOptions]:
     workload = built(recipe)
     how = RunOptions(
         devices=max(1, options.devices), microbatches=max(1, options.microbatches),
-        split_backward=not isinstance(workload, BlockwiseWorkload), device=options.device, threads=options.threads,
+        split_backward=workload.kind == "pipeline", device=options.device, threads=options.threads,
     )  # fmt: skip
     costs, demands = costs_for(recipe, workload, file, how, options.estimate)
     return _Problem(costs, demands, recipe.name, workload.train_loader.batch_size), options
@@ -136,14 +133,10 @@ def _of_file(words: list[str]) -> tuple[_Problem, PlanOptions]:
 
 def _file(options: PlanOptions) -> str | None:
     """The file of costs, once all that can be wrong with names of files has been looked at."""
-    if options.costs is not None and options.profile is not None:
-        raise ConfigError("--costs and --profile are two names for one thing; give one of them")
-    if options.profile is not None and not options.profile.lower().endswith(CSV):
-        raise ConfigError(f"--profile takes a CSV of blocks, and '{options.profile}' does not end in .csv; use --costs")
     if options.out is not None and not options.out.endswith(".json"):
         raise ConfigError(f"cannot write '{options.out}': a plan's name must end in .json")
     writable(options.out)
-    return options.costs or options.profile
+    return options.costs
 
 
 # ---------------------------------------------------------------- pipelines
@@ -310,6 +303,6 @@ def _tell_how_to_go_on(
     if recipe is None:
         return
     # A plan holds the costs of a pipeline, from which training finds the same plan again.
-    file = options.costs or options.profile or (options.out if file_key == "costs" else None)
-    given = [f"--{file_key} {shlex.quote(file)}"] if file is not None else []
+    file = options.costs or (options.out if file_key == "costs" else None)
+    given = [f"--costs {shlex.quote(file)}"] if file is not None else []
     console.print(f"pipestill train {recipe} --devices {options.devices} {' '.join([*keys, *given])}")

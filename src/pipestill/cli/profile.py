@@ -18,7 +18,7 @@ from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.errors import ConfigError
 from pipestill.model.devices import Machine
 from pipestill.recipes.estimate import compute
-from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload
+from pipestill.recipes.recipe import Workload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
 
@@ -65,7 +65,7 @@ def run(words: list[str]) -> int:
             f"devices {options.devices} and microbatches {options.microbatches}; expected at least 1 each"
         )
     workload = built(recipe, options.seed)
-    by_blocks = isinstance(workload, BlockwiseWorkload)
+    by_blocks = workload.kind == "blockwise"
     _check_file(options.out, recipe.name, by_blocks)
     how = RunOptions(
         devices=options.devices, microbatches=options.microbatches, split_backward=not by_blocks, device=options.device,
@@ -96,7 +96,7 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _computed(workload: AnyWorkload, options: ProfileOptions, how: RunOptions) -> Costs:
+def _computed(workload: Workload, options: ProfileOptions, how: RunOptions) -> Costs:
     assert options.estimate is not None
     if options.devices > 1:
         raise ConfigError(

@@ -22,7 +22,6 @@ from pipestill.plan import Plan, make_plan
 from pipestill.plan.blockwise.json import block_plan_from_json, is_block_plan
 from pipestill.plan.blockwise.plan import BlockwisePlan, make_blockwise_plan
 from pipestill.plan.describe import phase_titles
-from pipestill.recipes.recipe import BlockwiseWorkload
 from pipestill.recipes.run_options import NumBytes, RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.pipeline.structure import Demands
@@ -195,7 +194,7 @@ def _of_recipe(words: list[str]) -> tuple[Plan | BlockwisePlan, SimulateOptions,
     drawable(options.draw)
     refuse(rest, ("uniform", *WITHOUT_RECIPE), "is for stages without a recipe; leave it out, or leave out the recipe")
     workload = built(recipe)
-    by_blocks = isinstance(workload, BlockwiseWorkload)
+    by_blocks = workload.kind == "blockwise"
     devices = max(1, options.devices) if by_blocks else 1
     how = RunOptions(devices=devices, microbatches=max(1, options.microbatches), split_backward=options.split_backward)
     costs, demands = costs_for(recipe, workload, options.costs, how, options.estimate)

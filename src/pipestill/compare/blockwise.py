@@ -22,8 +22,7 @@ from pipestill.compare.rounds import in_rounds
 from pipestill.errors import ConfigError, nearest
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, make_blockwise_plan
 from pipestill.plan.describe import describe
-from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
-from pipestill.recipes.run_blockwise import make_block_trainer
+from pipestill.recipes.recipe import Recipe, Workload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import OneProcess
@@ -67,7 +66,6 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     if options.devices == 1:
         torch.set_num_threads(options.threads or 1)
     workload = recipe.workload(options.seed)
-    assert isinstance(workload, BlockwiseWorkload)
     _one_pass(workload, options, steps)  # the first run pays for imports and for memory from the system
     loops = list[PlainLoop]()  # of before each round, and of after the last
 
@@ -88,20 +86,20 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     return _figures(options, runs, around_rounds(loops), profile, steps)
 
 
-def _one_pass(workload: BlockwiseWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
+def _one_pass(workload: Workload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
     """Seconds a batch of all work once: the slowest process's, in all of them at once or in rank 0's alone."""
     barrier()
     seconds = 0.0
     if not only_rank_0 or rank_here() == 0:
         one = dataclasses.replace(options, devices=1, strategy=ONE_PASS)
-        trainer = make_block_trainer(workload.task(), workload, one)
+        trainer = workload.trainer(workload.task(), one)
         seconds = trainer.fit(workload.loader, steps=steps, world=OneProcess(1)).seconds_per_step
     return slowest(seconds)
 
 
-def _train(workload: BlockwiseWorkload, options: RunOptions, steps: int, profile: BlockProfile | None) -> Result:
+def _train(workload: Workload, options: RunOptions, steps: int, profile: BlockProfile | None) -> Result:
     """For `steps` batches, or as many windows of them as show a steady state."""
-    trainer = make_block_trainer(workload.task(), workload, options, profile=profile)
+    trainer = workload.trainer(workload.task(), options, costs=profile)
     if profile is not None and profile.batch is not None:
         plan = trainer.engine.plan(profile, profile.batch)
         steps = max(steps, _FEWEST_WINDOWS * max(phase.window for phase in plan.phases))

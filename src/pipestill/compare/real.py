@@ -27,9 +27,8 @@ from pipestill.costs import Costs, Link
 from pipestill.errors import ConfigError
 from pipestill.model.dry_run import dry_run
 from pipestill.model.nests import num_rows
-from pipestill.recipes.recipe import EndToEndWorkload, Recipe, end_to_end
+from pipestill.recipes.recipe import Recipe, Workload
 from pipestill.recipes.run_options import RunOptions
-from pipestill.recipes.runner import make_trainer
 from pipestill.runtime.launch import launch
 from pipestill.runtime.memory import peak_bytes, reset_peak
 from pipestill.runtime.world import Processes, device_of
@@ -75,13 +74,12 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     """On every rank of the run; the result is complete on rank 0."""
     if options.devices == 1:
         torch.set_num_threads(options.threads or 1)
-    what = "compare measures pipelines"
-    probe = end_to_end(recipe, options.seed, what=what)
+    probe = recipe.workload(options.seed)
     batch_size = probe.train_loader.batch_size or 1
     num_samples = sum(num_rows(inputs, "a batch") for inputs, _ in probe.train_loader) // batch_size * batch_size
     if num_samples == 0:
         raise ConfigError(f"batch_size {batch_size} is more than there are samples; comparing needs whole batches")
-    workload = end_to_end(recipe, options.seed, num_samples, what=what)
+    workload = recipe.workload(options.seed, num_samples)
     peers = [name for name in strategies if variant(name)[0] in PEERS]
     if peers and workload.length_axis is not None:
         raise ConfigError(
@@ -115,24 +113,24 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
     return _figures(options, runs, around_rounds(loops), predicting, steps)
 
 
-def _link(workload: EndToEndWorkload, options: RunOptions, step_seconds: float) -> Link:
+def _link(workload: Workload, options: RunOptions, step_seconds: float) -> Link:
     """The link now, for actions of the length that a step's have on average."""
     if not dist.is_initialized():
         return Link()
-    trainer = make_trainer(workload.task(), workload, workload.student_training, _plain(options, "sequential"))
+    trainer = workload.trainer(workload.task(), _plain(options, "sequential"))
     first = next(iter(workload.train_loader))
     rows = math.ceil(num_rows(first[0], "a batch") / options.microbatches)
     assert isinstance(trainer.engine, PipelineEngine)
     return trainer.engine.measure_link(Processes(), tuple(first), rows, step_seconds / options.microbatches)
 
 
-def _plain_loops(workload: EndToEndWorkload, options: RunOptions, steps: int) -> PlainLoop:
+def _plain_loops(workload: Workload, options: RunOptions, steps: int) -> PlainLoop:
     """Seconds of a step of the plain loop in one process alone, and in all at once."""
     alone = _plain_loop(workload, options, steps, only_rank_0=True)
     return PlainLoop(alone, _plain_loop(workload, options, steps))
 
 
-def _plain_loop(workload: EndToEndWorkload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
+def _plain_loop(workload: Workload, options: RunOptions, steps: int, only_rank_0: bool = False) -> float:
     """Seconds of a step of the plain loop: the slowest process's, in all of them at once or in rank 0's alone."""
     barrier()
     seconds = 0.0
@@ -150,12 +148,12 @@ def slowest(seconds: float) -> float:
     return max(every)
 
 
-def _train(workload: EndToEndWorkload, options: RunOptions, steps: int) -> Result:
+def _train(workload: Workload, options: RunOptions, steps: int) -> Result:
     task = workload.task()
-    return make_trainer(task, workload, workload.student_training, options).fit(workload.train_loader, steps=steps)
+    return workload.trainer(task, options).fit(workload.train_loader, steps=steps)
 
 
-def _costs(workload: EndToEndWorkload, options: RunOptions, split: bool) -> Costs:
+def _costs(workload: Workload, options: RunOptions, split: bool) -> Costs:
     """Costs of every block, as a run would measure them itself; with `split`, of both halves of the backwards."""
     plain = _plain(options, "fill" if split else "sequential")
     trained = _train(workload, dataclasses.replace(plain, split_backward=split or plain.split_backward), 2)
@@ -164,7 +162,7 @@ def _costs(workload: EndToEndWorkload, options: RunOptions, split: bool) -> Cost
     return costs
 
 
-def _run(name: str, workload: EndToEndWorkload, options: RunOptions, costs: Costs, steps: int) -> Round:
+def _run(name: str, workload: Workload, options: RunOptions, costs: Costs, steps: int) -> Round:
     strategy, knobs = variant(name)
     if strategy in PEERS:
         return _run_peer(PEERS[strategy], workload, options, costs, steps)
@@ -172,7 +170,7 @@ def _run(name: str, workload: EndToEndWorkload, options: RunOptions, costs: Cost
         result = _train(workload, options.as_reference(), steps)
     else:
         chosen = dataclasses.replace(_plain(options, strategy), **knobs)
-        trainer = make_trainer(workload.task(), workload, workload.student_training, chosen, costs=costs)
+        trainer = workload.trainer(workload.task(), chosen, costs=costs)
         result = trainer.fit(workload.train_loader, steps=steps)
     return Round(result.seconds_per_step, result.peak_memory_bytes, result)
 
@@ -184,7 +182,7 @@ def _plain(options: RunOptions, strategy: str) -> RunOptions:
 
 
 def _run_peer(
-    kind: Literal["1f1b", "gpipe"], workload: EndToEndWorkload, options: RunOptions, costs: Costs, steps: int
+    kind: Literal["1f1b", "gpipe"], workload: Workload, options: RunOptions, costs: Costs, steps: int
 ) -> Round:
     """torch.distributed.pipelining on the partition that our own 1F1B would take."""
     from pipestill.runtime.pipeline.torch_pipelining import train_with_torch
@@ -192,7 +190,7 @@ def _run_peer(
     if not dist.is_initialized():
         raise ConfigError("torch's pipelines need a process group; compare them on 2 devices or more")
     task = workload.task()
-    trainer = make_trainer(task, workload, workload.student_training, _plain(options, "1f1b"), costs=costs)
+    trainer = workload.trainer(task, _plain(options, "1f1b"), costs=costs)
     inputs, targets = next(iter(workload.train_loader))
     batches = list(_repeated(workload, steps))  # read beforehand: ours are read ahead by a thread
     device = device_of(rank_here(), trainer.device_type)
@@ -207,7 +205,7 @@ def _run_peer(
     return Round(median(seconds[third:]), peaks, None)
 
 
-def _repeated(workload: EndToEndWorkload, steps: int) -> Iterator[tuple[Any, Any]]:
+def _repeated(workload: Workload, steps: int) -> Iterator[tuple[Any, Any]]:
     """`steps` batches that are the same on every rank."""
     torch.manual_seed(0)
     count = 0

@@ -18,8 +18,9 @@ from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View, view_loader
 from pipestill.recipes.datasets import Images
 from pipestill.recipes.evaluate_features import FeatureQuality
+from pipestill.recipes.momentum import MomentumWorkload
 from pipestill.recipes.networks import RESNETS, network
-from pipestill.recipes.recipe import MomentumWorkload, filled, warmed_up
+from pipestill.recipes.recipe import filled
 from pipestill.recipes.self_supervised import (
     Chain,
     Perceptron,
@@ -31,6 +32,7 @@ from pipestill.recipes.self_supervised import (
     training_of,
 )
 from pipestill.recipes.soft_target import Convolution
+from pipestill.recipes.training import warmed_up
 
 _PUBLISHED: dict[str, Any] = {
     "network": "resnet18", "projection": 128, "hidden": 512, "momentum": 0.996, "batch_size": 256, "warm_up_epochs": 10,

@@ -15,10 +15,12 @@ from pipestill.errors import ConfigError
 from pipestill.lr_schedules import cosine
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.seeding import derive
+from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.datasets import Images, choose_images
 from pipestill.recipes.networks import Shape, network
-from pipestill.recipes.recipe import OPTIMIZERS, BlockwiseWorkload, Training, filled
+from pipestill.recipes.recipe import filled
 from pipestill.recipes.run_options import Numbers
+from pipestill.recipes.training import OPTIMIZERS, Training
 
 BLOCK_LOSSES: dict[str, losses.BlockLoss] = {
     "mse": losses.mse, "normalised": losses.normalised_mse, "cosine": losses.cosine_distance,

@@ -23,7 +23,8 @@ from pipestill.recipes.augment import Photographs, Scans, View, view_loader
 from pipestill.recipes.byol import cnn
 from pipestill.recipes.datasets import Images
 from pipestill.recipes.evaluate_features import FeatureQuality
-from pipestill.recipes.recipe import MomentumWorkload, filled, warmed_up, without_decay
+from pipestill.recipes.momentum import MomentumWorkload
+from pipestill.recipes.recipe import filled
 from pipestill.recipes.self_supervised import (
     Chain,
     encoder_of,
@@ -33,6 +34,7 @@ from pipestill.recipes.self_supervised import (
     seeded,
     training_of,
 )
+from pipestill.recipes.training import warmed_up, without_decay
 from pipestill.recipes.vit import VIT_B, VIT_S, ViTShape, vit
 
 MODELS = {"vit-t": ViTShape(48, 3, 3, 2, 2.0), "vit-s": VIT_S, "vit-b": VIT_B}

@@ -19,8 +19,8 @@ from pipestill.errors import ConfigError
 from pipestill.lr_schedules import linear
 from pipestill.model.seeding import derive
 from pipestill.recipes import language
+from pipestill.recipes.distillation import DistillationWorkload
 from pipestill.recipes.language import Sizes
-from pipestill.recipes.recipe import DistillationWorkload, Training, warmed_up
 from pipestill.recipes.text import (
     ByLengthSampler,
     Masking,
@@ -32,6 +32,7 @@ from pipestill.recipes.text import (
     open_tokens,
     trained_tokens,
 )
+from pipestill.recipes.training import Training, warmed_up
 from pipestill.runtime.world import in_main_process
 
 RANDOM = "random"

@@ -14,31 +14,30 @@ from pipestill.model.devices import Machine
 from pipestill.model.estimate import estimate, task_without_memory
 from pipestill.model.nests import distinct_tensors, num_rows
 from pipestill.model.tasks import Task
-from pipestill.recipes.recipe import AnyWorkload, BlockwiseWorkload, EndToEndWorkload
+from pipestill.recipes.recipe import Workload
 from pipestill.recipes.run_options import RunOptions
-from pipestill.recipes.runner import make_trainer
 from pipestill.train.data import inputs_and_targets
 
 _BATCHES = 16  # to find a long one among
 
 
-def compute(workload: AnyWorkload, machine: Machine, options: RunOptions) -> tuple[Costs, Task]:
+def compute(workload: Workload, machine: Machine, options: RunOptions) -> tuple[Costs, Task]:
     """Costs of a pipeline's blocks for one microbatch on `machine`, from a batch's form; and the task, without weights.
 
     `ConfigError` for blocks that learn alone: what they take at shares of a batch is measured.
     """
-    if isinstance(workload, BlockwiseWorkload):
+    if workload.kind == "blockwise":
         raise ConfigError(
             "--estimate computes costs of pipelines, and this recipe trains block by block; 'pipestill profile' measures it"
         )
     inputs, targets, rows = _sample(workload, options.seed)
     task = form_of(workload, machine.dtype)
-    trainer = make_trainer(task, workload, workload.student_training, options)
+    trainer = workload.trainer(task, options)
     rows = math.ceil(rows / options.microbatches)
     return estimate(task, machine, inputs, targets, rows=rows, optimizer=trainer.make_optimizer), task
 
 
-def _sample(workload: EndToEndWorkload, seed: int) -> tuple[Any, Any, int]:
+def _sample(workload: Workload, seed: int) -> tuple[Any, Any, int]:
     """Inputs and targets, always the same ones, of at least one row; and the rows of a batch.
 
     Where batches differ in length, the longest one of several, which has to fit too. Else one sample: augmenting a batch of
@@ -55,6 +54,6 @@ def _sample(workload: EndToEndWorkload, seed: int) -> tuple[Any, Any, int]:
     return inputs, targets, num_rows(inputs, "the batch's inputs")
 
 
-def form_of(workload: EndToEndWorkload, dtype: torch.dtype = torch.float32) -> Task:
+def form_of(workload: Workload, dtype: torch.dtype = torch.float32) -> Task:
     """The workload's task over models without weights: its blocks and demands, at any size."""
     return task_without_memory(workload.task, dtype)

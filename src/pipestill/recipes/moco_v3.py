@@ -18,7 +18,8 @@ from pipestill.recipes.augment import view_loader
 from pipestill.recipes.byol import two_views
 from pipestill.recipes.datasets import Images
 from pipestill.recipes.evaluate_features import FeatureQuality
-from pipestill.recipes.recipe import MomentumWorkload, filled, warmed_up
+from pipestill.recipes.momentum import MomentumWorkload
+from pipestill.recipes.recipe import filled
 from pipestill.recipes.self_supervised import (
     Chain,
     Perceptron,
@@ -29,6 +30,7 @@ from pipestill.recipes.self_supervised import (
     seeded,
     training_of,
 )
+from pipestill.recipes.training import warmed_up
 from pipestill.recipes.vit import VIT_B, VIT_L, VIT_S_MOCO, ViTShape, vit
 
 MODELS = {"vit-t": ViTShape(48, 3, 3, 2, 2.0), "vit-s": VIT_S_MOCO, "vit-b": VIT_B, "vit-l": VIT_L}

@@ -26,11 +26,11 @@ from pipestill.recipes.architecture_search import (
     rows_apart,
     weights_and_alphas,
 )
+from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.compress import BLOCK_LOSSES
 from pipestill.recipes.datasets import Images, choose_images
-from pipestill.recipes.recipe import BlockwiseWorkload, Training, filled
+from pipestill.recipes.recipe import filled
 from pipestill.recipes.run_options import Numbers
-from pipestill.recipes.runner import num_parameters
 from pipestill.recipes.supernet import (
     MobileShape,
     Network,
@@ -45,6 +45,8 @@ from pipestill.recipes.supernet import (
     search_stages,
     supernet,
 )
+from pipestill.recipes.training import Training
+from pipestill.recipes.weights import num_parameters
 
 _RANDOM_PATHS = 5
 _TEACHER = "k3e6"

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pipestill.arguments import parse_bytes
+from pipestill.costs import Costs
+from pipestill.schedule.blockwise.profile import BlockProfile
+
+Kind = Literal["pipeline", "blockwise"]
+"""How a student is trained: as the stages of a pipeline, or block by block."""
+
+COSTS_SUFFIXES: dict[Kind, str] = {"pipeline": ".json", "blockwise": ".csv"}
+"""How the name of a file of costs ends: costs of a pipeline's blocks, or a profile of blocks that are trained alone."""
+
+
+def kind_of_costs(path: str) -> Kind:
+    """The kind of training that a file of costs is for, by the end of its name."""
+    return "blockwise" if Path(path).suffix.lower() == COSTS_SUFFIXES["blockwise"] else "pipeline"
+
+
+def read_costs(path: str) -> Costs | BlockProfile:
+    """Read a file of costs of either kind; `ConfigError` where it cannot be read."""
+    return BlockProfile.load(path) if kind_of_costs(path) == "blockwise" else Costs.load(path)
 
 
 class Numbers(tuple[int, ...]):
@@ -55,9 +74,9 @@ class RunOptions:
         run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as many as help)
         student_partition: blocks of each student stage, such as 3,3 (default: levelled by the costs)
         teacher_partition: blocks of each teacher stage, such as 3,3 (default: levelled by the costs)
-        costs: a file of costs to plan pipelines with (default: measure them)
-        profile: a CSV of blocks to plan blockwise training with (default: measure it)
-        memory: most memory that blockwise training may hold on a device, such as 80GB (default: no limit)
+        costs: a file of costs to plan with, as 'pipestill profile' writes it: a .json for a pipeline, a .csv for a recipe that
+            trains block by block (default: measure them)
+        memory: most memory that the student's training may hold on a device, such as 80GB (default: no limit)
         teacher: a model.safetensors of an earlier run to read the teacher from (default: train one)
         device: cpu or cuda (default: cuda where there are enough devices)
         seed: seed of the initial weights, of the order of the data and of dropout
@@ -78,7 +97,6 @@ class RunOptions:
     student_partition: Numbers | None = None
     teacher_partition: Numbers | None = None
     costs: str | None = None
-    profile: str | None = None
     memory: NumBytes | None = None
     teacher: str | None = None
     device: str | None = None
@@ -91,5 +109,9 @@ class RunOptions:
         """The same training as a plain loop on one device."""
         return replace(
             self, strategy="reference", devices=1, run_ahead=None, split_backward=False, stash=None, staleness=None,
-            student_partition=None, teacher_partition=None, costs=None, profile=None, memory=None,
+            student_partition=None, teacher_partition=None, costs=None, memory=None,
         )  # fmt: skip
+
+    def read_costs(self) -> Costs | BlockProfile | None:
+        """Read the file of costs, where one is named."""
+        return None if self.costs is None else read_costs(self.costs)

@@ -13,7 +13,7 @@ from pipestill.lr_schedules import LrSchedule, cosine
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
 from pipestill.recipes.datasets import Images, choose_images
-from pipestill.recipes.recipe import OPTIMIZERS, Training
+from pipestill.recipes.training import OPTIMIZERS, Training
 
 PAGE = "docs/momentum.md"
 

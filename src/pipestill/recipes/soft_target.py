@@ -17,8 +17,10 @@ from pipestill.losses import accuracy, cross_entropy
 from pipestill.model.families.load import LIBRARIES, load_model
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, choose_images, digits
+from pipestill.recipes.distillation import DistillationWorkload
 from pipestill.recipes.networks import RESNETS, network
-from pipestill.recipes.recipe import OPTIMIZERS, DistillationWorkload, Training, filled
+from pipestill.recipes.recipe import filled
+from pipestill.recipes.training import OPTIMIZERS, Training
 from pipestill.recipes.vit import VIT_B, VIT_L, VIT_S, vit
 
 CLASSES = 10

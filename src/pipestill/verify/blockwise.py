@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pipestill.model.batchnorm import batch_norms
 from pipestill.plan.describe import describe
-from pipestill.recipes.recipe import BlockwiseWorkload, Recipe
-from pipestill.recipes.run_blockwise import make_block_trainer, plan_of
+from pipestill.recipes.recipe import Recipe, Workload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch
+from pipestill.runtime.world import OneProcess
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.train.blockwise import splits_rows
 from pipestill.train.data import inputs_and_targets
@@ -33,7 +33,7 @@ def verify_blockwise(
     """
     workload = few_samples(recipe, options)
     task = workload.task()
-    plan = plan_of(task, workload, options)
+    plan = workload.trainer(task, options).plan(workload.loader, world=OneProcess(options.devices))
     split = plan is not None and splits_rows(plan)
     profile = plan.costs.profile if plan else None  # measured once: all runs have the same plan
     expected = train_few_blocks(recipe, options.as_reference(), steps, None, split)
@@ -75,12 +75,10 @@ def verify_blockwise(
     }
 
 
-def few_samples(recipe: Recipe, options: RunOptions) -> BlockwiseWorkload:
+def few_samples(recipe: Recipe, options: RunOptions) -> Workload:
     """The recipe's workload with a short last batch in an epoch of seven."""
     workload = recipe.workload(options.seed)
-    workload = recipe.workload(options.seed, num_samples=short_epoch(workload.train_loader.batch_size or 1))
-    assert isinstance(workload, BlockwiseWorkload)
-    return workload
+    return recipe.workload(options.seed, num_samples=short_epoch(workload.train_loader.batch_size or 1))
 
 
 def train_few_blocks(
@@ -98,8 +96,8 @@ def train_few_blocks(
         if split:
             task.teacher.double()
             task.student.double().eval()  # the change to train mode leaves frozen layers out
-        trainer = make_block_trainer(
-            task, workload, options, profile=profile, split_batch=in_float64 if split else inputs_and_targets
+        trainer = workload.trainer(
+            task, options, costs=profile, split_batch=in_float64 if split else inputs_and_targets
         )
         with batch_norms("frozen" if split else "microbatch", [task.student_blocks]):
             trainer.fit(workload.loader, steps=steps)

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipestill.recipes.recipe import Recipe, end_to_end
+from pipestill.recipes.recipe import Recipe
 from pipestill.recipes.run_options import RunOptions
-from pipestill.recipes.runner import make_trainer
 from pipestill.runtime.launch import launch
 from pipestill.train.result import Result
 
@@ -85,9 +84,9 @@ def train_few(
     torch.set_num_threads(1)  # sums that are split over threads differ in their last bits
     try:
         batch_size = recipe.workload(options.seed).train_loader.batch_size or 1
-        workload = end_to_end(recipe, options.seed, short_epoch(batch_size), what="this check is of pipelines")
+        workload = recipe.workload(options.seed, short_epoch(batch_size))
         task = workload.task()
-        trainer = make_trainer(task, workload, workload.student_training, options, student_staleness=student_staleness)
+        trainer = workload.trainer(task, options, student_staleness=student_staleness)
         result = trainer.fit(workload.train_loader, steps=steps)
         state = {f"student.{name}": t.detach().clone() for name, t in task.student.state_dict().items()}
         state |= {f"teacher.{name}": t.detach().clone() for name, t in task.teacher.state_dict().items()}
