@@ -34,6 +34,7 @@ from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 from pipestill.train.data import split_item
 from pipestill.train.engine import CPU, REFERENCE, Figures, FirstBatch, Run, chosen_strategy
 from pipestill.train.options import TrainerOptions
+from pipestill.train.state import RunState, State
 
 _LACKS = (
     "weight_decay_schedule", "microbatches", "staleness", "student_staleness", "split_backward", "stash", "run_ahead",
@@ -58,6 +59,7 @@ class BlockwiseEngine:
         self.options = options
         self.task = task
         self.strategy = chosen_strategy(options, BLOCKWISE_STRATEGIES, "balanced")
+        self._state = RunState()
         if isinstance(options.costs, BlockProfile) and len(options.costs.blocks) != task.num_blocks:
             raise PlanError(
                 f"the costs are of {len(options.costs.blocks)} blocks, the models have {task.num_blocks}; measure them anew"
@@ -197,6 +199,21 @@ class BlockwiseEngine:
             seconds_per_step=seconds / max(trained.batches, 1), losses=losses,
             metrics={"loss": math.fsum(losses.values())},
         )  # fmt: skip
+
+    def state(self) -> State:
+        """The state of all blocks and of what is trained beside them. No optimizer is in use between runs: each is dropped as
+        soon as its block is trained to the end.
+        """
+        return self._state.take(self._stateful)
+
+    def load_state(self, state: State) -> None:
+        self._state.give(self._stateful, state)
+
+    @property
+    def _stateful(self) -> dict[str, nn.Module]:
+        """The modules that training changes."""
+        named = (self.task.modules_of(block) for block in range(self.task.num_blocks))
+        return {"student": self.task.student, **{name: module for modules in named for name, module in modules.items()}}
 
     def _settings(self) -> TrainingSettings:
         options = self.options

@@ -18,6 +18,7 @@ from pipestill.schedule import Trace
 from pipestill.train.callbacks import Reporter
 from pipestill.train.data import Again
 from pipestill.train.options import TrainerOptions
+from pipestill.train.state import State
 
 REFERENCE = "reference"
 """The strategy of every kind of training that is a plain loop on one device, without a schedule."""
@@ -137,6 +138,12 @@ class Engine(Protocol):
 
     def collect(self, run: Run, ranks: Sequence[Any], seconds: float) -> Figures:
         """Put the models back on the CPU, trained and whole on every process; the figures are complete on rank 0."""
+
+    def state(self) -> State:
+        """What has to be kept to go on from here: between runs, or in a callback of the plain loop."""
+
+    def load_state(self, state: State) -> None:
+        """Put the models into a state; the next run starts with its optimizers and its step. `ModelError` for other models."""
 
 
 def chosen_strategy(options: TrainerOptions, strategies: Iterable[str], default: str) -> str:

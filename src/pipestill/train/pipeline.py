@@ -36,6 +36,7 @@ from pipestill.schedule.pipeline.structure import Demands
 from pipestill.train.data import split_item
 from pipestill.train.engine import CPU, REFERENCE, Figures, FirstBatch, Run, chosen_strategy
 from pipestill.train.options import TrainerOptions
+from pipestill.train.state import RunState, State
 
 
 class PipelineEngine:
@@ -52,6 +53,7 @@ class PipelineEngine:
         self.options = options
         self.task = task
         self.strategy = chosen_strategy(options, PIPELINE_STRATEGIES, "fill")
+        self._state = RunState()
         clip, axis, staleness = options.clip_grad_norm, options.length_axis, options.staleness
         if clip is not None and not clip > 0:
             raise ConfigError(f"clip_grad_norm is {clip}; expected more than 0, or none")
@@ -187,6 +189,9 @@ class PipelineEngine:
     def ranks(self, run: Run) -> list[PipelineRank]:
         """The ranks of this process, whose models are copies of those of rank 0."""
         self._check_validation(run)
+        if self._state.first_step:
+            raise PlanError(f"only 'reference' can go on from step {self._state.first_step} so far, not '{self.strategy}'")
+        self._state.start()
         world, plan, main = run.world, run.plan, run.world.is_main
         for model in self._models:
             forms = world.broadcast(model.forms_of(range(len(model))) if main else None)
@@ -238,6 +243,7 @@ class PipelineEngine:
             ranks[0].recorder.interruptions(),
         )
         steps, samples = run.data.counts()
+        self._state.end(world.broadcast(steps if world.is_main else None))
         staleness = plan.proof.staleness
         return Figures(
             steps=steps, samples=samples, seconds=seconds,
@@ -250,6 +256,7 @@ class PipelineEngine:
 
     def plain(self, run: Run) -> Figures:
         self._check_validation(run)
+        first_step = self._state.start(run.data)
         device = device_of(0, self.options.device_type)
         for model in self._models:
             move(model, range(len(model)), device)
@@ -257,13 +264,14 @@ class PipelineEngine:
         loop = PlainRun(
             self.task, run.contracts, settings=self._settings(run), device=device,
             zero=RankZero(run.data(), run.validation, run.reporter), microbatches=self.options.microbatches,
-            staleness=staleness, student_staleness=self.options.student_staleness,
+            staleness=staleness, student_staleness=self.options.student_staleness, first_step=first_step,
         )  # fmt: skip
         loop.run()
         for model in self._models:
             move(model, range(len(model)), CPU)
         self._loss_state()  # back on the CPU, like the models
         steps, samples = run.data.counts()
+        self._state.end(steps)
         return Figures(
             steps=steps, samples=samples, seconds=loop.moments[-1] - loop.moments[0],
             seconds_per_step=median(b - a for a, b in pairwise(loop.moments)), staleness=staleness, exact=_exact(staleness),
@@ -279,10 +287,28 @@ class PipelineEngine:
         options = self.options
         return PipelineSettings(
             seed=options.seed, log_every=options.log_every, schedules=self._schedules,
-            optimizer=options.make_optimizer, timeout_seconds=options.timeout_seconds,
+            optimizer=self._state.remembering(options.make_optimizer), timeout_seconds=options.timeout_seconds,
             metrics=options.metrics or {}, validate=run.validates, largest_norm=options.clip_grad_norm,
             norms=run.cleanup.enter_context(batch_norms(options.batch_norm, self._training_models)),
         )  # fmt: skip
+
+    # -- what a checkpoint holds -----------------------------------------------------------------------------------
+
+    @property
+    def _stateful(self) -> dict[str, nn.Module]:
+        """The modules that training changes."""
+        loss = self.task.loss
+        modules = {"student": self.task.student, "loss": loss if isinstance(loss, nn.Module) else None}
+        modules["teacher"] = self.task.teacher if isinstance(self.task, Momentum) else None
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def state(self) -> State:
+        return self._state.take(self._stateful)
+
+    def load_state(self, state: State) -> None:
+        if state.step and (self.options.staleness or self.options.student_staleness):
+            raise PlanError("a run with a staleness cannot go on from a state so far: the step before is not part of it")
+        self._state.give(self._stateful, state)
 
     def _whole_backwards(self, contracts: PipelineContracts) -> tuple[str, ...]:
         """The blocks whose backward is not split, and why."""

@@ -34,6 +34,7 @@ class PlainRun:
         microbatches: int,
         staleness: int,
         student_staleness: int,
+        first_step: int = 0,
     ) -> None:
         self.task = task
         self.contracts = contracts
@@ -43,6 +44,7 @@ class PlainRun:
         self.microbatches = microbatches
         self.staleness = staleness
         self.student_staleness = student_staleness
+        self.first_step = first_step
         self.trained = {n: p for n, p in task.student.named_parameters() if p.requires_grad}
         self.optimizer = settings.optimizer(self.trained)
         self.losses: dict[str, float] = {}
@@ -58,7 +60,7 @@ class PlainRun:
             schedules=self.settings.schedules, seed=self.settings.seed,
             device=self.device, before_update=self._before_update, after_update=self._after_update,
             norms=self.settings.norms, largest_norm=self.settings.largest_norm,
-            staleness=self.staleness, student_staleness=self.student_staleness,
+            staleness=self.staleness, student_staleness=self.student_staleness, first_step=self.first_step,
         )  # fmt: skip
 
     def _before_update(self, step: int, batch: Batch, losses: dict[str, float]) -> None:

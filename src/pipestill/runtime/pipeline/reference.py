@@ -45,6 +45,7 @@ def reference(
     largest_norm: float | None = None,
     staleness: int = 0,
     student_staleness: int = 0,
+    first_step: int = 0,
 ) -> None:
     """Train on all batches, accumulating the same microbatches in the same order as a pipeline; no schedule at all.
 
@@ -67,7 +68,7 @@ def reference(
         assert model is not None
         return run_blocks(model, range(len(model)), rows, role, seed=seed, step=step, unit=unit, device=device)
 
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(batches, first_step):
         losses: dict[str, float] = {}
         parts = [part for part in microbatch_rows(batch.rows, microbatches) if part.start < part.stop]
         together = [list(enumerate(parts))] if demands.batch_loss else [[item] for item in enumerate(parts)]
