@@ -1,8 +1,12 @@
 """The trainer: what it reports, what it refuses, what it leaves behind."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -342,6 +346,19 @@ def test_preflight_finds_what_fit_would() -> None:
         trainer(devices=9).preflight(GOOD)
     with pytest.raises(ModelError, match="cannot take"):
         trainer().preflight([(torch.zeros(3, 5), torch.zeros(3).long())])
+
+
+def test_preflight_refuses_the_same_without_assertions() -> None:
+    """`python -O` leaves assertions out: nothing that checks what a user gave may be one, or be made by one."""
+    said = []
+    for flags in ([], ["-O"]):
+        command = [sys.executable, *flags, "-m", "support.refusals"]
+        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
+        said.append(done.stdout.splitlines())
+    assert said[0] == said[1]
+    assert [line.split(" ", 1)[1] for line in said[0][:3]] == ["accepted"] * 3
+    assert all("Error " in line for line in said[0][3:])
 
 
 def test_average_is_what_it_should_be() -> None:
