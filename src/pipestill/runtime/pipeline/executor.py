@@ -200,7 +200,7 @@ class PipelineExecutor:
         unit, student = action.microbatch, action.role is Role.STUDENT
         assert unit is not None
         if action.stage == 0:
-            inputs = batch.view(self.units.view(action)) if self.boundaries.views else batch.inputs
+            inputs = batch.view(self.units.view(action)) if self.boundaries.views and self.structure.train else batch.inputs
             value = rows_of(inputs, self.units.slice_of(action, batch.rows))
             return (copied(value) if student and 0 in self.boundaries.contracts.copies else value), []
         before = Action(action.role, action.stage - 1, Op.FORWARD, unit, action.step)
