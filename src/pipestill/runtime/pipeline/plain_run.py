@@ -14,7 +14,7 @@ from pipestill.runtime.batch import Batch
 from pipestill.runtime.log_clock import LogClock
 from pipestill.runtime.metrics import MetricMeans
 from pipestill.runtime.pipeline.rank import RankZero, logged_momentum
-from pipestill.runtime.pipeline.reference import evaluate, reference
+from pipestill.runtime.pipeline.reference import Reference, evaluate
 from pipestill.runtime.pipeline.stage import gradient_squares
 from pipestill.runtime.reports import check_finite, logged_values
 from pipestill.runtime.settings import PipelineSettings
@@ -37,16 +37,14 @@ class PlainRun:
         first_step: int = 0,
     ) -> None:
         self.task = task
-        self.contracts = contracts
         self.settings = settings
         self.device = device
         self.zero = zero
         self.microbatches = microbatches
-        self.staleness = staleness
-        self.student_staleness = student_staleness
-        self.first_step = first_step
-        self.trained = {n: p for n, p in task.student.named_parameters() if p.requires_grad}
-        self.optimizer = settings.optimizer(self.trained)
+        self.reference = Reference(
+            task, contracts, settings=settings, device=device, num_microbatches=microbatches, staleness=staleness,
+            student_staleness=student_staleness, first_step=first_step,
+        )  # fmt: skip
         self.losses: dict[str, float] = {}
         self.grad_norm = 0.0
         self.clock = LogClock()
@@ -55,18 +53,12 @@ class PlainRun:
 
     def run(self) -> None:
         """Train over all batches."""
-        reference(
-            self.task, self.contracts, self.zero.batches, self.optimizer, microbatches=self.microbatches,
-            schedules=self.settings.schedules, seed=self.settings.seed,
-            device=self.device, before_update=self._before_update, after_update=self._after_update,
-            norms=self.settings.norms, largest_norm=self.settings.largest_norm,
-            staleness=self.staleness, student_staleness=self.student_staleness, first_step=self.first_step,
-        )  # fmt: skip
+        self.reference.train(self.zero.batches, before_update=self._before_update, after_update=self._after_update)
 
     def _before_update(self, step: int, batch: Batch, losses: dict[str, float]) -> None:
         check_finite(losses, step)
         self.losses = losses
-        self.grad_norm = math.sqrt(math.fsum(gradient_squares(self.trained.values()).tolist()))
+        self.grad_norm = math.sqrt(math.fsum(gradient_squares(self.reference.trained.values()).tolist()))
 
     def _after_update(self, step: int, batch: Batch) -> None:
         self.clock.count(batch.rows)
@@ -89,7 +81,7 @@ class PlainRun:
         """Metrics of the whole student over `batches`."""
         means = MetricMeans(self.settings.metrics)
         evaluate(
-            self.task.student_blocks, batches, means.add, microbatches=self.microbatches, seed=self.settings.seed,
+            self.task.student_blocks, batches, means.add, num_microbatches=self.microbatches, seed=self.settings.seed,
             device=self.device,
         )  # fmt: skip
         return means.means()

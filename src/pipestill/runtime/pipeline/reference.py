@@ -1,165 +1,248 @@
-"""The reference strategy: a plain loop on one device, which every other strategy has to equal bit for bit."""
+"""The reference strategy: a plain loop on one device. It is the specification: every other strategy equals it bit for bit.
+
+Step k takes one batch:
+
+    batch of B rows
+      |
+      |  split into microbatches: 0, 1, ... whose sizes differ by at most one row, the larger ones first; none is empty
+      v
+    for each group of microbatches that share one loss: each microbatch by itself, or with a batch loss all of them
+      |
+      |  1. for each microbatch: the teacher's forward of every view that it sees     -> teacher outputs, without a graph
+      |                          the student's forward of every view                  -> student outputs
+      |  2. the loss of these outputs, times (rows of the group) / B                  -> gradients of the student outputs
+      |  3. for each student output, in the same order: its backward                  -> gradients of weights, which add up
+      v
+      4. deferred batch norm moves its running statistics
+      5. clip the gradients by their global norm, if asked to
+      6. optimizer step at the learning rates and weight decays of step k             -> student version k + 1
+      7. momentum only: teacher = m_k * teacher + (1 - m_k) * student                 -> teacher version k + 1
+
+Step k reads version k of all weights. With a staleness of 1 it reads version k - 1 (and step 0 version 0). A unit is one
+microbatch in one view: unit u of a model that sees V views is view u % V of microbatch u // V. Random numbers of a block follow
+from (seed, model, block, step, unit), so they do not depend on what ran before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import detached
 from pipestill.model.nests import copied, rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains, view
-from pipestill.optim import Schedules
-from pipestill.runtime.batch import Batch, microbatch_rows
-from pipestill.runtime.pipeline.stage import (
-    clip,
-    evaluate_loss,
-    gradient_squares,
-    run_blocks,
-    weighted_loss,
-)
+from pipestill.runtime.batch import Batch, Microbatch, split_batch
+from pipestill.runtime.pipeline.stage import clip, evaluate_loss, gradient_squares, run_blocks, weighted_loss
 from pipestill.runtime.pipeline.weights import MovingAverage
+from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
 
 
-def reference(
-    task: Task,
-    contracts: PipelineContracts,
-    batches: Iterator[Batch],
-    optimizer: torch.optim.Optimizer,
-    *,
-    microbatches: int,
-    schedules: Schedules,
-    seed: int,
-    device: torch.device,
-    before_update: Callable[[int, Batch, dict[str, float]], None],
-    after_update: Callable[[int, Batch], None],
-    norms: Norms,
-    largest_norm: float | None = None,
-    staleness: int = 0,
-    student_staleness: int = 0,
-    first_step: int = 0,
-) -> None:
-    """Train on all batches, accumulating the same microbatches in the same order as a pipeline; no schedule at all.
+class Reference:
+    """Trains a task's student by the plain loop. The models are on `device` already; gradients of before are dropped.
 
-    With a `staleness`, step k reads the weights that the teacher (or the student) had one update before, kept as copies.
+    `first_step` is the number of the first batch's step, where a run goes on from a state; then both stalenesses are 0.
+    The numbers in the comments are those of the table above.
     """
-    student, teacher, demands = task.student_blocks, task.teacher_blocks, task.demands
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = schedules.rates(optimizer)
-    average = MovingAverage(task, range(len(task.teacher_blocks))) if isinstance(task, Momentum) else None
-    old_student = Previous(trained, student_staleness)
-    old_teacher = Previous([mine for mine, _ in average.pairs] if average else [], staleness)
-    if isinstance(task.loss, nn.Module):
-        task.loss.to(device)
-    student.in_mode(train=False)
-    student.in_mode(train=True)  # anew: some layers may stay in eval mode
-    student.model.zero_grad(set_to_none=True)
 
-    def forward(role: Role, rows: Any, step: int, unit: int) -> Any:
-        model = teacher if role is Role.TEACHER else student
-        assert model is not None
-        return run_blocks(model, range(len(model)), rows, role, seed=seed, step=step, unit=unit, device=device)
+    def __init__(
+        self,
+        task: Task,
+        contracts: PipelineContracts,
+        *,
+        settings: PipelineSettings,
+        device: torch.device,
+        num_microbatches: int,
+        staleness: int = 0,
+        student_staleness: int = 0,
+        first_step: int = 0,
+    ) -> None:
+        self.task = task
+        self.student = task.student_blocks
+        self.teacher = task.teacher_blocks
+        self.contracts = contracts
+        self.settings = settings
+        self.device = device
+        self.num_microbatches = num_microbatches
+        self.first_step = first_step
+        self.trained = {name: p for name, p in task.student.named_parameters() if p.requires_grad}
+        self.optimizer = settings.optimizer(self.trained)
+        self.rates = settings.schedules.rates(self.optimizer)
+        self.average = MovingAverage(task, range(len(task.teacher_blocks))) if isinstance(task, Momentum) else None
+        averaged = [mine for mine, _ in self.average.pairs] if self.average else []
+        self.student_weights = PreviousWeights(list(self.trained.values()), student_staleness)
+        self.teacher_weights = PreviousWeights(averaged, staleness)
 
-    for step, batch in enumerate(batches, first_step):
+    def train(
+        self,
+        batches: Iterable[Batch],
+        *,
+        before_update: Callable[[int, Batch, dict[str, float]], None],
+        after_update: Callable[[int, Batch], None],
+    ) -> None:
+        """Train on all batches. `before_update` gets the step, its batch and the parts of its loss."""
+        if isinstance(self.task.loss, nn.Module):
+            self.task.loss.to(self.device)
+        self.student.in_mode(train=False)
+        self.student.in_mode(train=True)  # anew: some layers may stay in eval mode
+        self.student.model.zero_grad(set_to_none=True)
+        for step, batch in enumerate(batches, self.first_step):
+            losses = self._accumulate_gradients(step, batch)
+            before_update(step, batch, losses)
+            self._update(step)
+            after_update(step, batch)
+
+    # -- gradients of one batch -------------------------------------------------------------------------------------
+
+    def _accumulate_gradients(self, step: int, batch: Batch) -> dict[str, float]:
+        """Add up the gradients of one batch; return the parts of its loss."""
         losses: dict[str, float] = {}
-        parts = [part for part in microbatch_rows(batch.rows, microbatches) if part.start < part.stop]
-        together = [list(enumerate(parts))] if demands.batch_loss else [[item] for item in enumerate(parts)]
-        for number, group in enumerate(together):
-            taught, learnt = dict[int, Any](), dict[int, Any]()
-            for m, part in group:
-                inputs = [to_device(rows_of(view(task, batch.inputs, v), part), device) for v in range(demands.views)]
-                if teacher is not None:
-                    teacher.in_mode(teacher_trains(task))
-                    with torch.no_grad(), old_teacher:
-                        for v in range(demands.teacher_views):
-                            unit = m * demands.teacher_views + v
-                            taught[unit] = forward(Role.TEACHER, inputs[v], step, unit)
-                for v, rows in enumerate(inputs):
-                    with old_student:
-                        learnt[m * demands.views + v] = forward(
-                            Role.STUDENT, copied(rows) if 0 in contracts.copies else rows, step, m * demands.views + v
-                        )
-            seed_block(seed, Role.STUDENT, len(student), step, number, device)
-            whole = slice(group[0][1].start, group[-1][1].stop)
-            share = (whole.stop - whole.start) / batch.rows
-            cuts = {unit: detached(output) for unit, output in learnt.items()}
-            target = to_device(rows_of(batch.targets, whole), device)
-            loss = evaluate_loss(task, {unit: value for unit, (value, _, _) in cuts.items()}, taught, target)
-            weighted_loss(loss, share).backward()
-            for _, outputs, gradients in cuts.values():
-                roots = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None]
-                with old_student:
-                    torch.autograd.backward([output for output, _ in roots], [gradient for _, gradient in roots])
-            for name, value in loss.items():
-                losses[name] = losses.get(name, 0.0) + float(value.detach().double()) * share
-        for model in (student, teacher) if teacher is not None else (student,):
-            norms.end_batch(model.model.modules())
-        before_update(step, batch, losses)
-        rates.set(step)
-        if largest_norm is not None:
-            clip(trained, gradient_squares(p for p in student.model.parameters() if p.requires_grad), largest_norm)
-        with old_student.update():
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if average is not None:
-            average.note()
-            with old_teacher.update():
-                average.move(step)
-        after_update(step, batch)
+        for number, group in enumerate(self._groups(batch)):
+            outputs: dict[Role, dict[int, Any]] = {Role.TEACHER: {}, Role.STUDENT: {}}
+            for microbatch in group:  # 1.
+                views = range(self.task.demands.views)
+                inputs = [self._rows(view(self.task, batch.inputs, v), microbatch.rows) for v in views]
+                outputs[Role.TEACHER] |= self._teacher_outputs(step, microbatch, inputs)
+                outputs[Role.STUDENT] |= self._student_outputs(step, microbatch, inputs)
+            rows = slice(group[0].rows.start, group[-1].rows.stop)
+            weight = (rows.stop - rows.start) / batch.rows
+            parts = self._backward(step, number, outputs, self._rows(batch.targets, rows), weight)  # 2. and 3.
+            for name, part in parts.items():
+                losses[name] = losses.get(name, 0.0) + float(part.detach().double()) * weight
+        for model in (self.student, self.teacher):  # 4.
+            if model is not None:
+                self.settings.norms.end_batch(model.model.modules())
+        return losses
+
+    def _groups(self, batch: Batch) -> list[list[Microbatch]]:
+        """The microbatches of a batch, in groups that share one loss."""
+        microbatches = split_batch(batch, self.num_microbatches)
+        return [microbatches] if self.task.demands.batch_loss else [[microbatch] for microbatch in microbatches]
+
+    def _rows(self, value: Any, rows: slice) -> Any:
+        return to_device(rows_of(value, rows), self.device)
+
+    def _teacher_outputs(self, step: int, microbatch: Microbatch, inputs: list[Any]) -> dict[int, Any]:
+        """The teacher's output of each unit of a microbatch; none without a teacher."""
+        if self.teacher is None:
+            return {}
+        self.teacher.in_mode(teacher_trains(self.task))
+        seen = self.task.demands.teacher_views
+        with torch.no_grad(), self.teacher_weights.for_reading():
+            return {
+                unit: self._forward(self.teacher, Role.TEACHER, inputs[unit % seen], step, unit)
+                for unit in range(microbatch.number * seen, (microbatch.number + 1) * seen)
+            }
+
+    def _student_outputs(self, step: int, microbatch: Microbatch, inputs: list[Any]) -> dict[int, Any]:
+        """The student's output of each unit of a microbatch. A student that writes to its input in place gets a copy."""
+        views, writes = self.task.demands.views, 0 in self.contracts.copies
+        with self.student_weights.for_reading():
+            return {
+                unit: self._forward(
+                    self.student, Role.STUDENT, copied(inputs[unit % views]) if writes else inputs[unit % views], step, unit
+                )
+                for unit in range(microbatch.number * views, (microbatch.number + 1) * views)
+            }  # fmt: skip
+
+    def _forward(self, model: BlockModel, role: Role, inputs: Any, step: int, unit: int) -> Any:
+        blocks = range(len(model))
+        return run_blocks(
+            model, blocks, inputs, role, seed=self.settings.seed, step=step, unit=unit, device=self.device
+        )
+
+    def _backward(
+        self, step: int, number: int, outputs: Mapping[Role, Mapping[int, Any]], targets: Any, weight: float
+    ) -> dict[str, Tensor]:
+        """Evaluate the loss with this number in its step, and run its backward; return its parts.
+
+        The loss has a graph of its own, which starts at the student's outputs. So its backward is over before the student's
+        begin, one output after the other, as in a pipeline; a single backward would add up gradients in another order.
+        """
+        seed_block(self.settings.seed, Role.STUDENT, len(self.student), step, number, self.device)
+        starts = {unit: detached(output) for unit, output in outputs[Role.STUDENT].items()}
+        student_outputs = {unit: start.value for unit, start in starts.items()}
+        parts = evaluate_loss(self.task, student_outputs, outputs[Role.TEACHER], targets)
+        weighted_loss(parts, weight).backward()
+        for start in starts.values():
+            used = [(t, g) for t, g in zip(start.tracked, start.gradients, strict=True) if g is not None]
+            with self.student_weights.for_reading():
+                torch.autograd.backward([tensor for tensor, _ in used], [gradient for _, gradient in used])
+        return parts
+
+    # -- the update -------------------------------------------------------------------------------------------------
+
+    def _update(self, step: int) -> None:
+        """Update the student from its gradients, then a momentum teacher from the student."""
+        if self.settings.largest_norm is not None:  # 5.
+            parameters = [p for p in self.student.model.parameters() if p.requires_grad]
+            clip(list(self.trained.values()), gradient_squares(parameters), self.settings.largest_norm)
+        self.rates.set(step)
+        with self.student_weights.updated():  # 6.
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.note()
+            with self.teacher_weights.updated():  # 7.
+                self.average.move(step)
 
 
-class Previous:
-    """Within it, tensors hold what they held before their last update, if `staleness` is 1."""
+class PreviousWeights:
+    """Weights as they were one update before, for steps that read stale ones. With a staleness of 0 nothing is kept.
 
-    def __init__(self, tensors: list[Tensor], staleness: int) -> None:
-        self.tensors = tensors if staleness else []
-        self.old = [tensor.detach().clone() for tensor in self.tensors]
+    Before the first update, the previous weights are the first ones.
+    """
 
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *error: object) -> None:
-        self._swap()
-
-    def _swap(self) -> None:
-        for i, tensor in enumerate(self.tensors):
-            self.old[i], tensor.data = tensor.data, self.old[i]
+    def __init__(self, weights: list[Tensor], staleness: int) -> None:
+        self.weights = weights if staleness else []
+        self.previous = [tensor.detach().clone() for tensor in self.weights]
 
     @contextmanager
-    def update(self) -> Iterator[None]:
-        """Update the tensors in the body; what they held before it is what is old then."""
-        before = [tensor.detach().clone() for tensor in self.tensors]
+    def for_reading(self) -> Iterator[None]:
+        """Have the previous weights in place of the newest ones in the body."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, tensor in enumerate(self.weights):
+            self.previous[i], tensor.data = tensor.data, self.previous[i]
+
+    @contextmanager
+    def updated(self) -> Iterator[None]:
+        """Snapshot the weights before the body updates them; the snapshot becomes the previous version."""
+        snapshot = [tensor.detach().clone() for tensor in self.weights]
         yield
-        self.old = before
+        self.previous = snapshot
 
 
 def evaluate(
     student: BlockModel,
-    batches: Iterator[Batch],
+    batches: Iterable[Batch],
     add: Callable[[Any, Any, int], None],
     *,
-    microbatches: int,
+    num_microbatches: int,
     seed: int,
     device: torch.device,
 ) -> None:
-    """Call `add(output, target, rows)` for each microbatch of a validation, in eval mode and without gradients."""
+    """Call `add(output, targets, rows)` for each microbatch of a validation, in eval mode and without gradients."""
     student.in_mode(train=False)
     with torch.no_grad():
         for step, batch in enumerate(batches):
-            for m, part in enumerate(microbatch_rows(batch.rows, microbatches)):
-                if part.start < part.stop:
-                    inputs, target = (to_device(rows_of(v, part), device) for v in (batch.inputs, batch.targets))
-                    output = run_blocks(
-                        student, range(len(student)), inputs, Role.STUDENT,
-                        seed=seed, step=step, unit=m, device=device,
-                    )  # fmt: skip
-                    add(output, target, part.stop - part.start)
+            for number, rows in split_batch(batch, num_microbatches):
+                inputs, targets = (to_device(rows_of(value, rows), device) for value in (batch.inputs, batch.targets))
+                blocks = range(len(student))
+                output = run_blocks(
+                    student, blocks, inputs, Role.STUDENT, seed=seed, step=step, unit=number, device=device
+                )
+                add(output, targets, rows.stop - rows.start)
     student.in_mode(train=True)
