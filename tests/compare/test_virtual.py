@@ -38,7 +38,7 @@ def test_pipelines_run_what_the_schedule_says(case: str) -> None:
     assert [result["strategy"] for result in comparison.figures["results"]] == [*comparison.traces] == names
     for result in comparison.figures["results"]:
         name, trace = result["strategy"], comparison.traces[result["strategy"]]
-        strategy, knobs = variant(name)
+        strategy, knobs = variant(name, names)
         plan = make_plan(
             costs, devices=DEVICES, strategy=strategy, microbatches=MICROBATCHES, demands=demands, **knobs
         )  # fmt: skip

@@ -40,7 +40,7 @@ from pipestill.recipes.supernet import (
 )
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
-from pipestill.verify.blockwise import verify_blockwise
+from pipestill.verify.weights import verify
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {
@@ -461,7 +461,7 @@ def test_shared_rows_differ_by_rounding(strategy: str, tmp_path: Path) -> None:
     options = RunOptions(
         strategy=strategy, devices=devices, costs=str(tmp_path / "profile.csv"), timeout_seconds=60.0
     )
-    result = verify_blockwise(tiny(), options, steps=5, transports=("in-process",), device_type="cpu")
+    result = verify(tiny(), options, steps=5, transports=("in-process",), device_type="cpu")
     assert result["rows_split"]
     assert result["problems"] == []
 

@@ -27,7 +27,7 @@ from pipestill.recipes.self_supervised import Chain, Perceptron
 from pipestill.recipes.training import warmed_up, without_decay
 from pipestill.recipes.weights import load_into
 from pipestill.train.run_directory import RunDirectory
-from pipestill.verify import pipeline as verify
+from pipestill.verify.weights import verify
 
 SMALL: dict[str, Any] = {
     "byol": Byol(width=4, hidden=8, projection=4, batch_size=10),
@@ -141,7 +141,7 @@ def test_perceptrons() -> None:
 )
 def test_equals_the_reference(name: str, strategy: str) -> None:
     options = RunOptions(devices=2, strategy=strategy, microbatches=2)
-    found = verify.verify(SMALL[name], options, steps=3, transports=("in-process",), device_type="cpu")
+    found = verify(SMALL[name], options, steps=3, transports=("in-process",), device_type="cpu")
     assert found["problems"] == []
     assert found["exact"]
 

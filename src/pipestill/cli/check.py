@@ -15,8 +15,7 @@ from pipestill.errors import ConfigError
 from pipestill.recipes.run import check_options
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.world import choose_device_type
-from pipestill.verify.blockwise import verify_blockwise
-from pipestill.verify.pipeline import TRANSPORTS, verify
+from pipestill.verify.weights import TRANSPORTS, verify
 
 _SHOWN = 10  # of weights that differ
 
@@ -52,13 +51,11 @@ def run(words: list[str]) -> int:
     device_type = choose_device_type(options.device, max(1, options.devices))
     workload = built(recipe, options.seed)
     check_options(recipe, workload, options)
-    by_blocks = workload.kind == "blockwise"
-    run_it = verify_blockwise if by_blocks else verify
     with Busy(f"training {wanted.steps} steps with '{options.strategy}' and with a plain loop"):
-        result = run_it(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)
+        result = verify(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)
     if wanted.json:
         print(json.dumps(result))
-    elif by_blocks:
+    elif workload.kind == "blockwise":
         tell_of_blocks(result)
     else:
         tell(result, options)

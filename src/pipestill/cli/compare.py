@@ -20,7 +20,6 @@ from pipestill.busy import Busy
 from pipestill.cli.measure import CSV, built, costs_of_recipe, drawable
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.cli.simulate import WITHOUT_RECIPE, uniform, without_recipe
-from pipestill.compare.blockwise import compare_blockwise
 from pipestill.compare.figures import Comparison
 from pipestill.compare.real import compare
 from pipestill.compare.virtual import VirtualOptions, compare_virtual_blockwise, compare_virtual_pipelines
@@ -31,6 +30,7 @@ from pipestill.recipes.run import preflight
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.world import choose_device_type
 from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.train.engine import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -110,21 +110,15 @@ def run(words: list[str]) -> int:
         return 0
     refuse(rest, ("strategy",), "names one; 'compare' takes several: --strategies a,b,c")
     refuse(rest, ("teacher",), "is not read by 'compare': how well a teacher does takes no time")
-    device_type = choose_device_type(options.device, options.devices)
-    if built(recipe, options.seed).kind == "blockwise":
-        given = any(word.startswith("--strategies") for word in rest)
-        names = _strategies(wanted) if given else [*BLOCKWISE_STRATEGIES]
-        with _note(names, options.devices, wanted):
-            comparison = compare_blockwise(
-                recipe, options, names, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type
-            )
-        return _tell(comparison, wanted)
-    strategies = _strategies(wanted)
+    choose_device_type(options.device, options.devices)  # or what is wrong with it
+    workload, strategies = built(recipe, options.seed), _strategies(wanted)
+    blockwise = workload.kind == "blockwise"
+    if blockwise and not any(word.startswith("--strategies") for word in rest):
+        strategies = [name for name in workload.strategies if name != REFERENCE]
     with _note(strategies, options.devices, wanted):
-        preflight(recipe, options)
-        comparison = compare(
-            recipe, options, strategies, rounds=wanted.rounds, steps=wanted.steps, device_type=device_type
-        )
+        if not blockwise:  # there, it would also look at trainings that are not compared
+            preflight(recipe, options)
+        comparison = compare(recipe, options, strategies, rounds=wanted.rounds, steps=wanted.steps)
     return _tell(comparison, wanted)
 
 
@@ -210,7 +204,7 @@ def show(figures: dict[str, Any], console: Console) -> None:
     calibration, results = figures["calibration"], figures["results"]
     console.width = max(console.width, 100)  # the table takes what it needs
     console.print(table(results), crop=False)
-    if "plan" in results[-1]:
+    if any("plan" in result for result in results):
         console.print(_blocks(calibration, results), highlight=False, soft_wrap=True)
         return
     if calibration.get("virtual"):
@@ -242,7 +236,8 @@ def _blocks(calibration: dict[str, Any], results: list[dict[str, Any]]) -> str:
             lines.append("dp: all ranks train one block after the other, on equal parts of the rows")
         elif mine:
             lines += [f"{result['strategy']}:", *(f"  rank {rank}: {line}" for rank, line in enumerate(mine))]
-    least = f"all work once, shared out evenly, would take {results[-1]['limit_seconds_per_step'] * 1e3:.1f} ms"
+    least = min(result["limit_seconds_per_step"] for result in results if "plan" in result) * 1e3
+    least = f"all work once, shared out evenly, would take {least:.1f} ms"
     if calibration.get("virtual"):
         machine = (
             f"Virtual devices: processes and messages are real, work waits; clocks were set back by {calibration['late']:.1%} "

@@ -24,6 +24,7 @@ from pipestill.runtime.pipeline.virtual import run_virtual_pipeline
 from pipestill.schedule import PIPELINE_STRATEGIES, Trace
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.pipeline.structure import Demands
+from pipestill.train.engine import REFERENCE
 
 P = TypeVar("P")
 Runs = dict[str, list[tuple[list[Trace], float]]]
@@ -186,7 +187,7 @@ def _launched(
 
 
 def _pipeline(name: str, costs: Costs, demands: Demands, devices: int, microbatches: int) -> Plan:
-    strategy, knobs = variant(name)
+    strategy, knobs = variant(name, (REFERENCE, *PIPELINE_STRATEGIES))
     if strategy not in PIPELINE_STRATEGIES:
         raise ConfigError(f"'{strategy}' computes; virtual devices only wait. Compare it on real ones")
     return make_plan(costs, devices=devices, strategy=strategy, microbatches=microbatches, demands=demands, **knobs)

@@ -103,6 +103,13 @@ class BlockwiseEngine:
             costs, strategy=self.strategy, devices=self.options.devices, batch=rows, memory_bytes=memory_bytes
         )
 
+    def splits_rows(self, plan: BlockwisePlan) -> bool:
+        structures = [phase.schedule.structure for phase in plan.phases]
+        return any(action.op is Op.REDUCE for structure in structures for action in structure.actions())
+
+    def plain_options(self, plan: BlockwisePlan) -> dict[str, Any]:
+        return {}
+
     def measure(self, world: World, contracts: BlockwiseContracts, first: FirstBatch) -> BlockProfile:
         """Times of every block measured on rank 0 alone, for shares of the batch, and between processes links and all-reduces."""
         device = device_of(world.ranks[0], self.options.device_type)
@@ -163,7 +170,7 @@ class BlockwiseEngine:
             steps=steps, samples=samples, seconds=seconds, seconds_per_step=per_step, utilisation=utilisation,
             bubble=1.0 - utilisation, predicted_seconds_per_step=plan.seconds_per_batch,
             limit_seconds_per_step=plan.limit_seconds_per_batch,
-            exact="rows of a batch are split over ranks" if splits_rows(plan) else True,
+            exact="rows of a batch are split over ranks" if self.splits_rows(plan) else True,
             losses=losses, metrics={"loss": math.fsum(losses.values())}, traces=tuple(traces),
         )  # fmt: skip
 
@@ -225,12 +232,6 @@ class BlockwiseEngine:
     def _named(self, losses: dict[int, float]) -> dict[str, float]:
         """The last logged loss of every block by its name; NaN for one that was not logged here."""
         return {block.name: losses.get(i, math.nan) for i, block in enumerate(self.task.student_blocks.blocks)}
-
-
-def splits_rows(plan: BlockwisePlan) -> bool:
-    """Whether ranks share batches of a student block, so that sums of gradients are rounded in another order."""
-    structures = [phase.schedule.structure for phase in plan.phases]
-    return any(action.op is Op.REDUCE for structure in structures for action in structure.actions())
 
 
 def _trace(phase: Phase, number: int, events: Sequence[dict[int, list[Event]]]) -> Trace:

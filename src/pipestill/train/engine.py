@@ -130,6 +130,12 @@ class Engine(Protocol):
     def plan(self, costs: Any, rows: int, *, memory_bytes: float | None = None) -> Any:
         """The plan for batches of so many rows; `PlanError` where there is none, or none that fits into the memory."""
 
+    def splits_rows(self, plan: Any) -> bool:
+        """Whether ranks share rows of what they train, so that sums of gradients are rounded in another order."""
+
+    def plain_options(self, plan: Any) -> dict[str, Any]:
+        """Arguments of a trainer whose plain loop reads and writes the versions of weights that the plan declares."""
+
     def plain(self, run: Run) -> Figures:
         """Train by the plain loop."""
 

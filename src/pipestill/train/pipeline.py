@@ -134,6 +134,17 @@ class PipelineEngine:
         self.task.student_blocks.check_ties(ranges(plan.student_partition))
         return plan
 
+    def splits_rows(self, plan: Plan) -> bool:
+        return False
+
+    def plain_options(self, plan: Plan) -> dict[str, Any]:
+        structure = plan.schedule.structure
+        return {
+            "microbatches": structure.num_microbatches,
+            "staleness": structure.staleness or None,
+            "student_staleness": structure.student_staleness,
+        }
+
     @property
     def demands(self) -> Demands:
         """What the task and the clipping ask of the schedule."""

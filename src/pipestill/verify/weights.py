@@ -1,0 +1,175 @@
+"""Trains a workload under a strategy and by the plain loop, and compares every weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipestill.model.batchnorm import batch_norms
+from pipestill.plan import Plan
+from pipestill.plan.blockwise.plan import BlockwisePlan
+from pipestill.plan.describe import describe
+from pipestill.recipes.recipe import Recipe, SizedIterable, Workload
+from pipestill.recipes.run_options import RunOptions
+from pipestill.runtime.launch import launch
+from pipestill.runtime.world import OneProcess
+from pipestill.train.data import inputs_and_targets
+from pipestill.train.engine import REFERENCE
+from pipestill.train.result import Result
+from pipestill.verify.states import TOLERANCE, Difference, differences, is_rounding
+
+TRANSPORTS = ("in-process", "process-group")
+
+
+def verify(
+    recipe: Recipe, options: RunOptions, *, steps: int, transports: tuple[str, ...], device_type: str
+) -> dict[str, Any]:
+    """Train a recipe's task under `options` and as `reference`, and compare all weights and buffers of both models.
+
+    Every epoch has a short last batch. Where a schedule declares stale weights, the reference keeps copies of the old ones
+    and reads those. Tensors are compared bit by bit, but for one case: where ranks share the rows of a student block's
+    batch, sums are rounded in another order, and batch statistics are those of fewer rows. There, everything is in float64
+    with batch norm frozen, and differences up to `TOLERANCE` are rounding.
+
+    Args:
+        recipe: builds the workload
+        options: how to run it
+        steps: updates after which the weights are compared
+        transports: those of `TRANSPORTS` to train over, all by the same plan
+        device_type: cpu or cuda
+
+    Returns:
+        What `pipestill check --json` prints.
+    """
+    workload = few_batches(recipe, options.seed)
+    trainer = workload.trainer(workload.task(), options)
+    plan, costs, plain = None, dict[str, Any](), dict[str, Any]()
+    if trainer.strategy != REFERENCE:
+        world = OneProcess(options.devices)
+        costs["costs"] = trainer.costs or trainer.measure(
+            workload.loader, world=world
+        )  # once, so that all plans are one
+        plan = workload.trainer(workload.task(), options, **costs).plan(workload.loader, world=world)
+        plain = trainer.engine.plain_options(plan)
+    float64 = plan is not None and trainer.engine.splits_rows(plan)
+    expected, result = train_few(recipe, options.as_reference(), steps, float64=float64, **plain)
+    expected |= _untouched(workload.task(), float64)
+    train = partial(train_few, recipe, options, steps, float64=float64, **costs)
+    found: dict[str, dict[str, Difference]] = {}
+    for transport in transports:
+        if transport == "process-group" and options.devices > 1:
+            got, result = launch(
+                train, (), options.devices, device_type=device_type, threads=1, timeout_seconds=options.timeout_seconds
+            )
+        else:
+            got, result = train()
+        found[transport] = differences(expected, got)
+    every, tolerance = [d for mine in found.values() for d in mine.values()], TOLERANCE if float64 else 0.0
+    return {
+        "strategy": options.strategy,
+        "devices": options.devices,
+        "steps": steps,
+        "transports": list(transports),
+        **_OWN_FIGURES[workload.kind](plan, options),
+        "rows_split": float64,
+        "dtype": "float64" if float64 else "float32",
+        "batch_norm": "frozen" if float64 else "as trained",
+        "exact": not every,
+        "max_abs_difference": max([0.0, *(d.absolute for d in every)]),
+        "max_relative_difference": max([0.0, *(d.relative for d in every)]),
+        "tolerance": tolerance,
+        "staleness": result.staleness,
+        "whole_backwards": list(result.whole_backwards),
+        "problems": [
+            f"{transport}: '{name}' differs from the reference by up to {d.absolute:g}"
+            for transport, mine in found.items()
+            for name, d in mine.items()
+            if not is_rounding(d, tolerance)
+        ],
+    }
+
+
+def _pipeline_figures(plan: Plan | None, options: RunOptions) -> dict[str, Any]:
+    versions = [dataclasses.asdict(version) for version in plan.proof.versions] if plan else []
+    return {"microbatches": options.microbatches, "versions": versions}
+
+
+def _blockwise_figures(plan: BlockwisePlan | None, options: RunOptions) -> dict[str, Any]:
+    return {"ranks": describe(plan) if plan else []}
+
+
+_OWN_FIGURES: dict[str, Callable[[Any, RunOptions], dict[str, Any]]] = {
+    "pipeline": _pipeline_figures,
+    "blockwise": _blockwise_figures,
+}
+"""For each kind of training, what only it reports."""
+
+
+def few_batches(recipe: Recipe, seed: int) -> Workload:
+    """Build the recipe's workload with seven batches in an epoch, of which the last is short."""
+    batch_size = recipe.workload(seed).train_loader.batch_size or 1
+    return recipe.workload(seed, 6 * batch_size + max(1, batch_size * 2 // 5))
+
+
+def train_few(
+    recipe: Recipe, options: RunOptions, steps: int, *, float64: bool = False, **others: Any
+) -> tuple[dict[str, Tensor], Result]:
+    """Train models as they are initialised for a few steps, on one thread.
+
+    Args:
+        recipe: builds the workload, of which an epoch is seven batches
+        options: how to run it
+        steps: updates
+        float64: train in float64, with batch norm frozen
+        others: arguments of the trainer that replace those of the options
+
+    Returns:
+        Both models' state by name, and the run's result.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums that are split over threads differ in their last bits
+    try:
+        workload = few_batches(recipe, options.seed)
+        task, loader = workload.task(), workload.loader
+        norms: AbstractContextManager[Any] = nullcontext()
+        if float64:
+            task.teacher.double()
+            task.student.double().eval()  # the change to train mode leaves frozen layers out
+            loader, norms = InFloat64(loader), batch_norms("frozen", [task.student_blocks])
+        trainer = workload.trainer(task, options, **others)
+        with norms:
+            result = trainer.fit(loader, steps=steps)
+        return {**_state("student", task.student), **_state("teacher", task.teacher)}, result
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _state(role: str, model: nn.Module) -> dict[str, Tensor]:
+    return {f"{role}.{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _untouched(task: Any, float64: bool) -> dict[str, Tensor]:
+    """A frozen teacher's state before any training, which is what it has to be afterwards."""
+    if hasattr(task, "momentum"):
+        return {}
+    return _state("teacher", task.teacher.double() if float64 else task.teacher)
+
+
+class InFloat64:
+    """What a loader gives, with inputs in float64."""
+
+    def __init__(self, loader: SizedIterable) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        for inputs, targets in map(inputs_and_targets, self.loader):
+            yield inputs.double(), targets

@@ -1,0 +1,75 @@
+"""Runs of both kinds of training compared with the plain loop's, weight by weight."""
+
+from typing import Any
+
+import pytest
+from support.recipes import Blocks, Vectors
+
+from pipestill.recipes.run_options import RunOptions
+from pipestill.verify.weights import TRANSPORTS, train_few, verify
+
+COMMON = (
+    "strategy devices steps transports exact max_abs_difference max_relative_difference tolerance staleness rows_split dtype "
+    "batch_norm whole_backwards problems"
+)
+KEYS = {"pipeline": f"{COMMON} microbatches versions", "blockwise": f"{COMMON} ranks"}
+"""What `check --json` prints of each kind; none may go."""
+
+
+def options_of(strategy: str, devices: int = 2) -> RunOptions:
+    return RunOptions(devices=devices, strategy=strategy, microbatches=3, device="cpu", timeout_seconds=60.0)
+
+
+def check(recipe: Any, options: RunOptions, transports: tuple[str, ...] = ("in-process",)) -> dict[str, Any]:
+    return verify(recipe, options, steps=8, transports=transports, device_type="cpu")
+
+
+def test_a_pipeline_equals_the_plain_loop() -> None:
+    result = check(Vectors(), options_of("fill"))
+    assert result.keys() >= set(KEYS["pipeline"].split())
+    assert result["exact"]
+    assert (result["problems"], result["max_abs_difference"], result["tolerance"]) == ([], 0.0, 0.0)
+    assert [version["student"] for version in result["versions"][:3]] == [(0,), (1,), (2,)]
+
+
+def test_blocks_equal_each_trained_alone() -> None:
+    result = check(Blocks(), options_of("relay-dpu"))
+    assert result.keys() >= set(KEYS["blockwise"].split())
+    assert result["exact"]
+    assert (result["problems"], result["rows_split"], result["dtype"]) == ([], False, "float32")
+    assert len(result["ranks"]) == 2
+
+
+def test_where_rows_are_split_sums_are_rounded_in_another_order() -> None:
+    result = check(Blocks(), options_of("dp"))
+    assert result["rows_split"]
+    assert (result["dtype"], result["batch_norm"]) == ("float64", "frozen")
+    assert result["max_relative_difference"] <= result["tolerance"] == 1e-9
+    assert not result["problems"]
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_the_plain_loop_has_no_plan(kind: str) -> None:
+    result = check(Vectors() if kind == "pipeline" else Blocks(), options_of("reference", devices=1))
+    assert result.keys() >= set(KEYS[kind].split())
+    assert result["exact"]
+
+
+def test_processes_give_the_same_weights() -> None:
+    result = check(Vectors(), options_of("1f1b"), TRANSPORTS)
+    assert result["transports"] == ["in-process", "process-group"]
+    assert result["exact"]
+
+
+def test_weights_that_differ_are_named() -> None:
+    result = check(Vectors(forgetful=True), options_of("fill"))
+    assert not result["exact"]
+    assert result["max_abs_difference"] > 0
+    assert all("differs from the reference by up to" in problem for problem in result["problems"])
+    assert any("'student.0.weight'" in problem for problem in result["problems"])
+    assert not any("'teacher." in problem for problem in result["problems"])
+
+
+def test_a_few_steps_end_with_a_short_batch() -> None:
+    _, result = train_few(Vectors(), options_of("reference", devices=1), 7)
+    assert (result.steps, result.samples) == (7, 6 * 16 + 6)
