@@ -1,4 +1,4 @@
-"""Seconds and bytes of every block, action and link."""
+"""Costs: seconds and bytes of every block, stage and link, from which schedules and partitions are planned."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class BlockCosts:
-    """What one block costs for one microbatch (in one view). A teacher's backward is 0, and its update 0 when frozen.
+    """Seconds and bytes of one block for one microbatch in one view.
 
-    `weight_seconds` is the part of the backward that the gradients of the weights take. In memory, `parameter_bytes` are
-    the weights, `training_bytes` what training adds to them (gradients and the optimizer's state), and `stash_bytes` what
-    is kept of a microbatch from its forward to its backward.
+    Args:
+        name: the block's name in the model
+        forward_seconds: seconds of its forward
+        backward_seconds: seconds of its backward; 0 for a teacher's block
+        update_seconds: seconds of its optimizer's step; for a momentum teacher's block, of its update; 0 for a frozen one
+        parameter_bytes: bytes of its weights
+        output_bytes: bytes of its output, which the next block takes
+        stash_bytes: bytes that are kept from its forward to its backward
+        weight_seconds: the part of `backward_seconds` that the gradients of the weights take
+        training_bytes: bytes that training adds to the weights: gradients and the optimizer's state
+
+    Raises:
+        PlanError: an amount is below 0 or infinite, or `weight_seconds` is more than all of the backward
     """
 
     name: str
@@ -44,17 +54,26 @@ class BlockCosts:
 
     @property
     def seconds(self) -> float:
-        """Forward and backward of one microbatch."""
+        """Seconds of the forward and the backward of one microbatch."""
         return self.forward_seconds + self.backward_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a transfer between two ranks takes: `latency_seconds` + bytes / `bytes_per_second`.
+    """What a transfer between two ranks takes: latency_seconds + bytes / bytes_per_second.
 
-    `wake_seconds` is how much later a rank that had to wait for a transfer gets on with its work than one that had not:
-    its core slept, and works more slowly at first. `handling_seconds` is what each message keeps a rank from its work, at
-    either end, for bytes / `handling_bytes_per_second` more: the rest of the transfer is beside the work.
+    Most of a transfer is beside the work of both ranks. `wake_seconds` and the handling are what it adds to that work.
+
+    Args:
+        latency_seconds: seconds of a message without bytes
+        bytes_per_second: rate of the link; infinity for a link that takes no time
+        wake_seconds: how much later a rank that had to wait for a message gets on with its work: its core slept, and works
+            more slowly at first
+        handling_seconds: seconds that each message keeps a rank from its work, at either end
+        handling_bytes_per_second: rate at which the message's bytes keep it from its work besides
+
+    Raises:
+        PlanError: seconds are below 0 or infinite, or a rate is not above 0
     """
 
     latency_seconds: float = 0.0
@@ -71,14 +90,19 @@ class Link:
                 raise PlanError(f"link: {name} is {getattr(self, name)}, expected more than 0")
 
     def seconds(self, num_bytes: float) -> float:
+        """Seconds until so many bytes have arrived.
+
+        Args:
+            num_bytes: size of the message
+        """
         return self.latency_seconds + num_bytes / self.bytes_per_second
 
     def only(self) -> Link:
-        """The link by itself, for ranks that nothing keeps from their work."""
+        """The link alone, without what a message adds to the work of the ranks."""
         return Link(self.latency_seconds, self.bytes_per_second)
 
     def to_json(self) -> dict[str, float | None]:
-        """JSON has no infinity: a rate without a limit is null."""
+        """The fields by name. JSON has no infinity, so a rate without a limit is null."""
         return {
             name: None if value == float("inf") and name in _RATES else value
             for name, value in dataclasses.asdict(self).items()
@@ -86,7 +110,14 @@ class Link:
 
     @classmethod
     def from_json(cls, data: Any) -> Link:
-        """Read back `to_json`; `TypeError` for what is unknown."""
+        """Read back what `to_json` gave.
+
+        Args:
+            data: the fields by name
+
+        Raises:
+            TypeError: it is no object, or a field is unknown
+        """
         if not isinstance(data, dict):
             raise TypeError(f"a link is {data!r}, expected an object")
         unlimited = {name: float("inf") for name in _RATES if name in data and data[name] is None}
@@ -98,12 +129,22 @@ _RATES = ("bytes_per_second", "handling_bytes_per_second")
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Costs of both models' blocks for one microbatch of `rows` samples.
+    """Costs of both models' blocks for one microbatch.
 
-    `views` holds how much longer each view of a sample takes than the blocks say, and how many more bytes it has.
-    `interference` is how much longer work takes while every rank computes than while one does alone: 1 on
-    separate devices, more where processes share memory bandwidth, caches or cores. `source` says where the figures come
-    from, such as the device that they were computed for.
+    Args:
+        student: costs of each student block, in order
+        teacher: costs of each teacher block, in order; empty without a teacher
+        loss_seconds: seconds of the loss of one microbatch
+        data_seconds: seconds of reading one batch
+        rows: samples of the microbatch that the costs are of
+        link: what a transfer between two ranks takes
+        interference: how many times as long work takes while every rank computes as while one does alone: 1 on separate
+            devices, more where processes share memory bandwidth, caches or cores
+        views: for each view of a sample, how many times as long as the blocks say it takes, and as many bytes it has
+        source: where the figures come from, such as the device that they were computed for; shown beside plans
+
+    Raises:
+        PlanError: there is no student block or no view, or an amount makes no sense
     """
 
     student: tuple[BlockCosts, ...]
@@ -130,20 +171,33 @@ class Costs:
 
     @property
     def know_memory(self) -> bool:
-        """Whether the bytes of the stash are there: costs of earlier versions, or of stages without a model, lack them."""
+        """Whether the costs tell the bytes of the stash; those of earlier versions, or of stages without a model, do not."""
         return any(block.stash_bytes for block in self.student)
 
     def microbatch_seconds(self, teacher_views: int = 1) -> float:
-        """Work of one microbatch, in all its views, through everything."""
+        """Seconds of all work of one microbatch in all its views.
+
+        Args:
+            teacher_views: how many views the teacher sees
+        """
         student, teacher = (sum(block.seconds for block in blocks) for blocks in (self.student, self.teacher))
         return sum(self.views) * student + sum(self.views[:teacher_views]) * teacher + self.loss_seconds
 
     def with_surroundings(self, link: Link, interference: float) -> Costs:
-        """The same blocks with other links and neighbours."""
+        """The same blocks on ranks with another link and interference.
+
+        Args:
+            link: what a transfer between two ranks takes
+            interference: as in `Costs`
+        """
         return dataclasses.replace(self, link=link, interference=interference)
 
     def scaled(self, factor: float) -> Costs:
-        """Every piece of work `factor` times as long."""
+        """Costs of which all work takes `factor` times as long; transfers take what they took.
+
+        Args:
+            factor: times as long
+        """
 
         def longer(block: BlockCosts) -> BlockCosts:
             return dataclasses.replace(
@@ -163,7 +217,12 @@ class Costs:
         )
 
     def seconds_of_step(self, microbatches: int, teacher_views: int = 1) -> float:
-        """One step on one device."""
+        """Seconds of one step on one device.
+
+        Args:
+            microbatches: slices of a batch
+            teacher_views: how many views the teacher sees
+        """
         updates = sum(block.update_seconds for block in self.student + self.teacher)
         return microbatches * self.microbatch_seconds(teacher_views) + updates
 
@@ -179,15 +238,31 @@ class Costs:
         teacher: bool = True,
         views: int = 1,
     ) -> Costs:
-        """The same seconds in every block and free communication: what theory speaks about. `weight` is a part of
-        `backward`.
+        """Costs of blocks that are all alike, with transfers that take no time, as theory has them.
+
+        Args:
+            num_blocks: blocks of each model
+            teacher_forward: seconds of a teacher block's forward
+            forward: seconds of a student block's forward
+            backward: seconds of its backward
+            weight: the part of `backward` that gradients of weights take
+            teacher: whether there is one
+            views: how many views a sample has
         """
         student = [BlockCosts(f"student.{i}", forward, backward, weight_seconds=weight) for i in range(num_blocks)]
         frozen = [BlockCosts(f"teacher.{i}", teacher_forward) for i in range(num_blocks)] if teacher else []
         return cls(tuple(student), tuple(frozen), views=(1.0,) * views)
 
     def stages(self, student_partition: Sequence[int], teacher_partition: Sequence[int]) -> StageCosts:
-        """Sum blocks into stages; a partition gives the number of consecutive blocks of each stage."""
+        """The costs of stages, which are sums over their blocks.
+
+        Args:
+            student_partition: number of consecutive student blocks of each stage
+            teacher_partition: number of consecutive teacher blocks of each stage; empty without a teacher
+
+        Raises:
+            PlanError: a stage is empty, or the numbers do not add up to all blocks
+        """
         student = _slices(self.student, student_partition, "student")
         teacher = _slices(self.teacher, teacher_partition, "teacher")
         return StageCosts(
@@ -207,17 +282,24 @@ class Costs:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """The fields by name, for a costs file."""
         return {"version": _VERSION, **dataclasses.asdict(self), "link": self.link.to_json()}
 
     @classmethod
     def from_json(cls, data: Any) -> Costs:
-        """Read back `to_json`; `ConfigError` says what is missing or unknown."""
+        """Read back what `to_json` gave, or the costs inside a pipeline's plan.
+
+        Args:
+            data: the fields by name
+
+        Raises:
+            ConfigError: a field is missing or unknown, or it is something else
+            PlanError: an amount makes no sense
+        """
         if isinstance(data, dict) and "costs" in data:
             data = data["costs"]  # of a plan
         if isinstance(data, dict) and data.get("kind") == "blockwise":
-            raise ConfigError(
-                "costs: this is a plan for blocks that learn alone; expected costs of a pipeline, or its plan"
-            )
+            raise ConfigError("costs: this is a blockwise plan; expected costs of a pipeline, or its plan")
         if not isinstance(data, dict) or data.get("version") != _VERSION:
             raise ConfigError(f"costs: expected a JSON object with version {_VERSION}; a run's plan.json holds one")
         rest = {k: v for k, v in data.items() if k != "version"}
@@ -232,7 +314,14 @@ class Costs:
 
     @classmethod
     def load(cls, path: str | Path) -> Costs:
-        """Read a costs file; `ConfigError` when it is missing or not one."""
+        """Read a costs file, or the costs of a plan's file.
+
+        Args:
+            path: a JSON file
+
+        Raises:
+            ConfigError: the file cannot be read, or holds no costs
+        """
         try:
             return cls.from_json(json.loads(Path(path).read_text()))
         except OSError as error:
@@ -243,7 +332,23 @@ class Costs:
 
 @dataclass(frozen=True, slots=True)
 class StageCosts:
-    """Seconds of every kind of action on every stage for one microbatch, and bytes of every boundary."""
+    """Seconds of each kind of work on every stage for one microbatch, and bytes of every boundary behind a stage.
+
+    Args:
+        forward: seconds of each student stage's forward
+        backward: seconds of its whole backward
+        update: seconds of its optimizer's step
+        teacher: seconds of each teacher stage's forward; empty without a teacher
+        loss: seconds of the loss of one microbatch
+        data: seconds of reading one batch
+        activation_bytes: bytes of each student stage's output; empty for 0
+        teacher_bytes: bytes of each teacher stage's output; empty for 0
+        link: what a transfer between two ranks takes
+        interference: as in `Costs`
+        weight: the part of each stage's `backward` that gradients of weights take; empty for 0
+        ema: seconds of each momentum teacher's update; empty for 0
+        views: as in `Costs`
+    """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
@@ -260,34 +365,52 @@ class StageCosts:
     views: tuple[float, ...] = (1.0,)
 
     def busy_seconds(self, num_microbatches: int, teacher_views: int = 1) -> list[float]:
-        """Work of one step on each rank, where stage i of both roles sits on rank i."""
-        num_stages = len(self.forward)
-        teacher, ema = (costs or (0.0,) * num_stages for costs in (self.teacher, self.ema))
-        last = num_stages - 1
-        seen, taught = sum(self.views), sum(self.views[:teacher_views])
-        return [
-            num_microbatches * (taught * t + seen * (f + b) + (self.loss if i == last else 0.0))
-            + u + e + (0.0 if i else self.data)
-            for i, (t, f, b, u, e) in enumerate(zip(teacher, self.forward, self.backward, self.update, ema, strict=True))
-        ]  # fmt: skip
+        """Seconds of work of one step on each rank, where stage i of both models is on rank i.
+
+        Args:
+            num_microbatches: slices of a batch
+            teacher_views: how many views the teacher sees
+        """
+        student_scale = sum(self.views)
+        teacher_scale = sum(self.views[:teacher_views])
+        last = len(self.forward) - 1
+        seconds = []
+        for stage, (forward, backward, update) in enumerate(zip(self.forward, self.backward, self.update, strict=True)):
+            teacher = self.teacher[stage] if self.teacher else 0.0
+            ema = self.ema[stage] if self.ema else 0.0
+            loss = self.loss if stage == last else 0.0
+            data = 0.0 if stage else self.data
+            microbatch = teacher_scale * teacher + student_scale * (forward + backward) + loss
+            seconds.append(num_microbatches * microbatch + update + ema + data)
+        return seconds
 
     def limit_seconds_per_step(self, num_microbatches: int, teacher_views: int = 1) -> float:
-        """The physical limit of a step: the work of the most loaded rank (PAPERS.md, section 3).
+        """The least seconds that any schedule takes for a step: the work of the most loaded rank.
 
-        With interference, k ranks together do at most g(k) seconds of work a second, and so take their work / g(k).
+        With interference, work of k ranks at a time is slower, so that k ranks do at most g(k) seconds of work a second. The
+        k most loaded ranks then take at least their work / g(k) together.
+
+        Args:
+            num_microbatches: slices of a batch
+            teacher_views: how many views the teacher sees
         """
         busy = sorted(self.busy_seconds(num_microbatches, teacher_views), reverse=True)
-        crowding = (self.interference - 1.0) / max(1, len(busy) - 1)
-        together = [k / (1.0 + crowding * (k - 1)) for k in range(1, len(busy) + 1)]
-        return max(sum(busy[:k]) / max(1.0, g) for k, g in enumerate(together, start=1))
+        slowdown = (self.interference - 1.0) / max(1, len(busy) - 1)  # by each other rank that computes
+        limits = []
+        for k in range(1, len(busy) + 1):
+            work_per_second = k / (1.0 + slowdown * (k - 1))
+            limits.append(sum(busy[:k]) / max(1.0, work_per_second))
+        return max(limits)
 
 
 def _check_amount(what: str, amount: float) -> None:
+    """Raise `PlanError` for an amount below 0 or without a limit."""
     if not 0 <= amount < float("inf"):
         raise PlanError(f"{what} is {amount}, expected 0 or more")
 
 
 def _slices(blocks: tuple[BlockCosts, ...], partition: Sequence[int], role: str) -> list[tuple[BlockCosts, ...]]:
+    """The blocks of each stage."""
     if any(size < 1 for size in partition):
         raise PlanError(f"{role} partition {list(partition)} has a stage without blocks; each holds at least one")
     if sum(partition) != len(blocks):

@@ -15,7 +15,7 @@ from pipestill.schedule.check import examine
 from pipestill.schedule.comms import connect
 from pipestill.schedule.deadlock import deadlock, never_stuck
 from pipestill.schedule.needs import lane, needs
-from pipestill.schedule.pipeline.gpipe import forward_only
+from pipestill.schedule.pipeline.forward_only import forward_only
 from pipestill.schedule.simulate import simulate
 
 VALID = {

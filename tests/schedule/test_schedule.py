@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from schedule.tasks import Task, rows_of, tasks, texts_of
 
 from pipestill.schedule import KINDS, Action, Op, PipelineStructure, Role, Schedule, generate
-from pipestill.schedule.pipeline.gpipe import forward_only
+from pipestill.schedule.pipeline.forward_only import forward_only
 
 
 def schedules() -> st.SearchStrategy[Schedule]:

@@ -19,6 +19,7 @@ from pipestill.schedule.pipeline import one_f_one_b as one_f_one_b_module
 from pipestill.schedule.pipeline import sequential as sequential_module
 from pipestill.schedule.pipeline import tspipe as tspipe_module
 from pipestill.schedule.pipeline.fill import stash_units
+from pipestill.schedule.pipeline.forward_only import forward_only
 from pipestill.schedule.simulate import simulate
 
 
@@ -429,7 +430,7 @@ def test_costs_of_another_number_of_stages() -> None:
 
 
 def test_forward_only() -> None:
-    schedule = gpipe_module.forward_only(3, 2)
+    schedule = forward_only(3, 2)
     check(schedule)
     assert [work(row) for row in schedule.rows] == [["F0", "F1"]] * 3
     assert schedule.stash == (0, 0, 0)

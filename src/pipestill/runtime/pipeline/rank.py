@@ -26,7 +26,7 @@ from pipestill.runtime.transport.protocol import Message, Waiting, receive
 from pipestill.runtime.world import World
 from pipestill.schedule import Action, Lane, Op, Role, Schedule
 from pipestill.schedule.comms import edges
-from pipestill.schedule.pipeline.gpipe import forward_only
+from pipestill.schedule.pipeline.forward_only import forward_only
 from pipestill.schedule.pipeline.structure import PipelineStructure
 
 

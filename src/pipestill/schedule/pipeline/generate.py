@@ -1,4 +1,4 @@
-"""Strategy names -> schedules."""
+"""The schedule that a strategy's name stands for."""
 
 from __future__ import annotations
 
@@ -40,10 +40,22 @@ def generate(
     run_ahead: int | None = None,
     **work: Any,
 ) -> Schedule[PipelineStructure]:
-    """The schedule of `strategy`. `costs` and the knobs after it matter to `fill` alone.
+    """Generate the schedule of a strategy.
 
-    `work`: what the task demands, as fields of the `PipelineStructure` (momentum, views, batch_loss, clip). Raises `PlanError`
-    for an unknown strategy, counts below 1, or knobs that the strategy or the task does not have.
+    Args:
+        strategy: one of `PIPELINE_STRATEGIES`
+        num_stages: stages of each model; stage i of both is on rank i
+        num_microbatches: slices of a batch
+        teacher: whether there is one
+        costs: seconds of each kind of work on each stage, for strategy 'fill' (default: all stages alike)
+        staleness: how many steps old a momentum teacher's weights are, for 'fill' (default: 0)
+        split_backward: whether 'fill' separates gradients of weights from those of inputs
+        stash: most microbatches that a rank holds from forward to backward, for 'fill' (see there)
+        run_ahead: most units that the teacher is ahead of the student, for 'fill' (see there)
+        work: what the task demands, as fields of the `PipelineStructure` (momentum, views, batch_loss, clip)
+
+    Raises:
+        PlanError: there is no such strategy, a count is below 1, or the strategy or the task does not have such a knob
     """
     if num_stages < 1:
         raise PlanError(f"{num_stages} stages; expected at least 1")
@@ -54,9 +66,9 @@ def generate(
         raise PlanError(f"no strategy '{strategy}'{nearest(strategy, PIPELINE_STRATEGIES)}; there are {known}")
     if work.get("momentum") and not teacher:
         raise PlanError("a momentum teacher is asked for, and no teacher at all; choose one")
-    views, seen = work.get("views", 1), work.get("teacher_views", 1)
-    if not 1 <= seen <= views:
-        raise PlanError(f"the teacher sees {seen} of {views} views; expected 1 to all")
+    views, teacher_views = work.get("views", 1), work.get("teacher_views", 1)
+    if not 1 <= teacher_views <= views:
+        raise PlanError(f"the teacher sees {teacher_views} of {views} views; expected 1 to all")
     if strategy == "fill":
         if staleness and not work.get("momentum"):
             raise PlanError("staleness is of a momentum teacher; a frozen one has no versions; leave it out")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipestill.schedule.action import Action, Role
+from pipestill.schedule.action import Role
 from pipestill.schedule.comms import connect
 from pipestill.schedule.pipeline.one_f_one_b import student_order, teacher_order
 from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
@@ -16,18 +16,12 @@ from pipestill.schedule.schedule import Schedule
 
 
 def gpipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule[PipelineStructure]:
-    """Every rank runs all teacher forwards, all student forwards, all backwards, then updates (GPipe, Huang et al.)."""
+    """Run all teacher forwards, all student forwards, all backwards, and then the update on every rank.
+
+    GPipe (Huang et al., NeurIPS 2019), section 2.3. `work`: further fields of the `PipelineStructure`.
+    """
     structure = pipeline(num_stages, num_microbatches, teacher=teacher, **work)
     units = structure.num_units(Role.STUDENT)
     rows = [teacher_order(stage, structure) + student_order(stage, structure, units) for stage in range(num_stages)]
     run_ahead = structure.num_units(Role.TEACHER) if teacher else 0
     return connect("gpipe", structure, rows, (units,) * num_stages, run_ahead)
-
-
-def forward_only(num_stages: int, num_microbatches: int) -> Schedule[PipelineStructure]:
-    """The student's forwards and the loss action of each microbatch, without gradients: what validation runs."""
-    structure = pipeline(num_stages, num_microbatches, teacher=False, train=False)
-    rows: list[list[Action]] = [[] for _ in range(num_stages)]
-    for action in list(structure.actions())[1:]:
-        rows[structure.rank_of(action)].append(action)
-    return connect("forward-only", structure, rows, (0,) * num_stages, run_ahead=0)

@@ -1,23 +1,41 @@
-"""Local search: flexible work changes places with its neighbours while that makes the period no longer."""
+"""Local search: flexible work changes places with its neighbours while that makes the period no longer.
+
+Flexible are the teacher's forwards and gradients of weights. A move takes one of them a few places along its row:
+
+    a row                    F0  B0  t1  F1  B1  U
+    t1 one place earlier     F0  t1  B0  F1  B1  U
+    t1 two places later      F0  B0  F1  B1  t1  U
+
+Rows repeat, so a move over the end of the row goes on at its beginning, where the same forward has another step.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 
-from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.needs import needs
+from pipestill.schedule.action import Action, Op
 from pipestill.schedule.pipeline.clock import Clock
+from pipestill.schedule.pipeline.needs import needs
 from pipestill.schedule.pipeline.structure import PipelineStructure
+from pipestill.schedule.pipeline.work import Rows, is_teacher_forward
 
-Rows = list[list[Action]]
+_ROUNDING = 1e-12
+_DISTANCES = (-3, -2, -1, 1, 2, 3)  # places of a move
 
 
 def improve(rows: Rows, clock: Clock, goal: float, tries: int, most_steps: int) -> Rows:
-    """Rows whose period is as short as `tries` moves from `rows` get it; stops early at `goal`.
+    """Find rows whose period is as short as so many moves from `rows` get it.
 
-    A move takes a teacher forward, or a gradient of weights, a few places along its row, past others of its kind never,
-    and at most `most_steps` steps ahead. The moves are drawn from a generator with a fixed seed, so every rank finds the same.
+    Work never passes other work of its kind. The moves are drawn from a generator with a fixed seed, so every rank finds the
+    same.
+
+    Args:
+        rows: where the search starts
+        clock: the timer of the structure
+        goal: seconds of a period with which the search ends
+        tries: most moves that are tried
+        most_steps: the most steps that work may be ahead
     """
     best, period = rows, clock.period(rows)
     draw = random.Random(0)
@@ -28,50 +46,57 @@ def improve(rows: Rows, clock: Clock, goal: float, tries: int, most_steps: int) 
         if candidate is None:
             continue
         found = clock.period(candidate)
-        if found is not None and found <= period * (1 + 1e-12):
+        if found is not None and found <= period * (1 + _ROUNDING):
             best, period = candidate, found
     return best
 
 
 def _moved(rows: Rows, structure: PipelineStructure, draw: random.Random, most_steps: int) -> Rows | None:
+    """Rows after a random move on a random rank; None where that is not allowed."""
     rank = draw.randrange(len(rows))
-    row = list(rows[rank])
-    flexible = [i for i, a in enumerate(row) if _is_flexible(a)]
+    flexible = [i for i, action in enumerate(rows[rank]) if action.op is Op.WEIGHT or is_teacher_forward(action)]
     if not flexible:
         return None
-    at, by = draw.choice(flexible), draw.choice((-3, -2, -1, 1, 2, 3))
-    action = row.pop(at)
-    step = 1 if by > 0 else -1
-    for _ in range(abs(by)):
-        if not 0 <= at + min(step, 0) < len(row):  # over the end of the period: the same work of the step beside
-            if action.step - step < 0 or action.step - step > most_steps or action.op is Op.WEIGHT:
+    place = draw.choice(flexible)
+    row = _with_move(rows[rank], place, draw.choice(_DISTANCES), structure, most_steps)
+    return None if row is None else [*rows[:rank], row, *rows[rank + 1 :]]
+
+
+def _with_move(
+    row: list[Action], place: int, distance: int, structure: PipelineStructure, most_steps: int
+) -> list[Action] | None:
+    """The row after the action at `place` went so many places on, or back where `distance` is below 0; None where it may not."""
+    row = list(row)
+    action = row.pop(place)
+    forward = distance > 0
+    for _ in range(abs(distance)):
+        neighbour = place if forward else place - 1
+        if 0 <= neighbour < len(row):
+            if not _may_pass(action, row[neighbour], structure):
                 return None
-            action = action.at(action.step - step)
-            at = 0 if step > 0 else len(row)
-            passed = None
+            place += 1 if forward else -1
         else:
-            passed = row[at + min(step, 0)]
-            at += step
-        if passed is None and structure.momentum and not structure.staleness:
-            return None
-        if passed is not None and (_same_kind(passed, action) or _forbidden(passed, action, structure)):
-            return None
-    row.insert(at, action)
-    return [*rows[:rank], row, *rows[rank + 1 :]]
+            action = action.at(action.step + (-1 if forward else 1))
+            if not _may_leave_period(action, structure, most_steps):
+                return None
+            place = 0 if forward else len(row)
+    row.insert(place, action)
+    return row
 
 
-def _is_flexible(action: Action) -> bool:
-    return action.op is Op.WEIGHT or (action.role is Role.TEACHER and action.op is Op.FORWARD)
+def _may_leave_period(action: Action, structure: PipelineStructure, most_steps: int) -> bool:
+    """Whether an action may stand beyond the end of the period, with the step that it has there."""
+    bound_to_step = action.op is Op.WEIGHT or (structure.momentum and not structure.staleness)
+    return not bound_to_step and 0 <= action.step <= most_steps
 
 
-def _same_kind(one: Action, other: Action) -> bool:
-    return (one.role, one.op) == (other.role, other.op)
-
-
-def _forbidden(passed: Action, action: Action, structure: PipelineStructure) -> bool:
-    """What would change the weights that the teacher reads, or an update without some gradient."""
+def _may_pass(action: Action, other: Action, structure: PipelineStructure) -> bool:
+    """Whether an action may change places with its neighbour: no need, update or order of its kind is in the way."""
+    if (other.role, other.op) == (action.role, action.op):
+        return False
     if action.op is Op.WEIGHT:
-        return passed.op in (Op.NORM, Op.UPDATE, Op.EMA) or passed == dataclasses.replace(action, op=Op.INPUT)
-    if passed.op is Op.LOSS and passed.step == action.step:
-        return action.at(0) in needs(passed.at(0), structure)
-    return structure.momentum and passed.op is Op.EMA
+        own_input = dataclasses.replace(action, op=Op.INPUT)
+        return other.op not in (Op.NORM, Op.UPDATE, Op.EMA) and other != own_input
+    if other.op is Op.LOSS and other.step == action.step:
+        return action.at(0) not in needs(other.at(0), structure)
+    return not (structure.momentum and other.op is Op.EMA)

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipestill.schedule.action import Action, Role
+from pipestill.schedule.action import Role
 from pipestill.schedule.comms import connect
 from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
+from pipestill.schedule.pipeline.work import loop_order
 from pipestill.schedule.schedule import Schedule
 
 
 def sequential(
     num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any
 ) -> Schedule[PipelineStructure]:
-    """Each microbatch runs through the whole teacher, the whole student and back before the next one starts.
+    """Run each microbatch through the whole teacher, the whole student and back before the next one starts.
 
-    A loss over the whole batch comes between all forwards and all backwards. `work`: fields of the `PipelineStructure`.
+    A loss over the whole batch comes between all forwards and all backwards. `work`: further fields of the `PipelineStructure`.
     """
     structure = pipeline(num_stages, num_microbatches, teacher=teacher, serial=True, **work)
-    rows: list[list[Action]] = [[] for _ in range(num_stages)]
-    for action in list(structure.actions())[1:]:
-        rows[structure.rank_of(action)].append(action)
     stash = (len(structure.units_of_loss(0, Role.STUDENT)),) * num_stages
-    return connect("sequential", structure, rows, stash, run_ahead=structure.teacher_views if teacher else 0)
+    run_ahead = structure.teacher_views if teacher else 0
+    return connect("sequential", structure, loop_order(structure), stash, run_ahead)

@@ -10,22 +10,22 @@ from typing import Any
 
 from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
-from pipestill.schedule.action import Op, Role
+from pipestill.schedule.action import Role
 from pipestill.schedule.comms import connect
 from pipestill.schedule.deadlock import never_stuck
 from pipestill.schedule.pipeline.greedy import Greedy
-from pipestill.schedule.pipeline.one_f_one_b import least_stash, student_order, teacher_order, warm_up
+from pipestill.schedule.pipeline.one_f_one_b import least_stash, step_end, student_passes, teacher_order, warm_up
 from pipestill.schedule.pipeline.structure import PipelineStructure, pipeline
 from pipestill.schedule.schedule import Schedule
 
 
 def tspipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule[PipelineStructure]:
-    """All student forwards; the first 2 (n - 1 - stage) teacher forwards of the next batch; all backwards; the rest.
+    """Run TSPipe's order: all student forwards, some teacher forwards of the next batch, all backwards, the other forwards.
 
-    Backwards run in units of half a microbatch, and so does everything else here: a forward of the paper is two of these,
-    one right after the other. (In the released code the second half's gradients were dropped.) A momentum teacher is one
-    step stale; the first two steps both read its initial weights. `work`: fields of the `PipelineStructure`. PAPERS.md, section
-    1.2. Raises `PlanError` without a teacher.
+    Stage i of n runs 2 (n - 1 - i) teacher forwards before the backwards. Backwards run in units of half a microbatch, and so
+    does everything else here: a forward of the paper is two of these, one right after the other. (In the released code the
+    second half's gradients were dropped.) A momentum teacher is one step stale; the first two steps both read its initial
+    weights. `work`: further fields of the `PipelineStructure`. Raises `PlanError` without a teacher.
     """
     if not teacher:
         raise PlanError("'tspipe' fills a student's bubbles with a teacher's work; this task has none; use '1f1b'")
@@ -34,20 +34,28 @@ def tspipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **wo
     units = structure.num_units(Role.STUDENT)
     rows = []
     for stage in range(num_stages):
-        order = student_order(stage, structure, units)
-        following = [action.at(1) for action in teacher_order(stage, structure)]
-        early = min(structure.pieces * 2 * (num_stages - 1 - stage), len(following))
-        end = 1 + max(i for i, action in enumerate(order) if action.op is Op.BACKWARD)
-        rows.append([*order[:units], *following[:early], *order[units:end], *following[early:], *order[end:]])
+        passes = student_passes(stage, structure, units)
+        teacher_forwards = [action.at(1) for action in teacher_order(stage, structure)]
+        early = 2 * (num_stages - 1 - stage) * structure.pieces
+        rows.append(
+            [
+                *passes[:units],
+                *teacher_forwards[:early],
+                *passes[units:],
+                *teacher_forwards[early:],
+                *step_end(stage, structure),
+            ]
+        )
     return connect("tspipe", structure, rows, (units,) * num_stages, 2 * structure.num_units(Role.TEACHER))
 
 
 def asynchronous(
     num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any
 ) -> Schedule[PipelineStructure]:
-    """No step waits for the update of the one before: teacher and student read weights that are one step old.
+    """Let no step wait for the update of the one before: teacher and student read weights that are one step old.
 
-    Raises `PlanError` without a momentum teacher: of a frozen one, nothing is stale.
+    `work`: further fields of the `PipelineStructure`. Raises `PlanError` without a momentum teacher: with a frozen one nothing
+    but the student would be stale.
     """
     if not teacher or not work.get("momentum"):
         raise PlanError("'async' is an ablation of momentum teachers; use 'fill', which is exact")
@@ -55,13 +63,15 @@ def asynchronous(
     ones = (1.0,) * num_stages
     costs = StageCosts(ones, (2.0,) * num_stages, (0.0,) * num_stages, ones, views=(1.0,) * structure.views)
     stash = warm_up(structure, least_stash(structure) + num_stages - 1)
-    taught = structure.num_units(Role.TEACHER)
-    rows = Greedy(structure, costs, stash, 2 * taught).rows()
-    if rows is None or not never_stuck(connect("async", structure, rows, stash, 2 * taught)):
-        # Too few microbatches to settle: each step by itself, with the teacher's next batch in its end.
-        rows = []
-        for stage in range(num_stages):
-            order = student_order(stage, structure, stash[stage])
-            end = 1 + max(i for i, action in enumerate(order) if action.op is Op.BACKWARD)
-            rows.append([*order[:end], *(a.at(1) for a in teacher_order(stage, structure)), *order[end:]])
-    return connect("async", structure, rows, stash, 2 * taught)
+    run_ahead = 2 * structure.num_units(Role.TEACHER)
+    rows = Greedy(structure, costs, stash, run_ahead).rows()
+    if rows is not None:
+        schedule = connect("async", structure, rows, stash, run_ahead)
+        if never_stuck(schedule):
+            return schedule
+    # Too few microbatches to settle: each step by itself, with the teacher's next batch in its end.
+    rows = []
+    for stage, ahead in enumerate(stash):
+        teacher_forwards = [action.at(1) for action in teacher_order(stage, structure)]
+        rows.append([*student_passes(stage, structure, ahead), *teacher_forwards, *step_end(stage, structure)])
+    return connect("async", structure, rows, stash, run_ahead)
