@@ -53,17 +53,22 @@ class SoftTarget:
 
 
 @dataclass(frozen=True)
-class LogitsMSE:
-    """The mean squared error of the student's logits from the teacher's (Ba and Caruana 2014, section 2.2).
-
-    Args:
-        weight: the factor of the loss, at least 0.
-    """
+class _Weighted:
+    """A loss with a factor."""
 
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         raise_problems(real_number("weight", self.weight, least=0))
+
+
+@dataclass(frozen=True)
+class LogitsMSE(_Weighted):
+    """The mean squared error of the student's logits from the teacher's (Ba and Caruana 2014, section 2.2).
+
+    Args:
+        weight: the factor of the loss, at least 0.
+    """
 
     def __call__(self, student: Tensor, teacher: Tensor, target: object) -> dict[str, Tensor]:
         """Compute the part `logits_mse`.
@@ -78,17 +83,12 @@ class LogitsMSE:
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(_Weighted):
     """The mean of 1 - cosine similarity of the two models' features.
 
     Args:
         weight: the factor of the loss, at least 0.
     """
-
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        raise_problems(real_number("weight", self.weight, least=0))
 
     def __call__(self, student: Tensor, teacher: Tensor, target: object) -> dict[str, Tensor]:
         """Compute the part `cosine`.

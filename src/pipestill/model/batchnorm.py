@@ -36,12 +36,11 @@ class _Sums:
 
 
 class Norms:
-    """Keeps the statistics of the batch-norm layers of models in training, under a policy."""
+    """Keeps the statistics of batch-norm layers that defer the update of their running statistics to the end of a batch."""
 
-    def __init__(self, policy: str) -> None:
-        self.policy = policy
+    def __init__(self) -> None:
         self.sums: dict[_BatchNorm, _Sums] = {}
-        """The layers that defer the update of their running statistics, with their inputs' sums."""
+        """Each such layer, with the sums of its inputs."""
 
     def end_batch(self, modules: Iterable[nn.Module]) -> None:
         """Update the running statistics of those of `modules` that defer it, at the end of a batch."""
@@ -82,7 +81,7 @@ class Norms:
 @contextmanager
 def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
     """Put the batch-norm layers of `models` under a policy in the body; then leave them as they were."""
-    norms = Norms(policy)
+    norms = Norms()
     hooks = []
     layers = [
         m for model in models for m in model.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats

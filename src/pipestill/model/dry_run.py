@@ -67,33 +67,24 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
     return PipelineContracts(
         inputs=observe("the batch's inputs", few_inputs, more_inputs),
         targets=observe("the batch's targets", few_targets, more_targets),
-        student=tuple(_student_contracts(student, few, more, v) for v in range(task.demands.views)),
-        teacher=()
-        if teacher is None
-        else tuple(_teacher_contracts(teacher, few, more, v) for v in range(task.demands.teacher_views)),
+        student=tuple(_contracts("student", student, few, more, v) for v in range(len(more.student))),
+        teacher=tuple(_contracts("teacher", teacher, few, more, v) for v in range(len(more.teacher)) if teacher),
         loss_parts=more.loss_parts,
         copies=more.copies,
         unsplit=unsplit,
     )
 
 
-def _student_contracts(model: BlockModel, few: StepValues, more: StepValues, view: int) -> tuple[Contract, ...]:
-    """The contracts after each student block in one view."""
+def _contracts(role: str, model: BlockModel, few: StepValues, more: StepValues, view: int) -> tuple[Contract, ...]:
+    """The contracts after each block of one model in one view."""
+    values = [getattr(run, role)[view] for run in (few, more)]
     return tuple(
         observe(
-            f"after student block {i} ('{block.name}')",
-            few.student[view][i],
-            more.student[view][i],
-            (few.gradients[view][i], more.gradients[view][i]),
+            f"after {role} block {i} ('{block.name}')",
+            values[0][i],
+            values[1][i],
+            (few.gradients[view][i], more.gradients[view][i]) if role == "student" else None,
         )
-        for i, block in enumerate(model.blocks)
-    )
-
-
-def _teacher_contracts(model: BlockModel, few: StepValues, more: StepValues, view: int) -> tuple[Contract, ...]:
-    """The contracts after each teacher block in one view."""
-    return tuple(
-        observe(f"after teacher block {i} ('{block.name}')", few.teacher[view][i], more.teacher[view][i])
         for i, block in enumerate(model.blocks)
     )
 

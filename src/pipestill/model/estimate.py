@@ -8,7 +8,8 @@ takes longer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from pipestill.costs import Costs
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.devices import Machine
-from pipestill.model.measure import Seconds
+from pipestill.model.measure import Stopwatch
 from pipestill.model.nests import distinct_tensors, num_bytes
 from pipestill.model.step_costs import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
 from pipestill.model.stepwise import stepwise, untouched
@@ -65,24 +66,23 @@ def estimate(
     """
     inputs, targets = (_formed(nest, machine.dtype) for nest in microbatch_of(inputs, targets, rows))
     blocks = task.student_blocks
-    clock = RooflineClock(machine)
     with untouched(task), torch.device("meta"), WithoutNumbers(), counted_stashes(task) as stash:
 
         def done(what: str, block: int) -> None:
             stash.mark(what, block)
-            clock.mark(what, block)
+            watch.mark(what, block)
 
         try:
-            with clock:
+            with computed_seconds(machine) as watch:
                 values = stepwise(task, inputs, targets, done)
         except ModelError as error:
             raise ModelError(f"costs can only be computed for models that do not depend on numbers: {error}") from error
         fractions = [0.5] * len(blocks)
         if split:
-            fractions = weight_fractions(blocks, values.student[0], partial(RooflineClock, machine))
+            fractions = weight_fractions(blocks, values.student[0], partial(computed_seconds, machine))
     costs = costs_of(
         task,
-        clock.seconds,
+        watch.seconds,
         rows=rows,
         updates=[_update(blocks, i, optimizer, machine) for i in range(len(blocks))],
         weight_fractions=fractions,
@@ -98,6 +98,13 @@ def estimate(
     return dataclasses.replace(costs, teacher=teacher, link=machine.link, source=machine.describe())
 
 
+@contextmanager
+def computed_seconds(machine: Machine) -> Iterator[Stopwatch]:
+    """Give, in the body, a stopwatch of the seconds that kernels would take on a machine."""
+    with RooflineClock(machine) as clock:
+        yield Stopwatch(lambda: clock.now)
+
+
 class RooflineClock(TorchDispatchMode):
     """A clock that every kernel which PyTorch launches in its context advances by the kernel's computed time."""
 
@@ -106,14 +113,6 @@ class RooflineClock(TorchDispatchMode):
         self.machine = machine
         self.now = 0.0
         """Seconds since the clock was made."""
-        self.last = 0.0
-        """The time of the last mark."""
-        self.seconds: Seconds = {}
-
-    def mark(self, name: str, index: int) -> None:
-        """Note the seconds since the last mark as those of a piece, which ends here."""
-        self.seconds.setdefault((name, index), []).append(self.now - self.last)
-        self.last = self.now
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -59,67 +59,61 @@ def sample_lengths(length: int) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True)
-class ContractByLength:
-    """The contract of one boundary for batches of any length, from its contracts at three lengths."""
+class AtLength:
+    """Derives contracts of batches of one length from those of batches of three known lengths."""
 
-    lengths: tuple[int, int, int]
-    contracts: tuple[Contract, Contract, Contract]
+    known: tuple[int, int, int]
+    length: int
 
-    def __post_init__(self) -> None:
-        """Raise `ModelError` where the three contracts differ in more than their numbers."""
-        first = self.contracts[0]
-        for other in self.contracts[1:]:
+    def contract(self, same: Sequence[Contract]) -> Contract:
+        """One boundary's contract. `same`: its contracts at the known lengths; `ModelError` where they differ too much."""
+        first = same[0]
+        for other in same[1:]:
             if other.spec != first.spec or len(other.leaves) != len(first.leaves):
                 raise ModelError(f"{first.where}: the structure changes with the length: {first.spec} and {other.spec}")
-        self.at(self.lengths[0])
+        leaves = zip(*(contract.leaves for contract in same), strict=True)
+        return replace(first, leaves=tuple(self._leaf(first.where, leaf) for leaf in leaves))
 
-    def at(self, length: int) -> Contract:
-        """The boundary's contract for batches of that length."""
-        leaves = zip(*(contract.leaves for contract in self.contracts), strict=True)
-        return replace(self.contracts[0], leaves=tuple(self._leaf(same, length) for same in leaves))
-
-    def _leaf(self, same: Sequence[Leaf], length: int) -> Leaf:
-        """One leaf at that length. `same`: the leaf at the three known lengths."""
-        first, where = same[0], self.contracts[0].where
-        if isinstance(first, TensorLeaf) and all(isinstance(leaf, TensorLeaf) for leaf in same):
-            tensors = [leaf for leaf in same if isinstance(leaf, TensorLeaf)]
-            back = [leaf.gradient for leaf in tensors]
-            came = [gradient for gradient in back if gradient is not None]
-            if len({leaf.tracked for leaf in tensors}) > 1 or len(came) not in (0, len(back)):
+    def _leaf(self, where: str, same: Sequence[Leaf]) -> Leaf:
+        """One leaf, from the same leaf at the known lengths."""
+        first = same[0]
+        tensors = [leaf for leaf in same if isinstance(leaf, TensorLeaf)]
+        if isinstance(first, TensorLeaf) and len(tensors) == len(same):
+            gradients = [leaf.gradient for leaf in tensors if leaf.gradient is not None]
+            if len({leaf.tracked for leaf in tensors}) > 1 or len(gradients) not in (0, len(same)):
                 raise ModelError(f"{where}: whether a tensor gets a gradient changes with the length")
-            form = self._form([leaf.value for leaf in tensors], length)
-            return TensorLeaf(form, first.tracked, self._form(came, length) if came else None)
-        if isinstance(first, ConstantLeaf) and all(isinstance(leaf, ConstantLeaf) for leaf in same):
-            values = [leaf.value for leaf in same if isinstance(leaf, ConstantLeaf)]
-            if all(isinstance(value, (int, LinearInRows)) and not isinstance(value, bool) for value in values):
-                numbers = [value if isinstance(value, LinearInRows) else LinearInRows(0, value) for value in values]
-                number = self._number(numbers, length)
-                return ConstantLeaf(number if number.per_row else number.fixed)
+            form = self._form(where, [leaf.value for leaf in tensors])
+            return TensorLeaf(form, first.tracked, self._form(where, gradients) if gradients else None)
+        values = [leaf.value for leaf in same if isinstance(leaf, ConstantLeaf)]
+        whole = [isinstance(value, (int, LinearInRows)) and not isinstance(value, bool) for value in values]
+        if len(values) == len(same) and all(whole):
+            number = self._number([v if isinstance(v, LinearInRows) else LinearInRows(0, v) for v in values])
+            return ConstantLeaf(number if number.per_row else number.fixed)
         if any(leaf != first for leaf in same):
             raise ModelError(f"{where}: {first} changes with the length, to {same[-1]}; pass a tensor")
         return first
 
-    def _form(self, forms: Sequence[TensorForm], length: int) -> TensorForm:
-        """One tensor's form at that length, from its forms at the three known lengths."""
+    def _form(self, where: str, forms: Sequence[TensorForm]) -> TensorForm:
+        """One tensor's form, from its forms at the known lengths."""
         if len({(form.dtype, len(form.shape)) for form in forms}) > 1:
-            raise ModelError(f"{self.contracts[0].where}: a tensor's type or axes change with the length")
-        shape = tuple(self._number(sizes, length) for sizes in zip(*(form.shape for form in forms), strict=True))
-        strides = tuple(self._number(sizes, length) for sizes in zip(*(form.strides for form in forms), strict=True))
+            raise ModelError(f"{where}: a tensor's type or axes change with the length")
+        shape = tuple(self._number(sizes) for sizes in zip(*(form.shape for form in forms), strict=True))
+        strides = tuple(self._number(sizes) for sizes in zip(*(form.strides for form in forms), strict=True))
         return TensorForm(shape, forms[0].dtype, strides, any(form.lasting for form in forms))
 
-    def _number(self, numbers: Sequence[LinearInRows], length: int) -> LinearInRows:
-        """One size or stride at that length, from those at the three known lengths."""
-        per_row, fixed = ([getattr(n, name) for n in numbers] for name in ("per_row", "fixed"))
-        return LinearInRows(self._value(per_row, length), self._value(fixed, length))
+    def _number(self, numbers: Sequence[LinearInRows]) -> LinearInRows:
+        """One size or stride, from those at the known lengths."""
+        return LinearInRows(self._value([n.per_row for n in numbers]), self._value([n.fixed for n in numbers]))
 
-    def _value(self, known: Sequence[int], length: int) -> int:
-        """Evaluate the polynomial of degree 2 through the three known values (Lagrange's form) at that length.
+    def _value(self, values: Sequence[int]) -> int:
+        """Evaluate the polynomial of degree 2 through the values at the known lengths (Lagrange's form).
 
-        A value that is no whole number is rounded down. A boundary whose sizes follow another law is refused by `split`
+        A result that is no whole number is rounded down. A boundary whose sizes follow another law is refused by `split`
         once a batch of such a length crosses it.
         """
-        a, b, c = self.lengths
-        x, y, z = known
+        a, b, c = self.known
+        x, y, z = values
+        length = self.length
         total = (
             Fraction(x * (length - b) * (length - c), (a - b) * (a - c))
             + Fraction(y * (length - a) * (length - c), (b - a) * (b - c))

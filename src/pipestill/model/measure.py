@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -25,25 +24,17 @@ def now() -> float:
 
 
 class Stopwatch:
-    """Measures the seconds from one mark to the next, or from the start of its context."""
+    """Notes the seconds from one mark to the next, by a clock of its own (default: that of finished work on this machine)."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self.clock = clock or now
         self.seconds: Seconds = {}
-        self.last = now()
-
-    def __enter__(self) -> Stopwatch:
-        self.last = now()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
+        self.last = self.clock()
 
     def mark(self, name: str, index: int) -> None:
         """Note the seconds since the last mark as those of a piece, which ends here."""
-        self.seconds.setdefault((name, index), []).append(now() - self.last)
-        self.last = now()
+        self.seconds.setdefault((name, index), []).append(self.clock() - self.last)
+        self.last = self.clock()
 
 
 class NappingStopwatch(Stopwatch):
@@ -66,7 +57,7 @@ class NappingStopwatch(Stopwatch):
         if self.naps_left and self.num_pieces % self.every == 0:
             self.naps_left -= 1
             time.sleep(self.nap_seconds)
-            self.last = now()
+            self.last = self.clock()
 
 
 def trial_optimizer(parameters: Mapping[str, nn.Parameter], make: OptimizerFactory) -> torch.optim.Optimizer | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from pipestill.model.contracts import Contract
-from pipestill.model.lengths import ContractByLength
+from pipestill.model.lengths import AtLength
 
 
 @dataclass(frozen=True)
@@ -36,31 +36,29 @@ class PipelineContracts:
 
 
 class PipelineContractsByLength:
-    """The contracts of a task for batches of any length, from its contracts at three lengths."""
+    """The contracts of a task for batches of any length, from its contracts at three lengths, the longest last.
+
+    Raises `ModelError` where these differ in more than their numbers.
+    """
 
     def __init__(self, lengths: tuple[int, int, int], contracts: Sequence[PipelineContracts]) -> None:
-        self.longest = contracts[-1]
-
-        def joined(found: Sequence[Contract]) -> ContractByLength:
-            one, two, three = found
-            return ContractByLength(lengths, (one, two, three))
-
-        def nested(found: Sequence[tuple[tuple[Contract, ...], ...]]) -> tuple[tuple[ContractByLength, ...], ...]:
-            views = zip(*found, strict=True)
-            return tuple(tuple(joined(same) for same in zip(*view, strict=True)) for view in views)
-
-        self.inputs = joined([c.inputs for c in contracts])
-        self.targets = joined([c.targets for c in contracts])
-        self.student = nested([c.student for c in contracts])
-        self.teacher = nested([c.teacher for c in contracts])
+        self.lengths = lengths
+        self.contracts = contracts
         self.at = lru_cache(maxsize=256)(self._at)
+        self.at(lengths[0])
 
     def _at(self, length: int) -> PipelineContracts:
-        """Compute the contracts for batches of that length."""
+        """Derive the contracts for batches of that length."""
+        at = AtLength(self.lengths, length)
+
+        def derived(views: Sequence[tuple[tuple[Contract, ...], ...]]) -> tuple[tuple[Contract, ...], ...]:
+            same_view = zip(*views, strict=True)
+            return tuple(tuple(at.contract(same) for same in zip(*blocks, strict=True)) for blocks in same_view)
+
         return replace(
-            self.longest,
-            inputs=self.inputs.at(length),
-            targets=self.targets.at(length),
-            student=tuple(tuple(block.at(length) for block in view) for view in self.student),
-            teacher=tuple(tuple(block.at(length) for block in view) for view in self.teacher),
+            self.contracts[-1],
+            inputs=at.contract([c.inputs for c in self.contracts]),
+            targets=at.contract([c.targets for c in self.contracts]),
+            student=derived([c.student for c in self.contracts]),
+            teacher=derived([c.teacher for c in self.contracts]),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -51,7 +52,9 @@ def profile(
             rounds.append(watch.seconds)
         if split:
             outputs = stepwise(task, inputs, targets).student[0]
-            fractions = weight_fractions(blocks, outputs, Stopwatch, repeats=3, whole=contracts.unsplit)
+            fractions = weight_fractions(
+                blocks, outputs, lambda: nullcontext(Stopwatch()), repeats=3, whole=contracts.unsplit
+            )
         updates = [_update(blocks, i, optimizer) for i in range(len(blocks))]
     costs = costs_of(
         task,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from statistics import mean, median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from pipestill.costs import BlockCosts, Costs
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import detached, start_of
-from pipestill.model.measure import Seconds
+from pipestill.model.measure import Seconds, Stopwatch
 from pipestill.model.nests import copied, distinct_tensors, num_bytes, rows_of
 from pipestill.model.split import SplitBlock, Unsplittable
 from pipestill.model.tasks import Task
@@ -140,19 +140,10 @@ def counted_stashes(task: Task) -> Iterator[StashCounter]:
 # -- backwards in two halves ------------------------------------------------------------------------------------------
 
 
-class Watch(Protocol):
-    """A clock that notes the seconds of pieces of work."""
-
-    seconds: Seconds
-
-    def mark(self, name: str, index: int) -> None:
-        """Note the seconds since the last mark as those of a piece."""
-
-
 def weight_fractions(
     model: BlockModel,
     outputs: Sequence[Any],
-    clock: Callable[[], AbstractContextManager[Watch]],
+    measured: Callable[[], AbstractContextManager[Stopwatch]],
     *,
     repeats: int = 1,
     whole: Container[int] = (),
@@ -160,13 +151,14 @@ def weight_fractions(
     """The fraction of each block's backward, taken in two halves, that the second half takes: the gradients of weights.
 
     It is 1 for the first block, whose input has no gradient, and 0 where a backward stays whole, as those of the blocks in
-    `whole` do. `outputs` holds the value after each block. Seconds are medians over `repeats` tries, each with a new clock.
+    `whole` do. `outputs` holds the value after each block. Seconds are medians over `repeats` tries; `measured()` is the
+    context in which a stopwatch measures one.
     """
     fractions = [1.0]
     for i in range(1, len(model)):
         tries = range(0 if i in whole else repeats)
         try:
-            halves = [_halves(model.blocks[i].call, outputs[i - 1], clock()) for _ in tries]
+            halves = [_halves(model.blocks[i].call, outputs[i - 1], measured) for _ in tries]
         except Unsplittable:
             halves = []
         first, second = (median(seconds) for seconds in zip(*halves, strict=True)) if halves else (1.0, 0.0)
@@ -174,13 +166,15 @@ def weight_fractions(
     return fractions
 
 
-def _halves(call: Callable[[Any], Any], value: Any, clock: AbstractContextManager[Watch]) -> tuple[float, float]:
+def _halves(
+    call: Callable[[Any], Any], value: Any, measured: Callable[[], AbstractContextManager[Stopwatch]]
+) -> tuple[float, float]:
     """The seconds of each half of one block's backward, from gradients of 1."""
     entered = detached(copied(value)).value
     block = SplitBlock(start_of(entered))  # asked before the call, which may write to the value in place
     output = call(entered)
     roots = [(tensor, torch.ones_like(tensor)) for tensor in distinct_tensors(output) if tensor.requires_grad]
-    with clock as watch:
+    with measured() as watch:
         block.input_half(roots)
         watch.mark("input", 0)
         block.weight_half()

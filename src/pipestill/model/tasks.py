@@ -17,9 +17,33 @@ from pipestill.model.blocks import BlockModel
 from pipestill.schedule.pipeline.structure import Demands
 
 
+class CutStudent:
+    """Cuts a task's student into blocks."""
+
+    student: nn.Module
+    student_cuts: Sequence[str | Block] | None
+
+    @cached_property
+    def student_blocks(self) -> BlockModel:
+        """The student with its blocks."""
+        return BlockModel(self.student, self.student_cuts)
+
+
+class CutModels(CutStudent):
+    """Cuts a task's student and its teacher into blocks."""
+
+    teacher: nn.Module
+    teacher_cuts: Sequence[str | Block] | None
+
+    @cached_property
+    def teacher_blocks(self) -> BlockModel:
+        """The teacher with its blocks."""
+        return BlockModel(self.teacher, self.teacher_cuts)
+
+
 @hinted
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(CutModels):
     """A frozen teacher and a student that is trained end to end (Hinton et al. 2015).
 
     The teacher runs in eval mode, without gradients, and is never changed.
@@ -47,16 +71,6 @@ class Distillation:
         check_parts({"teacher": self.teacher, "student": self.student}, {"the loss": self.loss})
         _check_apart(self.teacher, self.student)
 
-    @cached_property
-    def student_blocks(self) -> BlockModel:
-        """The student with its blocks."""
-        return BlockModel(self.student, self.student_cuts)
-
-    @cached_property
-    def teacher_blocks(self) -> BlockModel | None:
-        """The teacher with its blocks."""
-        return BlockModel(self.teacher, self.teacher_cuts)
-
     @property
     def demands(self) -> Demands:
         """What the task asks of a schedule."""
@@ -75,7 +89,7 @@ class Distillation:
 
 @hinted
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(CutModels):
     """A student and a teacher that is an exponential moving average of it: teacher = m * teacher + (1 - m) * student.
 
     The teacher moves so after each update of the student (BYOL, Grill et al. 2020, section 3.1; MoCo v3, Chen et al. 2021).
@@ -155,16 +169,6 @@ class Momentum:
                         "teacher is a copy of the student's first blocks"
                     )
 
-    @cached_property
-    def student_blocks(self) -> BlockModel:
-        """The student with its blocks."""
-        return BlockModel(self.student, self.student_cuts)
-
-    @cached_property
-    def teacher_blocks(self) -> BlockModel:
-        """The teacher with its blocks."""
-        return BlockModel(self.teacher, self.teacher_cuts)
-
     @property
     def demands(self) -> Demands:
         """What the task asks of a schedule."""
@@ -197,7 +201,7 @@ class Momentum:
 
 @hinted
 @dataclass(frozen=True)
-class Supervised:
+class Supervised(CutStudent):
     """A student that is trained alone on labels: the baseline that distillation is compared with.
 
     Args:
@@ -217,20 +221,15 @@ class Supervised:
     def __post_init__(self) -> None:
         check_parts({"student": self.student}, {"the loss": self.loss})
 
-    @cached_property
-    def student_blocks(self) -> BlockModel:
-        """The student with its blocks."""
-        return BlockModel(self.student, self.student_cuts)
+    @property
+    def demands(self) -> Demands:
+        """What the task asks of a schedule."""
+        return Demands()
 
     @property
     def teacher_blocks(self) -> BlockModel | None:
         """None: there is no teacher."""
         return None
-
-    @property
-    def demands(self) -> Demands:
-        """What the task asks of a schedule."""
-        return Demands()
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
         """Compute the loss as named parts whose sum it is.

@@ -16,7 +16,7 @@ from pipestill.optim import Schedules
 from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares, guard_batch, weighted_loss
 
 CPU = torch.device("cpu")
-NORMS = Norms("microbatch")
+NORMS = Norms()
 X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 4, 0])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +12,7 @@ from pipestill.arguments import hinted, one_of, raise_problems, shown
 from pipestill.errors import ModelError
 from pipestill.losses import BlockLoss, mse
 from pipestill.model.block import Block
-from pipestill.model.blocks import BlockModel
-from pipestill.model.tasks import check_parts
+from pipestill.model.tasks import CutModels, check_parts
 
 _BESIDE_BLOCKS = ("output_projectors", "input_projectors", "candidates")
 """Arguments that give modules by block number, which are trained beside the student's own blocks."""
@@ -22,7 +20,7 @@ _BESIDE_BLOCKS = ("output_projectors", "input_projectors", "candidates")
 
 @hinted
 @dataclass(frozen=True)
-class Blockwise:
+class Blockwise(CutModels):
     """A student whose every block is trained alone against the teacher's block of the same number.
 
     Student block i takes the output of teacher block i - 1, and its loss compares its output with that of teacher block i
@@ -114,16 +112,6 @@ class Blockwise:
                         "two of teacher, student, projectors and candidates share a parameter or buffer; each needs its own "
                         "(copy.deepcopy)"
                     )
-
-    @cached_property
-    def teacher_blocks(self) -> BlockModel:
-        """The teacher with its blocks."""
-        return BlockModel(self.teacher, self.teacher_cuts)
-
-    @cached_property
-    def student_blocks(self) -> BlockModel:
-        """The student with its blocks."""
-        return BlockModel(self.student, self.student_cuts)
 
     @property
     def num_blocks(self) -> int:
