@@ -129,7 +129,11 @@ class Plan:
         return self.stage_costs.limit_seconds_per_step(self.microbatches, self.demands.teacher_views)
 
     def with_stash(self, stash: int | str | None) -> Plan:
-        """The same plan, its bound on the stash given by another word for the same number of units."""
+        """The same plan, its bound on the stash given by another word for the same number of units.
+
+        Args:
+            stash: the other word.
+        """
         plan = copy.copy(self)
         object.__setattr__(plan, "stash", stash)
         return plan

@@ -49,11 +49,23 @@ def launch(
     threads: int | None = None,
     timeout_seconds: float = 600.0,
 ) -> Any:
-    """Call `target(*arguments)` on every rank of a new process group; returns what rank 0 returned.
+    """Call a function on every rank of a new group of processes on this machine.
 
-    `target` and `arguments` are pickled. Each rank computes with `threads` CPU threads (default: the cores shared out
-    evenly). When a rank raises or dies, the others are ended within seconds and `RankFailure` carries the first
-    cause. Ctrl-C ends all ranks, then raises `KeyboardInterrupt`.
+    When a rank raises or dies, the others are ended within seconds. Ctrl-C ends all ranks, then raises `KeyboardInterrupt`.
+
+    Args:
+        target: the function; it is pickled, so it has to be importable.
+        arguments: its arguments, which are pickled too.
+        num_ranks: how many processes to start, each of which is one rank.
+        device_type: "cpu" or "cuda", what the ranks' tensors are on.
+        threads: CPU threads of each rank. Default: the cores, divided evenly.
+        timeout_seconds: deadline of every wait of one rank for another.
+
+    Returns:
+        what `target` returned on rank 0.
+
+    Raises:
+        RankFailure: a rank failed; it holds the first cause.
     """
     context = mp.get_context("forkserver" if sys.platform.startswith("linux") else "spawn")
     if context.get_start_method() == "forkserver":

@@ -55,9 +55,13 @@ class BlockwisePlan:
     """Everything that fixes who does what when. A rank goes through its phases in order."""
 
     strategy: str
+    """Name of the strategy."""
     num_devices: int
+    """Number of ranks."""
     costs: BlockwiseCosts
+    """What the blocks take for a batch, on these ranks."""
     phases: tuple[Phase, ...]
+    """Blocks that are trained together, with their ranks and schedule, in order."""
     chosen: Hybrid | None = None
     """The stages of relay and hybrid, and their seconds in Pipe-BD's cost model."""
     predictions: tuple[Trace, ...] = field(init=False, repr=False, compare=False)
@@ -87,7 +91,11 @@ class BlockwisePlan:
         return self.total([trace.seconds_per_step for trace in self.predictions])
 
     def total(self, seconds_per_step: Sequence[float]) -> float:
-        """Seconds of a step of each phase -> seconds a batch of the rank that is busy longest."""
+        """Add up what one batch takes the rank that is busy longest.
+
+        Args:
+            seconds_per_step: seconds of one step of each phase's schedule.
+        """
         busy = defaultdict[int, float](float)
         for phase, seconds in zip(self.phases, seconds_per_step, strict=True):
             for rank in phase.ranks:
