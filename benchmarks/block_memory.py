@@ -26,7 +26,7 @@ from pipestill.costs import Link
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
 from pipestill.model.live_bytes import LiveBytes
-from pipestill.plan.describe import describe
+from pipestill.plan.blockwise.describe import describe
 from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.compress import Compress
 from pipestill.recipes.run_options import RunOptions

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pipestill.plan import Plan
+from pipestill.plan.blockwise.describe import describe
 from pipestill.plan.blockwise.plan import BlockwisePlan
-from pipestill.plan.describe import describe
 
 
 def pipeline_figures(plan: Plan) -> dict[str, Any]:

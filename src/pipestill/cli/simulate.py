@@ -19,9 +19,9 @@ from pipestill.cli.options import Helped, parse, refuse
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan, make_plan
+from pipestill.plan.blockwise.describe import phase_titles
 from pipestill.plan.blockwise.json import block_plan_from_json, is_block_plan
 from pipestill.plan.blockwise.plan import BlockwisePlan, make_blockwise_plan
-from pipestill.plan.describe import phase_titles
 from pipestill.recipes.run_options import NumBytes, RunOptions
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.pipeline.structure import Demands

@@ -14,9 +14,9 @@ from pipestill import draw
 from pipestill.cli.options import Helped, parse
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan
+from pipestill.plan.blockwise.describe import describe
 from pipestill.plan.blockwise.json import block_plan_from_json, is_block_plan
 from pipestill.plan.blockwise.plan import BlockwisePlan
-from pipestill.plan.describe import describe
 from pipestill.recipes.blockwise import draw_blocks, trace_names
 from pipestill.train.run_directory import RunDirectory
 

@@ -9,8 +9,8 @@ from typing import Any
 from pipestill.compare.bench import Bench
 from pipestill.compare.figures import PlainLoop, median_loop
 from pipestill.costs import Link
+from pipestill.plan.blockwise.describe import describe
 from pipestill.plan.blockwise.plan import BlockwisePlan
-from pipestill.plan.describe import describe
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.train.engine import REFERENCE
 from pipestill.train.result import Result

@@ -15,8 +15,8 @@ from pipestill.compare.variants import variant
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.plan import Plan, make_plan
+from pipestill.plan.blockwise.describe import describe
 from pipestill.plan.blockwise.plan import BlockwisePlan, make_blockwise_plan
-from pipestill.plan.describe import describe
 from pipestill.runtime.blockwise.groups import process_groups
 from pipestill.runtime.blockwise.virtual import run_virtual_blockwise
 from pipestill.runtime.launch import launch

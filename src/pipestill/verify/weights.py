@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pipestill.model.batchnorm import batch_norms
 from pipestill.plan import Plan
+from pipestill.plan.blockwise.describe import describe
 from pipestill.plan.blockwise.plan import BlockwisePlan
-from pipestill.plan.describe import describe
 from pipestill.recipes.recipe import Recipe, SizedIterable, Workload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch

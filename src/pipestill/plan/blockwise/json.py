@@ -8,8 +8,8 @@ from typing import Any
 
 from pipestill.costs import Link
 from pipestill.errors import ConfigError
+from pipestill.plan.blockwise.describe import describe
 from pipestill.plan.blockwise.plan import BlockwisePlan, make_blockwise_plan
-from pipestill.plan.describe import describe
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 
 _VERSION, _KIND = 1, "blockwise"
