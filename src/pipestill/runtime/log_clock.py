@@ -13,6 +13,10 @@ class Lap(NamedTuple):
     steps: int
     rows: int
 
+    def values(self, bubble: float) -> dict[str, float]:
+        """What a logged step says of the time: seconds of a step, samples a second, and the ranks' idle fraction."""
+        return {"seconds": self.seconds / self.steps, "samples_per_second": self.rows / self.seconds, "bubble": bubble}
+
 
 class LogClock:
     """Counts time, steps and samples since the last logged step, on the rank that reports."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ _RESULT_LANES = (Lane.TEACHER, Lane.ACTIVATION, Lane.GRADIENT, Lane.NORM)
 """Lanes whose messages carry the result of a work; the others carry the batch, the order, or what belongs to no result."""
 
 
+@dataclass(eq=False)
 class Mailbox:
     """What one rank sends, receives and keeps while an executor walks its row of a schedule.
 
@@ -36,26 +38,20 @@ class Mailbox:
     The schedule counts ranks from 0; `ranks` says which of the world they are, if others.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule[Any],
-        rank: int,
-        transport: Transport,
-        *,
-        device: torch.device,
-        local_uses: Callable[[Action], Iterable[Action]],
-        segment: int = 0,
-        ranks: Sequence[int] | None = None,
-    ) -> None:
-        self.structure = schedule.structure
-        self.rank = rank
-        self.transport = transport
-        self.device = device
-        self.segment = segment
-        self.ranks = ranks or range(self.structure.num_ranks)
-        row = schedule.rows[rank]
+    schedule: Schedule[Any]
+    rank: int
+    transport: Transport
+    device: torch.device
+    local_uses: Callable[[Action], Iterable[Action]]
+    segment: int = 0
+    ranks: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        self.structure = self.schedule.structure
+        self.world_ranks = self.ranks or range(self.structure.num_ranks)
+        row = self.schedule.rows[self.rank]
         works = [action.at(0) for action in row if action.computes and action.op is not Op.DATA]
-        self.uses = Counter(result.at(0) for work in works for result in local_uses(work))
+        self.uses = Counter(result.at(0) for work in works for result in self.local_uses(work))
         """How often this rank uses the result of each work of a step."""
         self.uses.update(a.payload.at(0) for a in row if a.kind is Kind.SEND and self.lane_of(a) in _RESULT_LANES)
         self.results: dict[Action, tuple[Any, int]] = {}
@@ -96,7 +92,7 @@ class Mailbox:
     def message(self, transfer: Action, on: Lane | None = None) -> Message:
         """The message of a send or a receive of this rank, on its own lane unless another is given."""
         assert transfer.peer is not None
-        mine, theirs = self.ranks[self.rank], self.ranks[transfer.peer]
+        mine, theirs = self.world_ranks[self.rank], self.world_ranks[transfer.peer]
         source, destination = (mine, theirs) if transfer.kind is Kind.SEND else (theirs, mine)
         return Message(on or self.lane_of(transfer), transfer.payload, source, destination, self.segment)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipestill.errors import TrainingError
+from pipestill.runtime.log_clock import Lap, LogClock
+from pipestill.runtime.record import Recorder
 from pipestill.runtime.transport.protocol import Message, Transport, receive
 from pipestill.schedule import Action, Lane, Op, Role
 
@@ -24,50 +27,70 @@ class RunListener(Protocol):
         """The metrics of a validation after a step."""
 
 
-class FigureExchange:
+@dataclass(frozen=True)
+class LoggedStep:
+    """A logged step, once the figures of all ranks are together."""
+
+    step: int
+    epoch: int
+    times: dict[str, float]
+    figures: list[Tensor]
+    """Of each rank."""
+
+
+@dataclass(eq=False)
+class StepReports:
     """Brings each rank's figures of a logged step to the first of `ranks`, which reports them.
 
     The reporting rank gives its own figures at the end of a step and collects the others' later: they may update after
     it, and wait for it meanwhile.
     """
 
-    def __init__(self, transport: Transport, rank: int, ranks: Sequence[int], segment: int = 0) -> None:
-        self.transport = transport
-        self.rank = rank
-        self.ranks = ranks
-        self.segment = segment
-        self._given: tuple[int, Tensor] | None = None
-        """On the reporting rank: the step whose figures are not collected yet, and its own figures."""
+    transport: Transport
+    rank: int
+    ranks: Sequence[int]
+    recorder: Recorder
+    segment: int = 0
 
-    @property
-    def reports(self) -> bool:
-        """Whether this is the rank that reports."""
-        return self.rank == self.ranks[0]
+    def __post_init__(self) -> None:
+        self.clock = LogClock()
+        self.reported_busy_seconds = 0.0
+        self._given: tuple[int, LoggedStep, Lap] | None = None
+        """On the reporting rank, what it has not collected yet: the number of its messages, its own figures, their time."""
 
-    def give(self, step: int, figures: Tensor, sizes: Sequence[int]) -> None:
-        """Send the `figures` of this rank (float64) or, on the reporting rank, announce those of all ranks, by their sizes."""
-        if not self.reports:
-            self.transport.send(self._message(step, self.rank), [figures])
+    def give(
+        self, number: int, step: int, epoch: int, lap: Lap, figures: Sequence[float], sizes: Sequence[int]
+    ) -> None:
+        """Send this rank's figures or, on the reporting rank, announce those of all ranks, by their sizes.
+
+        `number` tells the messages of one logged step from those of others.
+        """
+        busy = self.recorder.busy_seconds - self.reported_busy_seconds
+        self.reported_busy_seconds = self.recorder.busy_seconds
+        mine = torch.tensor([busy, *figures], dtype=torch.float64)
+        if self.rank != self.ranks[0]:
+            self.transport.send(self._message(number, self.rank), [mine])
             return
-        self._given = step, figures
+        self._given = number, LoggedStep(step, epoch, {}, [mine]), lap
         for rank, size in zip(self.ranks[1:], sizes[1:], strict=True):
-            self.transport.post(self._message(step, rank), [torch.empty(size, dtype=torch.float64)])
+            self.transport.post(self._message(number, rank), [torch.empty(1 + size, dtype=torch.float64)])
 
-    def collect(self) -> Generator[Message, None, list[Tensor]]:
-        """The figures of all ranks, in their order, of the step that was given last; none where they were collected before."""
+    def collect(self) -> Generator[Message, None, LoggedStep | None]:
+        """The step that was given last, with the figures of all ranks; None where it was collected before, and elsewhere."""
         if self._given is None:
-            return []
-        step, mine = self._given
+            return None
+        number, logged, lap = self._given
         self._given = None
-        figures = [mine]
+        figures = logged.figures
         for rank in self.ranks[1:]:
-            figures += yield from receive(self.transport, self._message(step, rank))
-        return figures
+            figures += yield from receive(self.transport, self._message(number, rank))
+        busy = sum(float(of_rank[0]) for of_rank in figures)
+        times = lap.values(bubble=max(0.0, 1.0 - busy / (lap.seconds * len(self.ranks))))
+        return replace(logged, times=times, figures=[of_rank[1:] for of_rank in figures])
 
-    def _message(self, step: int, rank: int) -> Message:
-        return Message(
-            Lane.REPORT, Action(Role.STUDENT, rank, Op.UPDATE, None, step), rank, self.ranks[0], self.segment
-        )
+    def _message(self, number: int, rank: int) -> Message:
+        action = Action(Role.STUDENT, rank, Op.UPDATE, None, number)
+        return Message(Lane.REPORT, action, rank, self.ranks[0], self.segment)
 
 
 def logged_values(step: int, epoch: int, losses: Mapping[str, float], **rest: float) -> dict[str, float]:

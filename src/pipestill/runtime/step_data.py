@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -54,6 +55,7 @@ class Travel(Protocol[D]):
         """Whether the tensors are there."""
 
 
+@dataclass(eq=False)
 class StepData(Generic[D]):
     """The data of every step under way, as far as one rank knows it.
 
@@ -61,11 +63,12 @@ class StepData(Generic[D]):
     all others where the schedule says so, and the tensors after it to ranks for which the structure names a lane.
     """
 
-    def __init__(self, mailbox: Mailbox, source: Iterator[D] | None, travel: Travel[D]) -> None:
-        self.mailbox = mailbox
-        self.source = source
-        self.travel = travel
-        self.structure = mailbox.structure
+    mailbox: Mailbox
+    source: Iterator[D] | None
+    travel: Travel[D]
+
+    def __post_init__(self) -> None:
+        self.structure = self.mailbox.structure
         self.known: dict[int, D] = {}
         """By step."""
         self._packed: tuple[int, list[Tensor]] = -1, []

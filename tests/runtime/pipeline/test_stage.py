@@ -14,22 +14,22 @@ from pipestill.model.batchnorm import Norms
 from pipestill.model.dry_run import dry_run
 from pipestill.optim import Schedules
 from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares, guard_batch, weighted_loss
+from pipestill.runtime.settings import PipelineSettings
 
 CPU = torch.device("cpu")
-NORMS = Norms()
+SETTINGS = PipelineSettings(
+    seed=0, log_every=1, optimizer=lambda parameters: torch.optim.SGD(parameters.values(), lr=0.5),
+    schedules=Schedules(0.5, lambda step: 0.5**step), timeout_seconds=30.0, metrics={}, validate=False,
+    norms=Norms(), largest_norm=None,
+)  # fmt: skip
 X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 4, 0])
-
-
-def sgd(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters.values(), lr=0.5)
 
 
 def stages(task: Any, *sizes: int) -> list[StudentStage]:
     contracts = dry_run(task, X[:3], Y[:3])
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    schedules = Schedules(0.5, lambda step: 0.5**step)
     return [
-        StudentStage(task, contracts, range(e - n, e), CPU, 0, sgd, NORMS, schedules=schedules)
+        StudentStage(task, contracts, range(e - n, e), CPU, SETTINGS)
         for e, n in zip(ends, sizes, strict=True)
     ]
 
@@ -138,7 +138,7 @@ def test_infer_is_in_eval_mode_and_forward_in_train_mode() -> None:
 def test_the_teacher_has_no_graph_and_is_in_eval_mode() -> None:
     task = distilled(nn.Linear(4, CLASSES))
     task.teacher.train()
-    stage = TeacherStage(task, range(4), CPU, 0, NORMS)
+    stage = TeacherStage(task, range(4), CPU, SETTINGS)
     assert not stage.forward(X, 0, 0).requires_grad
     assert not any(module.training for module in task.teacher.modules())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ class Worker(Protocol):
     def set_state(self, block: int, tensors: Sequence[Tensor]) -> None: ...
 
 
+@dataclass(eq=False)
 class BlockwiseExecutor:
     """Runs one rank's row over all windows of one phase. The schedule counts the phase's `ranks` from 0.
 
@@ -46,40 +47,30 @@ class BlockwiseExecutor:
     that this rank does for a window is done.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule[BlockwiseStructure],
-        rank: int,
-        *,
-        ranks: Sequence[int],
-        worker: Worker,
-        contracts: BlockwiseContracts,
-        transport: Transport,
-        recorder: Recorder,
-        source: Iterator[Window] | None,
-        groups: dict[tuple[int, ...], dist.ProcessGroup] | None,
-        after_step: Callable[[int, Window], Waiting] | None = None,
-        segment: int = 0,
-    ) -> None:
-        self.schedule = schedule
-        self.structure = schedule.structure
-        self.rank = rank
-        self.ranks = ranks
-        self.worker = worker
-        self.contracts = contracts
-        self.transport = transport
-        self.recorder = recorder
-        self.groups = groups
-        self.after_step = after_step
+    schedule: Schedule[BlockwiseStructure]
+    rank: int
+    ranks: Sequence[int]
+    worker: Worker
+    contracts: BlockwiseContracts
+    transport: Transport
+    recorder: Recorder
+    source: Iterator[Window] | None
+    groups: dict[tuple[int, ...], dist.ProcessGroup] | None
+    after_step: Callable[[int, Window], Waiting] | None = None
+    segment: int = 0
+
+    def __post_init__(self) -> None:
+        self.structure = self.schedule.structure
         self.sources: dict[tuple[Action, int], list[tuple[Action, Part]]] = {}
         """Of each work of step 0 and each teacher block whose rows it takes (see `_sources_of`)."""
         self.mailbox = Mailbox(
-            schedule, rank, transport, device=recorder.device, local_uses=self._local_uses, segment=segment, ranks=ranks
-        )
-        self.windows = StepData(self.mailbox, source, _WindowTravel(contracts.inputs, self.structure.window))
+            self.schedule, self.rank, self.transport, device=self.recorder.device, local_uses=self._local_uses,
+            segment=self.segment, ranks=self.ranks,
+        )  # fmt: skip
+        self.windows = StepData(self.mailbox, self.source, _WindowTravel(self.contracts.inputs, self.structure.window))
         moving = {update.stage for update, _ in self.structure.moves}
-        held = {block for block in moving for share in self.structure.student[block] if share.rank == rank}
-        self.state_forms = {block: worker.state_forms(block) for block in sorted(held)}
+        held = {block for block in moving for share in self.structure.student[block] if share.rank == self.rank}
+        self.state_forms = {block: self.worker.state_forms(block) for block in sorted(held)}
         """Of each block that moves between ranks, and is ever on this one."""
 
     def run(self) -> Waiting:

@@ -16,15 +16,15 @@ from pipestill.runtime.blockwise.executor import BlockwiseExecutor
 from pipestill.runtime.blockwise.groups import plan_edges
 from pipestill.runtime.blockwise.windows import Window, windows
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
-from pipestill.runtime.log_clock import Lap, LogClock
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.reports import FigureExchange, RunListener, check_finite_blocks, logged_blocks
+from pipestill.runtime.reports import RunListener, StepReports, check_finite_blocks, logged_blocks
 from pipestill.runtime.settings import TrainingSettings
 from pipestill.runtime.transport.protocol import Waiting
 from pipestill.runtime.world import OneProcess, World
 from pipestill.schedule import Event, Role
 
 
+@dataclass(eq=False)
 class BlockwiseRank:
     """Everything that one rank of a blockwise run holds and does.
 
@@ -33,35 +33,24 @@ class BlockwiseRank:
     last task first. `run_name` tells this run's tasks from those of others.
     """
 
-    def __init__(
-        self,
-        plan: BlockwisePlan,
-        rank: int,
-        task: Blockwise,
-        contracts: BlockwiseContracts,
-        *,
-        settings: TrainingSettings,
-        device: torch.device,
-        world: World,
-        groups: dict[tuple[int, ...], dist.ProcessGroup] | None,
-        read: Callable[[], Iterator[Batch]],
-        listener: RunListener | None,
-        run_name: str,
-    ) -> None:
-        self.plan = plan
-        self.rank = rank
-        self.contracts = contracts
-        self.settings = settings
-        self.world = world
-        self.groups = groups
-        self.read = read
-        self.listener = listener
-        self.run_name = run_name
+    plan: BlockwisePlan
+    rank: int
+    task: Blockwise
+    contracts: BlockwiseContracts
+    settings: TrainingSettings
+    device: torch.device
+    world: World
+    groups: dict[tuple[int, ...], dist.ProcessGroup] | None
+    read: Callable[[], Iterator[Batch]]
+    listener: RunListener | None
+    run_name: str
+
+    def __post_init__(self) -> None:
         self.worker = BlockwiseWorker(
-            task, contracts, device=device, seed=settings.seed, optimizer=settings.optimizer,
-            schedules=settings.schedules, apart=isinstance(world, OneProcess) and world.num_ranks > 1,
+            self.task, self.contracts, device=self.device, seed=self.settings.seed, optimizer=self.settings.optimizer,
+            schedules=self.settings.schedules, apart=isinstance(self.world, OneProcess) and self.world.num_ranks > 1,
         )  # fmt: skip
-        self.transport = world.transport(rank, plan_edges(plan), settings.timeout_seconds)
+        self.transport = self.world.transport(self.rank, plan_edges(self.plan), self.settings.timeout_seconds)
         self.events: dict[int, list[Event]] = {}
         """Of each phase that this rank took part in, by its number."""
         self.losses: dict[int, float] = {}
@@ -97,10 +86,7 @@ class BlockwiseRank:
         self.worker.hold(structure.stages_of(local, Role.TEACHER), trained)
         self.phase = phase
         self.recorder = Recorder(local, self.worker.device)
-        self.clock = LogClock()
-        self.exchange = FigureExchange(self.transport, self.rank, phase.ranks, segment=number)
-        self.unreported: _LoggedBatches | None = None
-        self.reported_busy_seconds = 0.0
+        self.reports = StepReports(self.transport, self.rank, phase.ranks, self.recorder, segment=number)
         self.batches = 0
         self.samples = 0
         executor = BlockwiseExecutor(
@@ -118,43 +104,25 @@ class BlockwiseRank:
         done, every = window.first + window.num_batches, self.settings.log_every
         self.batches = done
         self.samples += sum(window.rows)
-        self.clock.count(sum(window.rows), window.num_batches)
+        self.reports.clock.count(sum(window.rows), window.num_batches)
         if done // every == window.first // every and not window.last:
             return
         yield from self._report()
-        lap = self.clock.lap()
+        lap = self.reports.clock.lap()
         losses = (self.worker.loss_sums / lap.steps).tolist()
         self.worker.loss_sums.zero_()
         check_finite_blocks(dict(enumerate(losses)), done - 1)
-        busy = self.recorder.busy_seconds - self.reported_busy_seconds
-        self.reported_busy_seconds = self.recorder.busy_seconds
-        if self.exchange.reports:
-            self.unreported = _LoggedBatches(done - 1, window.epoch, lap)
-        sizes = [1 + len(losses)] * len(self.phase.ranks)
-        self.exchange.give(step, torch.tensor([busy, *losses], dtype=torch.float64), sizes)
+        sizes = [len(losses)] * len(self.phase.ranks)
+        self.reports.give(step, done - 1, window.epoch, lap, losses, sizes)
 
     def _report(self) -> Waiting:
         """Report the batches that were logged last, unless that was done before."""
-        figures = yield from self.exchange.collect()
-        logged, self.unreported = self.unreported, None
+        logged = yield from self.reports.collect()
         if logged is None:
             return
-        busy, *losses = sum(figures[1:], figures[0]).tolist()
+        losses = sum(logged.figures[1:], logged.figures[0]).tolist()
         mine = {block: losses[block] for block in self.phase.blocks}
         self.losses |= mine
-        values = logged_blocks(
-            logged.batch, logged.epoch, mine, lr=self.settings.schedules.lr_at(logged.batch),
-            seconds=logged.lap.seconds / logged.lap.steps, samples_per_second=logged.lap.rows / logged.lap.seconds,
-            bubble=max(0.0, 1.0 - busy / (logged.lap.seconds * len(self.phase.ranks))),
-        )  # fmt: skip
         if self.listener is not None:
-            self.listener.step(values)
-
-
-@dataclass(frozen=True)
-class _LoggedBatches:
-    """Logged batches that a phase's first rank has not reported yet, since the other ranks' figures are still to come."""
-
-    batch: int
-    epoch: int
-    lap: Lap
+            lr = self.settings.schedules.lr_at(logged.step)
+            self.listener.step(logged_blocks(logged.step, logged.epoch, mine, lr=lr, **logged.times))

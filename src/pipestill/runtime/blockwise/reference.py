@@ -60,12 +60,10 @@ def blockwise_reference(
                 losses[block] = float(worker.loss_sums[block]) / lap.steps
                 worker.loss_sums.zero_()
                 check_finite_blocks({block: losses[block]}, number)
+                lr = settings.schedules.lr_at(number)
                 listener.step(
-                    logged_blocks(
-                        number, batch.epoch, {block: losses[block]}, lr=settings.schedules.lr_at(number),
-                        seconds=lap.seconds / lap.steps, samples_per_second=lap.rows / lap.seconds, bubble=0.0,
-                    )
-                )  # fmt: skip
+                    logged_blocks(number, batch.epoch, {block: losses[block]}, lr=lr, **lap.values(bubble=0.0))
+                )
         worker.release([block])
     move(task.teacher_blocks, range(task.num_blocks), torch.device("cpu"))
     return BlocksTrained(losses, batches, samples)

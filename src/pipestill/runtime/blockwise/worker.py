@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class TrainedBlock:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+@dataclass(eq=False)
 class BlockwiseWorker:
     """Runs and trains the blocks of one rank. It makes an optimizer for each student block that the rank trains.
 
@@ -48,31 +50,22 @@ class BlockwiseWorker:
     of its student blocks to itself, and puts them into the modules while it works on them.
     """
 
-    def __init__(
-        self,
-        task: Blockwise,
-        contracts: BlockwiseContracts,
-        *,
-        device: torch.device,
-        seed: int,
-        optimizer: OptimizerFactory,
-        schedules: Schedules,
-        apart: bool = False,
-    ) -> None:
-        self.task = task
-        self.contracts = contracts
-        self.device = device
-        self.seed = seed
-        self.optimizer = optimizer
-        self.schedules = schedules
-        self.apart = apart
+    task: Blockwise
+    contracts: BlockwiseContracts
+    device: torch.device
+    seed: int
+    optimizer: OptimizerFactory
+    schedules: Schedules
+    apart: bool = False
+
+    def __post_init__(self) -> None:
         self.own: dict[int, OwnTensors] = {}
         """By block, where this rank is `apart`."""
         self.blocks: dict[int, TrainedBlock] = {}
         """The student blocks that this rank is training."""
         self.trained: dict[int, int] = {}
         """How many batches each block's weights on this rank have been trained on."""
-        self.loss_sums = torch.zeros(task.num_blocks, dtype=torch.float64, device=device)
+        self.loss_sums = torch.zeros(self.task.num_blocks, dtype=torch.float64, device=self.device)
         """Of each block, over the batches since they were last logged."""
         self.all_reduces: dict[int, AllReduce] = {}
         """Of each block whose gradients are being added up over a group."""

@@ -14,14 +14,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pipestill.model.contracts import Contract
 from pipestill.model.nests import copied, rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.runtime.batch import HEADER_LENGTH, Batch
 from pipestill.runtime.mailbox import Forms, Mailbox
 from pipestill.runtime.pipeline.boundaries import Boundaries
 from pipestill.runtime.pipeline.stage import gradient_squares, guard_batch
-from pipestill.runtime.pipeline.units import Units
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.step_data import StepData
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting
@@ -76,6 +74,7 @@ class UpdateRules:
     after: Callable[[int, Batch], Waiting] | None = None
 
 
+@dataclass(eq=False)
 class PipelineExecutor:
     """Runs one rank's row over all batches of one segment: training, or a validation.
 
@@ -83,42 +82,26 @@ class PipelineExecutor:
     `metric(output, target, rows)` is called on the last stage of a forward-only schedule instead of the loss.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule[PipelineStructure],
-        rank: int,
-        *,
-        boundaries: Boundaries,
-        student: Student,
-        teacher: Teacher | None,
-        transport: Transport,
-        recorder: Recorder,
-        source: Iterator[Batch] | None,
-        rules: UpdateRules | None = None,
-        metric: Callable[[Any, Any, int], None] | None = None,
-        segment: int = 0,
-    ) -> None:
-        self.schedule = schedule
-        self.structure = schedule.structure
-        self.rank = rank
-        self.boundaries = boundaries
-        self.student = student
-        self._teacher = teacher
-        self.recorder = recorder
-        self.rules = rules
-        self.metric = metric
-        self.mailbox = Mailbox(
-            schedule, rank, transport, device=recorder.device, local_uses=self._local_uses, segment=segment
-        )
-        endless = chain(source, repeat(_END)) if source is not None else None
-        self.batches = StepData(self.mailbox, endless, _BatchTravel(boundaries.contracts))
-        self.units = Units(self.structure)
+    schedule: Schedule[PipelineStructure]
+    rank: int
+    boundaries: Boundaries
+    student: Student
+    teacher: Teacher | None
+    transport: Transport
+    recorder: Recorder
+    source: Iterator[Batch] | None
+    rules: UpdateRules | None = None
+    metric: Callable[[Any, Any, int], None] | None = None
+    segment: int = 0
 
-    @property
-    def teacher(self) -> Teacher:
-        """This rank's stage of the teacher, which a schedule with teacher's work has."""
-        assert self._teacher is not None
-        return self._teacher
+    def __post_init__(self) -> None:
+        self.structure = self.schedule.structure
+        self.mailbox = Mailbox(
+            self.schedule, self.rank, self.transport, device=self.recorder.device, local_uses=self._local_uses,
+            segment=self.segment,
+        )  # fmt: skip
+        endless = chain(self.source, repeat(_END)) if self.source is not None else None
+        self.batches = StepData(self.mailbox, endless, _BatchTravel(self.boundaries.contracts))
 
     def run(self) -> Waiting:
         """Run every period of the schedule, from the first batch to the last."""
@@ -150,7 +133,7 @@ class PipelineExecutor:
             self.batches.do(action)
             return
         batch = yield from self.batches.get(action.step)
-        if batch.ended or (action.op.per_microbatch and not self.units.num_rows(action, batch.rows)):
+        if batch.ended or (action.op.per_microbatch and not self.boundaries.num_rows(action, batch)):
             return
         if action.computes:
             yield from self.mailbox.wait_for_tokens(action)
@@ -179,6 +162,7 @@ class PipelineExecutor:
                 squares = gradient_squares(self.student.parameters.values())
             self.mailbox.keep(action, squares)
         elif action.op is Op.EMA:
+            assert self.teacher is not None
             with self.recorder.working(action):
                 self.teacher.follow(step)
         else:
@@ -191,8 +175,10 @@ class PipelineExecutor:
             output = self._stage_output(action, value, gradients, batch)
         if unchanged is not None:
             unchanged(action.role.name.lower())
-        if self.structure.train and action.microbatch == self.units.last(action.role, batch.rows):
-            (self.student if action.role is Role.STUDENT else self.teacher).end_batch()
+        if self.structure.train and action.microbatch == self.boundaries.last_unit(action.role, batch):
+            stage = self.student if action.role is Role.STUDENT else self.teacher
+            assert stage is not None
+            stage.end_batch()
         self.mailbox.keep(action, output)
 
     def _stage_input(self, action: Action, batch: Batch) -> Generator[Message, None, tuple[Any, list[Tensor | None]]]:
@@ -200,44 +186,49 @@ class PipelineExecutor:
         unit, student = action.microbatch, action.role is Role.STUDENT
         assert unit is not None
         if action.stage == 0:
-            inputs = batch.view(self.units.view(action)) if self.boundaries.views and self.structure.train else batch.inputs
-            value = rows_of(inputs, self.units.slice_of(action, batch.rows))
+            inputs = (
+                batch.view(self.boundaries.view(action))
+                if self.boundaries.views and self.structure.train
+                else batch.inputs
+            )
+            value = rows_of(inputs, self.boundaries.slice_of(action, batch))
             return (copied(value) if student and 0 in self.boundaries.contracts.copies else value), []
         before = Action(action.role, action.stage - 1, Op.FORWARD, unit, action.step)
-        tensors = yield from self.mailbox.receive_packed(before, self._forms(before, batch))
-        rows = self.units.num_rows(action, batch.rows)
+        tensors = yield from self.mailbox.receive_packed(before, self.boundaries.forms(before, batch))
+        rows = self.boundaries.num_rows(action, batch)
         if student and self.structure.train:
             return self.student.enter(tensors, rows, unit, batch.length)
-        return self._contract(before, batch).join(tensors, rows), []
+        return self.boundaries.contract(before, batch).join(tensors, rows), []
 
     def _stage_output(self, action: Action, value: Any, gradients: list[Tensor | None], batch: Batch) -> Any:
         """Run a stage forward."""
         step, unit = action.step, action.microbatch
         assert unit is not None
         if action.role is Role.TEACHER:
+            assert self.teacher is not None
             return self.teacher.forward(value, step, unit)
         if not self.structure.train:
             return self.student.infer(value, step, unit)
-        return self.student.forward(value, gradients, step, unit, self.units.num_rows(action, batch.rows), batch.length)
+        return self.student.forward(value, gradients, step, unit, self.boundaries.num_rows(action, batch), batch.length)
 
     def _loss(self, action: Action, batch: Batch) -> Waiting:
         number = action.microbatch
         assert number is not None
         outputs: dict[Role, dict[int, Any]] = {Role.STUDENT: {}, Role.TEACHER: {}}
         for need in needs(action, self.structure):
-            if need.op is not Op.FORWARD or need.microbatch is None or not self.units.num_rows(need, batch.rows):
+            if need.op is not Op.FORWARD or need.microbatch is None or not self.boundaries.num_rows(need, batch):
                 continue
             if self.structure.rank_of(need) == self.rank:
                 value = self.mailbox.use(need)
             else:
-                tensors = yield from self.mailbox.receive_packed(need, self._forms(need, batch))
-                value = self._contract(need, batch).join(tensors, self.units.num_rows(need, batch.rows))
+                tensors = yield from self.mailbox.receive_packed(need, self.boundaries.forms(need, batch))
+                value = self.boundaries.contract(need, batch).join(tensors, self.boundaries.num_rows(need, batch))
             outputs[need.role][need.microbatch] = value
         batch = yield from self.batches.get_whole(action.step)
         target = batch.targets
         if not self.structure.batch_loss:
-            target = rows_of(target, self.units.slice_of(action, batch.rows))
-        rows = self.units.num_rows(action, batch.rows)
+            target = rows_of(target, self.boundaries.slice_of(action, batch))
+        rows = self.boundaries.num_rows(action, batch)
         with self.recorder.working(action):
             if self.metric is not None:
                 self.metric(outputs[Role.STUDENT][number], target, rows)
@@ -251,7 +242,7 @@ class PipelineExecutor:
         gradients = None  # the last stage's come from the loss
         if action.stage < self.structure.last:
             after = Action(Role.STUDENT, action.stage + 1, action.op, action.microbatch, action.step)
-            gradients = yield from self.mailbox.receive_packed(after, self._forms(after, batch))
+            gradients = yield from self.mailbox.receive_packed(after, self.boundaries.forms(after, batch))
         with self.recorder.working(action):
             input_gradients = self.student.backward(gradients, action.step, action.microbatch)
         self.mailbox.keep(action, input_gradients)
@@ -272,8 +263,8 @@ class PipelineExecutor:
             self.student.clip(torch.cat([s.cpu() for s in squares]), self.rules.largest_norm)
         with self.recorder.working(action):
             self.student.update(action.step)
-        if self._teacher is not None:
-            self._teacher.note()
+        if self.teacher is not None:
+            self.teacher.note()
         if self.rules.after is not None:
             yield from self.rules.after(action.step, batch)
 
@@ -285,22 +276,15 @@ class PipelineExecutor:
             self.mailbox.send(transfer, [value.to(self.recorder.device)])
             return
         if transfer.op is Op.FORWARD:
-            value = self._contract(transfer, batch).split(value, self.units.num_rows(transfer, batch.rows))
-        self.mailbox.send_packed(transfer, value, self._forms(transfer, batch))
+            value = self.boundaries.contract(transfer, batch).split(value, self.boundaries.num_rows(transfer, batch))
+        self.mailbox.send_packed(transfer, value, self.boundaries.forms(transfer, batch))
 
     def _post(self, transfer: Action, batch: Batch) -> None:
         if transfer.op is Op.NORM:
             count = self.boundaries.num_trained[transfer.stage]
             self.mailbox.post(transfer, [torch.empty(count, dtype=torch.float64, device=self.recorder.device)])
         else:
-            self.mailbox.post_packed(transfer, self._forms(transfer, batch))
-
-    def _contract(self, transfer: Action, batch: Batch) -> Contract:
-        return self.boundaries.contract(transfer, self.units.view(transfer), batch.length)
-
-    def _forms(self, transfer: Action, batch: Batch) -> Forms:
-        rows = self.units.num_rows(transfer, batch.rows)
-        return [(form, rows) for form in self.boundaries.forms(transfer, self.units.view(transfer), batch.length)]
+            self.mailbox.post_packed(transfer, self.boundaries.forms(transfer, batch))
 
 
 class _BatchTravel:

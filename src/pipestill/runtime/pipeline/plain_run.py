@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -20,30 +21,24 @@ from pipestill.runtime.reports import check_finite, logged_values
 from pipestill.runtime.settings import PipelineSettings
 
 
+@dataclass(eq=False)
 class PlainRun:
     """The reference strategy as a run: what `PipelineRank` is for the other strategies. The models are on `device` already."""
 
-    def __init__(
-        self,
-        task: Task,
-        contracts: PipelineContracts,
-        *,
-        settings: PipelineSettings,
-        device: torch.device,
-        zero: RankZero,
-        microbatches: int,
-        staleness: int,
-        student_staleness: int,
-        first_step: int = 0,
-    ) -> None:
-        self.task = task
-        self.settings = settings
-        self.device = device
-        self.zero = zero
-        self.microbatches = microbatches
+    task: Task
+    contracts: PipelineContracts
+    settings: PipelineSettings
+    device: torch.device
+    zero: RankZero
+    microbatches: int
+    staleness: int
+    student_staleness: int
+    first_step: int = 0
+
+    def __post_init__(self) -> None:
         self.reference = Reference(
-            task, contracts, settings=settings, device=device, num_microbatches=microbatches, staleness=staleness,
-            student_staleness=student_staleness, first_step=first_step,
+            self.task, self.contracts, settings=self.settings, device=self.device, num_microbatches=self.microbatches,
+            staleness=self.staleness, student_staleness=self.student_staleness, first_step=self.first_step,
         )  # fmt: skip
         self.losses: dict[str, float] = {}
         self.grad_norm = 0.0
@@ -64,12 +59,10 @@ class PlainRun:
         self.clock.count(batch.rows)
         self.moments.append(time.perf_counter())
         if (step + 1) % self.settings.log_every == 0 or batch.last:
-            seconds, steps, rows = self.clock.lap()
             self.zero.listener.step(
                 logged_values(
-                    step, batch.epoch, self.losses, lr=self.settings.schedules.lr_at(step), bubble=0.0,
-                    grad_norm=self.grad_norm, seconds=seconds / steps, samples_per_second=rows / seconds,
-                    **logged_momentum(self.task, step),
+                    step, batch.epoch, self.losses, **logged_momentum(self.task, step), grad_norm=self.grad_norm,
+                    lr=self.settings.schedules.lr_at(step), **self.clock.lap().values(bubble=0.0),
                 )
             )  # fmt: skip
         if batch.last and self.zero.validation is not None:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
 
 
+@dataclass(eq=False)
 class Reference:
     """Trains a task's student by the plain loop. The models are on `device` already; gradients of before are dropped.
 
@@ -52,33 +54,27 @@ class Reference:
     The numbers in the comments are those of the table above.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        contracts: PipelineContracts,
-        *,
-        settings: PipelineSettings,
-        device: torch.device,
-        num_microbatches: int,
-        staleness: int = 0,
-        student_staleness: int = 0,
-        first_step: int = 0,
-    ) -> None:
-        self.task = task
-        self.student = task.student_blocks
-        self.teacher = task.teacher_blocks
-        self.contracts = contracts
-        self.settings = settings
-        self.device = device
-        self.num_microbatches = num_microbatches
-        self.first_step = first_step
-        self.trained = {name: p for name, p in task.student.named_parameters() if p.requires_grad}
-        self.optimizer = settings.optimizer(self.trained)
-        self.rates = settings.schedules.rates(self.optimizer)
-        self.average = MovingAverage(task, range(len(task.teacher_blocks))) if isinstance(task, Momentum) else None
+    task: Task
+    contracts: PipelineContracts
+    settings: PipelineSettings
+    device: torch.device
+    num_microbatches: int
+    staleness: int = 0
+    student_staleness: int = 0
+    first_step: int = 0
+
+    def __post_init__(self) -> None:
+        self.student = self.task.student_blocks
+        self.teacher = self.task.teacher_blocks
+        self.trained = {name: p for name, p in self.task.student.named_parameters() if p.requires_grad}
+        self.optimizer = self.settings.optimizer(self.trained)
+        self.rates = self.settings.schedules.rates(self.optimizer)
+        self.average = (
+            MovingAverage(self.task, range(len(self.task.teacher_blocks))) if isinstance(self.task, Momentum) else None
+        )
         averaged = [mine for mine, _ in self.average.pairs] if self.average else []
-        self.student_weights = PreviousWeights(list(self.trained.values()), student_staleness)
-        self.teacher_weights = PreviousWeights(averaged, staleness)
+        self.student_weights = PreviousWeights(list(self.trained.values()), self.student_staleness)
+        self.teacher_weights = PreviousWeights(averaged, self.staleness)
 
     def train(
         self,

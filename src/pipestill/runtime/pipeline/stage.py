@@ -6,24 +6,23 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import DeviceError, ModelError
-from pipestill.model.batchnorm import Norms
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached, start_graph, start_of
+from pipestill.model.boundary import Detached, detached, start_graph, start_of
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import distinct_tensors
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.split import SplitBlock
 from pipestill.model.tasks import Momentum, Task, teacher_trains
-from pipestill.optim import OptimizerFactory, Schedules
 from pipestill.runtime.pipeline.weights import MovingAverage, Versions
+from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
 
 
@@ -45,10 +44,10 @@ def run_blocks(
     return value
 
 
-def weighted_loss(parts: dict[str, Tensor], share: float) -> Tensor:
-    """The part of a batch's mean loss that a microbatch with `share` of its rows gives."""
+def weighted_loss(parts: dict[str, Tensor], weight: float) -> Tensor:
+    """The part of a batch's mean loss that a microbatch contributes that has the fraction `weight` of its rows."""
     total = torch.stack(list(parts.values())).sum() if len(parts) > 1 else next(iter(parts.values()))
-    return total * share
+    return total * weight
 
 
 def guard_batch(value: Any) -> Callable[[str], None]:
@@ -64,99 +63,116 @@ def guard_batch(value: Any) -> Callable[[str], None]:
     return unchanged
 
 
+@dataclass(eq=False)
 class TeacherStage:
-    """Runs forward without gradients, and moves its weights towards the student's where they are an average of these."""
+    """A stage of the teacher: runs forward without gradients. A momentum teacher's weights then follow the student's."""
 
-    def __init__(self, task: Task, blocks: range, device: torch.device, seed: int, norms: Norms) -> None:
-        assert task.teacher_blocks is not None
-        self.model, self.blocks, self.device, self.seed = task.teacher_blocks, blocks, device, seed
-        self.train = teacher_trains(task)
-        self.norms, self.modules = norms, self.model.modules_of(blocks)
-        move(self.model, blocks, device)
+    task: Task
+    blocks: range
+    device: torch.device
+    settings: PipelineSettings
+
+    def __post_init__(self) -> None:
+        assert self.task.teacher_blocks is not None
+        self.model = self.task.teacher_blocks
+        self.train = teacher_trains(self.task)
+        move(self.model, self.blocks, self.device)
         self.model.in_mode(train=self.train)
-        self.average = MovingAverage(task, blocks) if isinstance(task, Momentum) else None
+        self.average = MovingAverage(self.task, self.blocks) if isinstance(self.task, Momentum) else None
 
     def forward(self, value: Any, step: int, unit: int) -> Any:
+        """Run the stage forward."""
         self.model.in_mode(train=self.train)
         with torch.no_grad():
             return run_blocks(
-                self.model, self.blocks, value, Role.TEACHER, seed=self.seed, step=step, unit=unit, device=self.device
-            )
+                self.model, self.blocks, value, Role.TEACHER, seed=self.settings.seed, step=step, unit=unit, device=self.device
+            )  # fmt: skip
 
     def end_batch(self) -> None:
-        """All forwards of a batch are over."""
-        self.norms.end_batch(self.modules)
+        """Move deferred batch norm statistics, after all forwards of a batch."""
+        self.settings.norms.end_batch(self.model.modules_of(self.blocks))
 
     def note(self) -> None:
-        """The student has just been updated: a later move copies its buffers as they are now."""
+        """Take note that the student has just been updated: a later `follow` copies its buffers as they are now."""
         if self.average is not None:
             self.average.note()
 
     def follow(self, step: int) -> None:
-        """Move after the update of `step`."""
+        """Move the weights towards the student's, after its update of `step`."""
         assert self.average is not None
         self.average.move(step)
 
 
+class _SplitForward(NamedTuple):
+    """One block's forward where backwards come in two halves."""
+
+    halves: SplitBlock | None
+    """Runs the halves; None for a block whose backward is all in the first half."""
+    tracked: list[Tensor]
+    """Its outputs that carry a graph; none for the last block of a stage."""
+    gradients: list[Tensor | None]
+    """The gradient of each, once the next block's backward has run."""
+
+
 @dataclass
 class _Held:
-    """What lies between a forward and its backward: gradients of the input to fill, the outputs that travel, and the
-    blocks of a backward in halves.
-    """
+    """What a stage keeps of a unit between its forward and its backward."""
 
-    received: list[Tensor | None]
+    input_gradients: list[Tensor | None]
+    """Filled by the backward."""
     outputs: list[Tensor]
-    blocks: list[tuple[SplitBlock | None, list[Tensor], list[Tensor | None]]]
+    """Those that travel to the next stage."""
+    blocks: list[_SplitForward]
+    """Of each block, where backwards come in two halves."""
 
 
+@dataclass(eq=False)
 class StudentStage:
-    """Runs forward and backward, keeps what lies between them, accumulates gradients and updates its weights.
+    """A stage of the student: runs forward and backward, accumulates gradients, and updates its weights.
 
-    `staleness`: steps read the weights of that many updates before; the old ones are kept as long. `split`: backwards come
-    in two halves, `unsplit` are the blocks whose backward is all in the first.
+    Steps read weights that are `staleness` updates old. With `halves`, backwards come in two.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        contracts: PipelineContracts,
-        blocks: range,
-        device: torch.device,
-        seed: int,
-        optimizer: OptimizerFactory,
-        norms: Norms,
-        *,
-        schedules: Schedules,
-        split: bool = False,
-        staleness: int = 0,
-    ) -> None:
-        self.task, self.contracts, self.blocks, self.device, self.seed = task, contracts, blocks, device, seed
-        self.halves, self.views = split, task.demands.views
-        self.model = task.student_blocks
-        of_blocks = [self.model.parameters_of(range(i, i + 1)) for i in blocks]
-        shares = sum(map(len, of_blocks)) > len(self.model.parameters_of(blocks))
-        self.split = split and not shares  # gradients of a weight of two blocks add up inside one backward
-        self.norms, self.modules = norms, self.model.modules_of(blocks)
-        move(self.model, blocks, device)
-        self.parameters = {n: p for n, p in self.model.parameters_of(blocks).items() if p.requires_grad}
+    task: Task
+    contracts: PipelineContracts
+    blocks: range
+    device: torch.device
+    settings: PipelineSettings
+    halves: bool = False
+    staleness: int = 0
+
+    def __post_init__(self) -> None:
+        self.model = self.task.student_blocks
+        of_blocks = [self.model.parameters_of(range(i, i + 1)) for i in self.blocks]
+        tied = sum(map(len, of_blocks)) > len(self.model.parameters_of(self.blocks))
+        self.split = self.halves and not tied  # gradients of a weight of two blocks add up inside one backward
+        move(self.model, self.blocks, self.device)
+        self.parameters = {n: p for n, p in self.model.parameters_of(self.blocks).items() if p.requires_grad}
         for parameter in self.parameters.values():
             parameter.grad = None  # what was left from before is no part of the first batch
-        self.optimizer = optimizer(self.parameters) if self.parameters else None
-        self.rates = schedules.rates(self.optimizer) if self.optimizer else None
-        self.versions = Versions(list(self.parameters.values()), staleness)
+        self.optimizer = self.settings.optimizer(self.parameters) if self.parameters else None
+        self.rates = self.settings.schedules.rates(self.optimizer) if self.optimizer else None
+        self.versions = Versions(list(self.parameters.values()), self.staleness)
         self.stash: dict[tuple[int, int], _Held] = {}
-        self.from_loss: dict[tuple[int, int], tuple[list[Tensor], list[Tensor | None]]] = {}  # outputs, their gradients
-        self.loss_sums = torch.zeros(len(contracts.loss_parts), dtype=torch.float64, device=device)
-        if blocks.stop == len(self.model) and isinstance(task.loss, nn.Module):
-            task.loss.to(device)
+        """By step and unit."""
+        self.from_loss: dict[tuple[int, int], Detached] = {}
+        """By step and unit: the output, and its gradients from the loss."""
+        self.loss_sums = torch.zeros(len(self.contracts.loss_parts), dtype=torch.float64, device=self.device)
+        if self.blocks.stop == len(self.model) and isinstance(self.task.loss, nn.Module):
+            self.task.loss.to(self.device)
 
     def _contract(self, unit: int, block: int, length: int | None = None) -> Contract:
-        """Of a boundary: as to its form at any length, or with the sizes of one."""
+        """The contract of the boundary after a block, with the sizes of one length, or as it is at any."""
         contracts = self.contracts if length is None else self.contracts.at(length)
-        return contracts.student[unit % self.views][block]
+        return contracts.student[unit % self.task.demands.views][block]
+
+    def _run(self, blocks: range, value: Any, step: int, unit: int) -> Any:
+        return run_blocks(
+            self.model, blocks, value, Role.STUDENT, seed=self.settings.seed, step=step, unit=unit, device=self.device
+        )
 
     def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]:
-        """Received tensors -> the first block's input, and the list that the backward fills with its gradients."""
+        """Start a graph at received tensors. Returns the first block's input, and a list that the backward fills."""
         contract = self._contract(unit, self.blocks[0] - 1, length)
         entered, gradients = start_graph([tensors[i] for i in contract.tracked_positions])
         given = list(tensors)
@@ -165,72 +181,50 @@ class StudentStage:
         return contract.join(given, rows), gradients
 
     def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int, length: int) -> Any:
-        """The stage's output, its graph kept for `backward`. `gradients`: what `enter` gave with the value."""
+        """Run the stage forward, and keep its graph for `backward`. `gradients` is the list that `enter` gave."""
         self.model.in_mode(train=True)
         with self.versions.of(step):
-            if self.split:
-                output, blocks = self._forward_split(value, step, unit)
-            else:
-                blocks = []
-                output = run_blocks(
-                    self.model,
-                    self.blocks,
-                    value,
-                    Role.STUDENT,
-                    seed=self.seed,
-                    step=step,
-                    unit=unit,
-                    device=self.device,
-                )
+            blocks: list[_SplitForward] = []
+            output = (
+                self._forward_split(value, step, unit, blocks)
+                if self.split
+                else self._run(self.blocks, value, step, unit)
+            )
         contract = self._contract(unit, self.blocks[-1], length)
         self.stash[step, unit] = _Held(gradients, contract.split(output, rows), blocks)
         return output
 
-    def _forward_split(
-        self, value: Any, step: int, unit: int
-    ) -> tuple[Any, list[tuple[SplitBlock | None, list[Tensor], list[Tensor | None]]]]:
-        """Block by block, cut between them. Of each: its halves, its outputs, and their gradients once these are there."""
-        blocks: list[tuple[SplitBlock | None, list[Tensor], list[Tensor | None]]] = []
+    def _forward_split(self, value: Any, step: int, unit: int, blocks: list[_SplitForward]) -> Any:
+        """Run block by block, each with a graph of its own, and add them to `blocks`."""
         output = value
         for i in self.blocks:
             start = start_of(value)
-            output = run_blocks(
-                self.model,
-                range(i, i + 1),
-                value,
-                Role.STUDENT,
-                seed=self.seed,
-                step=step,
-                unit=unit,
-                device=self.device,
-            )
+            output = self._run(range(i, i + 1), value, step, unit)
             halves = None if i in self.contracts.unsplit else SplitBlock(start)
             if i == self.blocks[-1]:
-                blocks.append((halves, [], []))
+                blocks.append(_SplitForward(halves, [], []))
             else:
                 value, tracked, gradients = detached(output)
-                blocks.append((halves, tracked, gradients))
-        return output, blocks
+                blocks.append(_SplitForward(halves, tracked, gradients))
+        return output
 
     def end_batch(self) -> None:
-        """All forwards of a batch are over."""
-        self.norms.end_batch(self.modules)
+        """Move deferred batch norm statistics, after all forwards of a batch."""
+        self.settings.norms.end_batch(self.model.modules_of(self.blocks))
 
     def infer(self, value: Any, step: int, unit: int) -> Any:
-        """The stage's output for validation: no gradients, nothing kept."""
+        """Run the stage forward for a validation: no gradients, nothing kept."""
         self.model.in_mode(train=False)
         with torch.no_grad():
-            return run_blocks(
-                self.model, self.blocks, value, Role.STUDENT, seed=self.seed, step=step, unit=unit, device=self.device
-            )
+            return self._run(self.blocks, value, step, unit)
 
     def loss(
         self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, weight: float
     ) -> None:
-        """Evaluate a loss of the outputs of some units (of both models) and take its gradients with regard to them."""
-        seed_block(self.seed, Role.STUDENT, len(self.model), step, number, self.device)
-        cuts = {unit: detached(output) for unit, output in outputs.items()}
-        parts = evaluate_loss(self.task, {unit: value for unit, (value, _, _) in cuts.items()}, teacher, target)
+        """Evaluate the loss with a number in its step, of both models' outputs by unit, and keep their gradients."""
+        seed_block(self.settings.seed, Role.STUDENT, len(self.model), step, number, self.device)
+        starts = {unit: detached(output) for unit, output in outputs.items()}
+        parts = evaluate_loss(self.task, {unit: start.value for unit, start in starts.items()}, teacher, target)
         if tuple(parts) != self.contracts.loss_parts:
             raise ModelError(
                 f"the loss had the parts {', '.join(self.contracts.loss_parts)} on the sample batch and now has "
@@ -238,8 +232,7 @@ class StudentStage:
             )
         self.loss_sums += torch.stack([part.detach().double() for part in parts.values()]) * weight
         weighted_loss(parts, weight).backward()
-        for unit, (_, tracked, gradients) in cuts.items():
-            self.from_loss[step, unit] = (tracked, gradients)
+        self.from_loss |= {(step, unit): start for unit, start in starts.items()}
 
     def take_losses(self) -> dict[str, float]:
         """The parts of the batch's mean loss, once all its microbatches are through; starts the next sum."""
@@ -255,7 +248,8 @@ class StudentStage:
         held = self.stash[step, unit] if self.halves else self.stash.pop((step, unit))
         pairs: Iterable[tuple[Tensor, Tensor | None]]
         if gradients is None:
-            pairs = zip(*self.from_loss.pop((step, unit)), strict=True)
+            start = self.from_loss.pop((step, unit))
+            pairs = zip(start.tracked, start.gradients, strict=True)
         else:
             positions = self._contract(unit, self.blocks[-1]).gradient_positions
             pairs = [(held.outputs[i], gradient) for i, gradient in zip(positions, gradients, strict=True)]
@@ -272,9 +266,10 @@ class StudentStage:
                     roots = []
             elif roots:
                 _whole(roots)
-        sent = self._input_gradients(held.received, unit)
-        held.received, held.outputs = [], []  # what is kept for the second half is in the blocks
-        held.blocks = [(halves, [], []) for halves, _, _ in held.blocks]
+        sent = self._input_gradients(held.input_gradients, unit)
+        held.input_gradients = []
+        held.outputs = []  # what is kept for the second half is in the blocks
+        held.blocks = [_SplitForward(halves, [], []) for halves, _, _ in held.blocks]
         return sent
 
     def weight_gradients(self, step: int, unit: int) -> None:
@@ -324,8 +319,8 @@ def evaluate_loss(task: Task, student: Mapping[int, Any], teacher: Mapping[int, 
     """The loss of the outputs of units, which are joined to one output a view."""
     demands = task.demands
     outputs = [_joined(student, demands.views, v) for v in range(demands.views)]
-    taught = [_joined(teacher, demands.teacher_views, v) for v in range(demands.teacher_views)] if teacher else []
-    return task.loss_parts(outputs, taught, target)
+    views = range(demands.teacher_views if teacher else 0)
+    return task.loss_parts(outputs, [_joined(teacher, demands.teacher_views, v) for v in views], target)
 
 
 def _joined(outputs: Mapping[int, Any], views: int, view: int) -> Any:

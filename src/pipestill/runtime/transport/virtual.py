@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -51,19 +52,19 @@ class VirtualClock:
         self.late = time.perf_counter() - moment
 
 
+@dataclass(eq=False)
 class VirtualTransport:
     """Real messages over another transport, each with the moment at which it arrives as a last tensor.
 
     `seconds(message)` is how long the message occupies its edge, and `latency` how many seconds it travels after that.
     """
 
-    def __init__(
-        self, inner: Transport, seconds: Callable[[Message], float], latency: float, clock: VirtualClock
-    ) -> None:
-        self.inner = inner
-        self.seconds = seconds
-        self.latency = latency
-        self.clock = clock
+    inner: Transport
+    seconds: Callable[[Message], float]
+    latency: float
+    clock: VirtualClock
+
+    def __post_init__(self) -> None:
         self.free: dict[int, float] = {}
         """By destination: the moment from which the edge to that rank is free."""
         self.arrived_tensors: list[Tensor] = []
