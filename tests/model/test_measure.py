@@ -5,19 +5,14 @@ import torch
 from torch import nn
 
 from pipestill.model import measure
-from pipestill.model.measure import NappingStopwatch, Stopwatch, state_bytes, trial_optimizer
+from pipestill.model.measure import Stopwatch, state_bytes, trial_optimizer
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A clock of one number, which sleeping moves."""
+    """A clock of one number."""
     time = [0.0]
-
-    def sleep(seconds: float) -> None:
-        time[0] += seconds
-
     monkeypatch.setattr(measure, "now", lambda: time[0])
-    monkeypatch.setattr("time.sleep", sleep)
     return time
 
 
@@ -27,15 +22,6 @@ def test_a_stopwatch_notes_the_seconds_of_every_piece(clock: list[float]) -> Non
         clock[0] += seconds
         watch.mark(piece, 3)
     assert watch.seconds == {("one", 3): [1.0, 4.0], ("two", 3): [2.0]}
-
-
-def test_naps_count_for_no_piece(clock: list[float]) -> None:
-    watch = NappingStopwatch(every=2, nap_seconds=100.0, most=2)
-    for _ in range(7):
-        clock[0] += 1.0
-        watch.mark("piece", 0)
-    assert watch.seconds == {("piece", 0): [1.0] * 7}
-    assert clock[0] == 7.0 + 2 * 100.0
 
 
 def test_a_trial_optimizer_changes_no_model() -> None:

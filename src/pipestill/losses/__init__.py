@@ -9,10 +9,9 @@ from __future__ import annotations
 from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, normalised_mse
 from pipestill.losses.distillation import Cosine, LogitsMSE, SoftTarget
 from pipestill.losses.masked_language import MaskedDistillation, masked_cross_entropy
-from pipestill.losses.metrics import accuracy, masked_accuracy
 from pipestill.losses.momentum import Dino, InfoNCE, byol
 from pipestill.losses.signatures import BlockLoss, DistillationLoss, LossValue, Metric, MomentumLoss, SupervisedLoss
-from pipestill.losses.supervised import cross_entropy
+from pipestill.losses.supervised import accuracy, cross_entropy, masked_accuracy
 
 __all__ = [
     "BlockLoss", "Cosine", "Dino", "DistillationLoss", "InfoNCE", "LogitsMSE", "LossValue", "MaskedDistillation", "Metric",

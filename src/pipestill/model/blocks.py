@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from pipestill.arguments import shown
 from pipestill.errors import ModelError, nearest
 from pipestill.model.block import Block
-from pipestill.model.families.registry import known_blocks
+from pipestill.model.families.image_models import image_model_blocks
+from pipestill.model.families.language_models import language_model_blocks
 
 
 class TensorState(NamedTuple):
@@ -203,8 +204,9 @@ def _own_cuts(model: nn.Module) -> list[str | Block]:
         if model._forward_hooks or model._forward_pre_hooks:
             raise ModelError("the nn.Sequential has forward hooks, which its blocks alone would not call; remove them")
         return list(_sequential_names(model, ""))
-    if (blocks := known_blocks(model)) is not None:
-        return blocks
+    for known_blocks in (language_model_blocks, image_model_blocks):
+        if (blocks := known_blocks(model)) is not None:
+            return blocks
     raise ModelError(
         f"cannot tell the blocks of {type(model).__name__}: make it an nn.Sequential, give it a method "
         "pipeline_blocks() that returns the names of its consecutive submodules, or pass such a list as cuts"

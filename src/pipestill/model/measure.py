@@ -37,29 +37,6 @@ class Stopwatch:
         self.last = self.clock()
 
 
-class NappingStopwatch(Stopwatch):
-    """Measures pieces as a stopwatch does, and sleeps between them; the sleep counts for none.
-
-    It sleeps for `nap_seconds` after every `every` pieces, at most `most` times.
-    """
-
-    def __init__(self, every: int, nap_seconds: float, most: int) -> None:
-        super().__init__()
-        self.every = every
-        self.nap_seconds = nap_seconds
-        self.naps_left = most
-        self.num_pieces = 0
-
-    def mark(self, name: str, index: int) -> None:
-        """Note a piece, then sleep where it is time."""
-        super().mark(name, index)
-        self.num_pieces += 1
-        if self.naps_left and self.num_pieces % self.every == 0:
-            self.naps_left -= 1
-            time.sleep(self.nap_seconds)
-            self.last = self.clock()
-
-
 def trial_optimizer(parameters: Mapping[str, nn.Parameter], make: OptimizerFactory) -> torch.optim.Optimizer | None:
     """Make an optimizer over copies of parameters, with gradients of zero: its steps change no model. None without any."""
     copies = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}

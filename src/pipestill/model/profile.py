@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from contextlib import nullcontext
+from itertools import count
 from statistics import median
 from typing import Any
 
 from pipestill.costs import Costs, Link
 from pipestill.model.blocks import BlockModel
-from pipestill.model.measure import NappingStopwatch, Stopwatch, state_bytes, trial_optimizer
+from pipestill.model.measure import Stopwatch, state_bytes, trial_optimizer
 from pipestill.model.nests import num_bytes
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.step_costs import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
@@ -94,9 +96,18 @@ def wake_seconds(
     inputs, targets = microbatch_of(inputs, targets, rows)
     blocks_a_stage = math.ceil(len(task.student_blocks) / num_stages)
 
-    def pieces(most: int) -> list[float]:
-        watch = NappingStopwatch(blocks_a_stage, nap_seconds, most)
-        stepwise(task, inputs, targets, watch.mark)
+    def pieces(naps: int) -> list[float]:
+        """The seconds of a step's pieces, with a nap after each of the first `naps` stages; naps count for no piece."""
+        watch, ended = Stopwatch(), count(1)
+
+        def mark(what: str, block: int) -> None:
+            watch.mark(what, block)
+            number = next(ended)
+            if number % blocks_a_stage == 0 and number <= naps * blocks_a_stage:
+                time.sleep(nap_seconds)
+                watch.last = watch.clock()
+
+        stepwise(task, inputs, targets, mark)
         return [seconds for each in watch.seconds.values() for seconds in each]
 
     with untouched(task):

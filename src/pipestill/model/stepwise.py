@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Detached, detached
 from pipestill.model.nests import describe, distinct_tensors, versions_of
-from pipestill.model.restore import restored
 from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
 OnDone = Callable[[str, int], None]
@@ -202,3 +201,28 @@ def untouched(task: Task) -> Iterator[None]:
         if task.teacher_blocks is not None:
             task.teacher_blocks.model.train(teacher_trains(task))
         yield
+
+
+@contextmanager
+def restored(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Run the body with no gradients in `models`; then put back their buffers, gradients and modes, and the random state."""
+    modules = [module for model in models for module in model.modules()]
+    modes = [module.training for module in modules]
+    buffers = [{name: (b, b if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
+    gradients = [(p, p.grad) for model in models for p in model.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode, saved in zip(modules, modes, buffers, strict=True):
+            module.training = mode
+            module._buffers.clear()  # a forward may have put new tensors in the old ones' place
+            for name, (buffer, content) in saved.items():
+                module._buffers[name] = buffer
+                if buffer is not None and content is not None:
+                    with torch.no_grad():
+                        buffer.copy_(content)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

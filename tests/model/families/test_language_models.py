@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipestill import BlockModel
 from pipestill.errors import ModelError
 from pipestill.model.blocks import ranges
-from pipestill.model.families.registry import known_blocks
+from pipestill.model.families.language_models import language_model_blocks
 
 transformers = pytest.importorskip("transformers")
 
@@ -137,11 +137,11 @@ def test_a_subclass_with_its_own_forward_is_another_model() -> None:
             return super().forward(input_ids).logits * 2
 
     config = made("Bert", "Model").config
-    assert known_blocks(Renamed(config)) is not None
-    assert known_blocks(Doubled(config)) is None
+    assert language_model_blocks(Renamed(config)) is not None
+    assert language_model_blocks(Doubled(config)) is None
     with pytest.raises(ModelError, match="cannot tell the blocks of Doubled"):
         BlockModel(Doubled(config))
-    assert known_blocks(nn.Linear(2, 2)) is None
+    assert language_model_blocks(nn.Linear(2, 2)) is None
 
 
 def test_what_blocks_would_leave_out_is_refused_all_at_once() -> None:

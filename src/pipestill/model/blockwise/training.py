@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from pipestill.model.blockwise.task import Blockwise
-from pipestill.model.restore import restored
 from pipestill.model.seeding import seed_block
+from pipestill.model.stepwise import restored
 from pipestill.schedule import Role
 
 

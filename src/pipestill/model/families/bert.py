@@ -1,59 +1,66 @@
-"""Where BERT and RoBERTa are cut: embeddings, the attention and the feed-forward network of each layer, and the head."""
+"""Where BERT, RoBERTa and DistilBERT are cut: embeddings, attention and feed-forward network of each layer, and the head."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from pipestill.model.families.layout import Family, HalfLayer, Head, language_model_logits, pooler_output
+from pipestill.model.families.layout import Family, HalfLayer, Head, logits_of, pooler_output
 
 
-def embed(base: nn.Module, inputs: dict[str, Any]) -> Tensor:
+def _embed(base: Any, inputs: dict[str, Any]) -> Tensor:
     """Sum the embeddings of tokens, and of token types and positions where these are given."""
     given = {name: inputs[name] for name in ("token_type_ids", "position_ids") if inputs.get(name) is not None}
-    return base.embeddings(inputs["input_ids"], **given)  # type: ignore[no-any-return, operator]
+    return base.embeddings(inputs["input_ids"], **given)  # type: ignore[no-any-return]
 
 
-def _attention(layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Self-attention, its residual and its norm."""
-    return layer.attention(hidden, mask)[0]  # type: ignore[no-any-return, operator]
-
-
-def _feed_forward(layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """The feed-forward network, its residual and its norm."""
-    return layer.output(layer.intermediate(hidden), hidden)  # type: ignore[no-any-return, operator]
-
-
-def _bert_words(model: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
-    """The logits of every token, (rows, length, vocabulary)."""
-    return {"logits": model.cls(hidden)}  # type: ignore[operator]
-
-
-def _bert_classes(model: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
+def _bert_classes(model: Any, hidden: Tensor) -> dict[str, Tensor]:
     """The logits of classes, (rows, classes), from the pooled first token."""
-    pooled = model.get_submodule("bert.pooler")(hidden)
-    return {"logits": model.classifier(model.dropout(pooled))}  # type: ignore[operator]
+    return {"logits": model.classifier(model.dropout(model.bert.pooler(hidden)))}
 
 
-def _roberta_classes(model: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
-    """The logits of classes, (rows, classes); the classifier picks the first token itself."""
-    return {"logits": model.classifier(hidden)}  # type: ignore[operator]
+def _distilbert_words(model: Any, hidden: Tensor) -> dict[str, Tensor]:
+    """The logits of every token, (rows, length, vocabulary)."""
+    return {"logits": model.vocab_projector(model.vocab_layer_norm(model.activation(model.vocab_transform(hidden))))}
+
+
+def _distilbert_classes(model: Any, hidden: Tensor) -> dict[str, Tensor]:
+    """The logits of classes, (rows, classes), from the first token."""
+    return {"logits": model.classifier(model.dropout(torch.relu(model.pre_classifier(hidden[:, 0]))))}
 
 
 _HALVES = (
-    HalfLayer("attention", ("attention",), _attention, masked=True),
-    HalfLayer("feed_forward", ("intermediate", "output"), _feed_forward),
+    HalfLayer("attention", ("attention",), lambda layer, h, mask: layer.attention(h, mask)[0], masked=True),
+    HalfLayer("feed_forward", ("intermediate", "output"), lambda layer, h, _: layer.output(layer.intermediate(h), h)),
 )
-BERT = Family("bert", ("embeddings",), "encoder.layer", ("pooler",), embed, _HALVES)
-ROBERTA = Family("roberta", ("embeddings",), "encoder.layer", ("pooler",), embed, _HALVES)
+_DISTILBERT_HALVES = (
+    HalfLayer(
+        "attention",
+        ("attention", "sa_layer_norm"),
+        lambda layer, h, mask: layer.sa_layer_norm(layer.attention(h, attention_mask=mask)[0] + h),
+        masked=True,
+    ),
+    HalfLayer(
+        "feed_forward", ("ffn", "output_layer_norm"), lambda layer, h, _: layer.output_layer_norm(layer.ffn(h) + h)
+    ),
+)
+BERT = Family("bert", ("embeddings",), "encoder.layer", ("pooler",), _embed, _HALVES)
+ROBERTA = Family("roberta", ("embeddings",), "encoder.layer", ("pooler",), _embed, _HALVES)
+DISTILBERT = Family("distilbert", ("embeddings",), "transformer.layer", (), _embed, _DISTILBERT_HALVES)
 
 CLASSES = {
     "BertModel": (BERT, Head(pooler_output)),
-    "BertForMaskedLM": (BERT, Head(_bert_words, ("cls",))),
+    "BertForMaskedLM": (BERT, logits_of("cls")),
     "BertForSequenceClassification": (BERT, Head(_bert_classes, ("classifier",))),
     "RobertaModel": (ROBERTA, Head(pooler_output)),
-    "RobertaForMaskedLM": (ROBERTA, Head(language_model_logits, ("lm_head",))),
-    "RobertaForSequenceClassification": (ROBERTA, Head(_roberta_classes, ("classifier",))),
-}
+    "RobertaForMaskedLM": (ROBERTA, logits_of("lm_head")),
+    "RobertaForSequenceClassification": (ROBERTA, logits_of("classifier")),
+    "DistilBertModel": (DISTILBERT, Head(pooler_output)),
+    "DistilBertForMaskedLM": (
+        DISTILBERT, Head(_distilbert_words, ("vocab_transform", "vocab_layer_norm", "vocab_projector")),
+    ),
+    "DistilBertForSequenceClassification": (DISTILBERT, Head(_distilbert_classes, ("pre_classifier", "classifier"))),
+}  # fmt: skip
 """The family and the head of each class of `transformers`."""

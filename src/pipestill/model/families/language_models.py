@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from pipestill.errors import ModelError
 from pipestill.model.block import Block
-from pipestill.model.families import bert, distilbert, gpt2
+from pipestill.model.families import bert, gpt2
 from pipestill.model.families.layout import Family, HalfLayer, Head
 
-KNOWN = {**bert.CLASSES, **distilbert.CLASSES, **gpt2.CLASSES}
+KNOWN = {**bert.CLASSES, **gpt2.CLASSES}
 """The family and the head of each class that can be cut."""
+_WHOLE_LAYER = HalfLayer("", ("",), lambda layer, hidden, mask: layer(hidden, attention_mask=mask), masked=True)
+"""A layer that cannot be halved, called as one."""
 
 
 def language_model_blocks(model: nn.Module) -> list[str | Block] | None:
@@ -44,7 +46,7 @@ def language_model_blocks(model: nn.Module) -> list[str | Block] | None:
     for number, (name, layer) in enumerate(base.get_submodule(family.layers).named_children()):
         where = f"{prefix}{family.layers}.{name}"
         assert number == int(name)
-        for half in family.halves if _is_its_halves(layer) else (HalfLayer("", ("",), _whole_layer, masked=True),):
+        for half in family.halves if _is_its_halves(layer) else (_WHOLE_LAYER,):
             uses = tuple(f"{where}.{use}".rstrip(".") for use in half.uses)
             blocks.append(Block(f"{where}.{half.name}".rstrip("."), partial(_through, family, base, half, layer), uses))
     norm = None if family.final_norm is None else base.get_submodule(family.final_norm)
@@ -102,11 +104,6 @@ def _through(
     """Run half a layer, or a whole one, on the hidden states."""
     mask = _mask(family, base, value) if half.masked else None
     return {**value, "hidden": half.call(layer, value["hidden"], mask)}
-
-
-def _whole_layer(layer: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Call a layer that cannot be halved."""
-    return layer(hidden, attention_mask=mask)  # type: ignore[no-any-return]
 
 
 def _mask(family: Family, base: nn.Module, value: dict[str, Tensor]) -> Tensor | None:

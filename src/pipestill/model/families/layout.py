@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class HalfLayer:
     """The end of the block's name: `attention` or `feed_forward`."""
     uses: tuple[str, ...]
     """The submodules of the layer that this half reads."""
-    call: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    call: Callable[[Any, Tensor, Tensor | None], Tensor]
     """From (layer, hidden states, attention mask or None) to the next hidden states, both (rows, length, features)."""
     masked: bool = False
     """Whether `call` reads the attention mask."""
@@ -33,7 +33,7 @@ class Family:
     layers: str
     after: tuple[str, ...]
     """The submodules that come after the last layer, those of them that a model has."""
-    embed: Callable[[nn.Module, dict[str, Any]], Tensor]
+    embed: Callable[[Any, dict[str, Any]], Tensor]
     """From (headless model, inputs) to hidden states (rows, length, features)."""
     halves: tuple[HalfLayer, HalfLayer]
     final_norm: str | None = None
@@ -46,17 +46,17 @@ class Family:
 class Head:
     """What a model of one class has after the headless model."""
 
-    call: Callable[[nn.Module, Tensor], dict[str, Tensor]]
+    call: Callable[[Any, Tensor], dict[str, Tensor]]
     """From (model, last hidden states) to the entries of the output beside `last_hidden_state`."""
     uses: tuple[str, ...] = ()
     """The submodules of the model that `call` reads, beside those of the headless model; empty for a headless model."""
 
 
-def pooler_output(model: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
+def pooler_output(model: Any, hidden: Tensor) -> dict[str, Tensor]:
     """The output of a headless model's pooler, (rows, features), where it has one."""
-    return {"pooler_output": model.pooler(hidden)} if getattr(model, "pooler", None) is not None else {}  # type: ignore[operator]
+    return {"pooler_output": model.pooler(hidden)} if getattr(model, "pooler", None) is not None else {}
 
 
-def language_model_logits(model: nn.Module, hidden: Tensor) -> dict[str, Tensor]:
-    """The logits of every token, (rows, length, vocabulary), from a head named `lm_head`."""
-    return {"logits": model.lm_head(hidden)}  # type: ignore[operator]
+def logits_of(name: str) -> Head:
+    """A head that is one submodule, which maps all hidden states to logits."""
+    return Head(lambda model, hidden: {"logits": getattr(model, name)(hidden)}, (name,))
