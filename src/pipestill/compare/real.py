@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipestill.compare.bench import Bench, Round
+from pipestill.compare.bench import Bench
 from pipestill.compare.blockwise import BlockwiseBench
 from pipestill.compare.figures import (
     Comparison,
@@ -26,7 +26,6 @@ from pipestill.recipes.recipe import Recipe, Workload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch
 from pipestill.runtime.world import choose_device_type, join_world
-from pipestill.schedule import Trace
 
 BENCHES: dict[str, type[Bench]] = {"pipeline": PipelineBench, "blockwise": BlockwiseBench}
 """For each kind of training, what measures its strategies."""
@@ -109,10 +108,6 @@ def _measure(recipe: Recipe, options: RunOptions, strategies: tuple[str, ...], r
         **machine_figures(around, options.devices), "steps": steps, "link": predicting.link.to_json(),
         **bench.calibration(predicting),
     }  # fmt: skip
-    return Comparison({"calibration": calibration, "results": results}, _last_traces(runs))
-
-
-def _last_traces(runs: dict[str, list[Round]]) -> dict[str, Trace]:
-    """What each of our strategies did in the last round, in its last phase."""
-    results = {name: rounds[-1].result for name, rounds in runs.items()}
-    return {name: result.traces[-1] for name, result in results.items() if result is not None and result.traces}
+    last = {name: mine[-1].result for name, mine in runs.items()}
+    traces = {name: result.traces[-1] for name, result in last.items() if result is not None and result.traces}
+    return Comparison({"calibration": calibration, "results": results}, traces)

@@ -146,12 +146,12 @@ def compare_virtual_blockwise(
     }
     results = strategy_figures(seconds)
     for name, plan in plans.items():
-        busy = [_busy_seconds(plan, traces) for traces, _ in runs[name]]
+        busy = [plan.utilisation_in(traces, s) for (traces, _), s in zip(runs[name], seconds[name], strict=True)]
         results[name] |= {
             "predicted_seconds_per_step": plan.seconds_per_batch,
             "limit_seconds_per_step": plan.limit_seconds_per_batch,
-            "utilisation": median(b / (options.devices * s) for b, s in zip(busy, seconds[name], strict=True)),
-            "predicted_utilisation": _busy_seconds(plan, plan.predictions) / (options.devices * plan.seconds_per_batch),
+            "utilisation": median(busy),
+            "predicted_utilisation": plan.utilisation,
             "cost_model_seconds_per_step": plan.chosen.seconds if plan.chosen else None,
             "window": plan.window,
             "memory_bytes": list(plan.memory_bytes),
@@ -244,11 +244,6 @@ def _at_speed(trace: Trace, slower: float) -> Trace:
     """The trace in seconds of the profile."""
     events = (dataclasses.replace(e, start=e.start / slower, end=e.end / slower) for e in trace.events)
     return dataclasses.replace(trace, events=tuple(events))
-
-
-def _busy_seconds(plan: BlockwisePlan, traces: Sequence[Trace]) -> float:
-    """Seconds of work of all ranks for one batch."""
-    return sum(sum(t.busy_seconds_per_step()) / p.window for t, p in zip(traces, plan.phases, strict=True))
 
 
 def _run_blockwise(

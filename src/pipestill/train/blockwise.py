@@ -163,8 +163,7 @@ class BlockwiseEngine:
             for trace, phase in zip(traces, plan.phases, strict=True)
         ]
         per_step = replace(plan, phases=tuple(done)).total(spans)  # a rank may have taken over the task of another
-        busy = sum(sum(t.busy_seconds_per_step()) / p.window for t, p in zip(traces, plan.phases, strict=True))
-        utilisation = min(1.0, busy / (per_step * plan.num_devices))
+        utilisation = plan.utilisation_in(traces, per_step)
         losses = self._named({block: loss for _, mine, _, _ in told for block, loss in mine.items()})
         return Figures(
             steps=steps, samples=samples, seconds=seconds, seconds_per_step=per_step, utilisation=utilisation,

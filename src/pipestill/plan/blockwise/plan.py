@@ -104,12 +104,13 @@ class BlockwisePlan:
 
     @property
     def utilisation(self) -> float:
-        """Predicted busy share of rank-time, over all phases."""
-        busy = sum(
-            sum(t.busy_seconds_per_step()) / p.window for t, p in zip(self.predictions, self.phases, strict=True)
-        )
-        seconds = self.num_devices * self.seconds_per_batch
-        return min(1.0, busy / seconds) if seconds else 0.0
+        """Predicted busy fraction of the ranks' time, over all phases."""
+        return self.utilisation_in(self.predictions, self.seconds_per_batch)
+
+    def utilisation_in(self, traces: Sequence[Trace], seconds_per_batch: float) -> float:
+        """Busy fraction of the ranks' time in traces, one of each phase, where a batch took so many seconds."""
+        busy = sum(sum(t.busy_seconds_per_step()) / p.window for t, p in zip(traces, self.phases, strict=True))
+        return min(1.0, busy / (self.num_devices * seconds_per_batch)) if seconds_per_batch else 0.0
 
     @property
     def window(self) -> int:
