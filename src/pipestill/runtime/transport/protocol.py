@@ -15,6 +15,16 @@ _OPS = list(Op)
 _BESIDE = (Lane.TARGET, Lane.INPUT, Lane.REPORT)
 """Lanes whose receives are announced step by step, apart from the schedule."""
 
+_SHARED_BY_STAGES = (Lane.TEACHER, Lane.TOKEN, Lane.STATE)
+"""Lanes between two ranks that carry results of several stages or blocks."""
+
+# How many values of each kind a tag tells apart; their product, with lanes, roles and ops, stays below 2^31.
+_SEGMENTS = 8  # 0, and 7 for the others in turn: a validation may never be taken for training
+_STEPS = 64  # more than are ever under way at once
+_MICROBATCHES = 1024  # and one for none
+_PARTS = 16  # tensors of a message; later ones keep their order behind those of the same tag
+_STAGE_STRIDE = 131  # spreads the microbatches of the stages that share a lane
+
 UNDER_WAY = 32
 """How many sends of a queue may be on their way before one waits until the oldest has been taken."""
 
@@ -50,18 +60,23 @@ def queue_of(message: Message) -> Queue:
 
 
 def tag(message: Message, part: int) -> int:
-    """A number below 2^31 that differs between all messages that can be under way at once between two ranks."""
+    """The number, below 2^31, by which gloo matches a tensor of a message with its receive.
+
+    It differs between lanes, segments, and steps that are under way at once. Two messages of one lane and step have the same tag
+    only where there are more than `_MICROBATCHES`; that is safe, since receives of a lane are posted in the order of its sends.
+    """
     action = message.payload
+    segment = 1 + (message.segment - 1) % (_SEGMENTS - 1) if message.segment else 0
     microbatch = 0 if action.microbatch is None else action.microbatch + 1
-    if message.lane in (Lane.TEACHER, Lane.TOKEN, Lane.STATE):
-        microbatch += 131 * action.stage  # blocks that learn alone share lanes; messages of one tag keep their order
-    number = 1 + (message.segment - 1) % 7 if message.segment else 0  # a validation may never be taken for training
-    number = number * len(_LANES) + _LANES.index(message.lane)
-    number = number * 2 + (action.role is Role.TEACHER)
-    number = number * len(_OPS) + _OPS.index(action.op)
-    number = number * 64 + action.step % 64
-    number = number * 1024 + microbatch % 1024
-    return number * 16 + part % 16
+    if message.lane in _SHARED_BY_STAGES:
+        microbatch += _STAGE_STRIDE * action.stage
+    number = 0
+    for digit, base in (
+        (segment, _SEGMENTS), (_LANES.index(message.lane), len(_LANES)), (action.role is Role.TEACHER, 2),
+        (_OPS.index(action.op), len(_OPS)), (action.step, _STEPS), (microbatch, _MICROBATCHES), (part, _PARTS),
+    ):  # fmt: skip
+        number = number * base + digit % base
+    return number
 
 
 Waiting = Generator[Message, None, None]
