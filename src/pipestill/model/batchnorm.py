@@ -23,31 +23,30 @@ from pipestill.model.blocks import BlockModel
 POLICIES = ("microbatch", "deferred", "frozen")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sums:
     """Count, sum and sum of squares of a layer's inputs since the last update of its running statistics."""
 
-    count: int = 0
+    count: int
     """The number of values of each channel."""
-    total: Tensor | None = None
-    """(channels,), None before the first input."""
-    squares: Tensor | None = None
-    """(channels,), None before the first input."""
+    total: Tensor
+    """(channels,), as are the squares."""
+    squares: Tensor
 
 
 class Norms:
     """Keeps the statistics of batch-norm layers that defer the update of their running statistics to the end of a batch."""
 
     def __init__(self) -> None:
-        self.sums: dict[_BatchNorm, _Sums] = {}
-        """Each such layer, with the sums of its inputs."""
+        self.sums: dict[_BatchNorm, _Sums | None] = {}
+        """Each such layer, with the sums of its inputs; None before the first input of a batch."""
 
     def end_batch(self, modules: Iterable[nn.Module]) -> None:
         """Update the running statistics of those of `modules` that defer it, at the end of a batch."""
         for module in modules:
-            if isinstance(module, _BatchNorm) and module in self.sums:
-                self._update(module, self.sums[module])
-                self.sums[module] = _Sums()
+            if isinstance(module, _BatchNorm) and (sums := self.sums.get(module)) is not None:
+                self._update(module, sums)
+                self.sums[module] = None
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Add a layer's input to its sums; called before each of its forwards."""
@@ -56,18 +55,16 @@ class Norms:
             return
         given = args[0].detach().double()
         axes = [axis for axis in range(given.dim()) if axis != 1]
-        sums = self.sums[module]
-        sums.count += given.numel() // given.shape[1]
-        total, squares = given.sum(axes), given.square().sum(axes)
-        sums.total = total if sums.total is None else sums.total + total
-        sums.squares = squares if sums.squares is None else sums.squares + squares
+        count, total, squares = given.numel() // given.shape[1], given.sum(axes), given.square().sum(axes)
+        old = self.sums[module]
+        if old is not None:
+            count, total, squares = old.count + count, old.total + total, old.squares + squares
+        self.sums[module] = _Sums(count, total, squares)
 
     @staticmethod
     @torch.no_grad()
     def _update(module: _BatchNorm, sums: _Sums) -> None:
         """Update a layer's running statistics as torch would have done, had it seen the whole batch at once."""
-        if sums.total is None or sums.squares is None:
-            return
         assert module.num_batches_tracked is not None
         assert module.running_mean is not None and module.running_var is not None
         module.num_batches_tracked.add_(1)
@@ -90,7 +87,7 @@ def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
         for model in models:
             model.frozen_norms = layers if policy == "frozen" else []
         for layer in layers if policy == "deferred" else []:
-            norms.sums[layer] = _Sums()
+            norms.sums[layer] = None
             hooks.append(layer.register_forward_pre_hook(norms._see))
             layer.track_running_stats = (
                 False  # affects training only: in eval mode the running statistics are read all the same

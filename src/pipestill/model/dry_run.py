@@ -15,7 +15,7 @@ from pipestill.model.contracts import Contract, observe
 from pipestill.model.lengths import length_of, sample_lengths, shortened
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.pipeline_contracts import PipelineContracts, PipelineContractsByLength
-from pipestill.model.stepwise import StepValues, stepwise, untouched
+from pipestill.model.stepwise import StepValues, call_block, stepwise, untouched
 from pipestill.model.tasks import Task, check_views, view
 from pipestill.model.tensor_form import FEW, MORE
 
@@ -102,15 +102,9 @@ def try_validation(
     with untouched(task), torch.no_grad():
         model.in_mode(train=False)
         value = copied(inputs)
-        for i, block in enumerate(model.blocks):
-            try:
-                value = block.call(value)
-            except Exception as error:
-                views = "; one view of each sample is validated, not all" if task.demands.views > 1 and not i else ""
-                raise ModelError(
-                    f"validation: student block {i} ('{block.name}') cannot take {describe(value)}: {type(error).__name__}: "
-                    f"{error}{views}"
-                ) from error
+        views = "; one view of each sample is validated, not all" if task.demands.views > 1 else ""
+        for i in range(len(model)):
+            value = call_block("validation: student", model, i, value, "" if i else views)
             if i + 1 in ends and i + 1 < len(model):
                 contracts.student[0][i].split(value, rows)
         if len(ends) > 1:

@@ -26,7 +26,7 @@ from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.devices import Machine
 from pipestill.model.measure import Stopwatch
-from pipestill.model.nests import distinct_tensors, num_bytes
+from pipestill.model.nests import distinct_tensors, memory_of, num_bytes
 from pipestill.model.step_costs import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
 from pipestill.model.stepwise import stepwise, untouched
 from pipestill.model.tasks import Momentum, Task
@@ -121,8 +121,8 @@ class RooflineClock(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         out = func(*args, **kwargs)
         given, made = distinct_tensors((args, kwargs)), distinct_tensors(out)
-        known = {tensor.untyped_storage()._cdata for tensor in given}
-        fresh = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
+        known = set(map(memory_of, given))
+        fresh = [tensor for tensor in made if memory_of(tensor) not in known]
         written = made if func._schema.is_mutable else fresh
         if written and func._overloadpacket not in _ALLOCATIONS:
             formula = flop_registry.get(func._overloadpacket)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipestill.model.nests import memory_of
+
 
 class LiveBytes(TorchDispatchMode):
     """A context that counts the bytes of all living tensors made by this thread's operators in it, now and at their peak.
@@ -29,27 +31,24 @@ class LiveBytes(TorchDispatchMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operator and count the memory that it makes."""
-        given = {_key(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {memory_of(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and _key(leaf) not in given and _key(leaf) not in self._known:
+            if isinstance(leaf, Tensor) and memory_of(leaf) not in given and memory_of(leaf) not in self._known:
                 storage = leaf.untyped_storage()
-                self._known[_key(leaf)] = weakref.ref(storage, partial(self._forget, _key(leaf), storage.nbytes()))
+                self._known[memory_of(leaf)] = weakref.ref(
+                    storage, partial(self._forget, memory_of(leaf), storage.nbytes())
+                )
                 self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         return result
 
     def leave_out(self, tensor: Tensor) -> None:
         """Stop counting a tensor that lives on."""
-        if _key(tensor) in self._known:
-            self._forget(_key(tensor), tensor.untyped_storage().nbytes(), None)
+        if memory_of(tensor) in self._known:
+            self._forget(memory_of(tensor), tensor.untyped_storage().nbytes(), None)
 
     def _forget(self, key: int, num_bytes: int, _: object) -> None:
         """Subtract memory that was freed."""
         if self._known.pop(key, None) is not None:
             self.now -= num_bytes
-
-
-def _key(tensor: Tensor) -> int:
-    """A number that tells pieces of memory apart while they live."""
-    return int(tensor.untyped_storage()._cdata)

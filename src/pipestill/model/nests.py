@@ -6,6 +6,7 @@ A batch's inputs, a batch's targets and the value between two blocks are nests. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,15 @@ def distinct_tensors(value: Any) -> list[Tensor]:
     return list({id(leaf): leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}.values())
 
 
-def versions_of(value: Any) -> list[int]:
-    """The version of each distinct tensor of a nest. PyTorch raises it with every write in place, to any view of the tensor."""
-    return [tensor._version for tensor in distinct_tensors(value)]
+def watched(value: Any) -> Callable[[], bool]:
+    """Watch a nest. The result tells whether one of its tensors, or a view of one, was written to in place since."""
+    versions = [(tensor, tensor._version) for tensor in distinct_tensors(value)]
+    return lambda: any(tensor._version != version for tensor, version in versions)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """A number that tells pieces of memory apart while they live, on the meta device too, where all addresses are 0."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def num_rows(value: Any, what: str) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,9 +55,8 @@ class SplitBlock:
         if self.start is None:
             self.whole = roots
             return
-        self.branches, hooks = _branches([tensor for tensor, _ in roots], self.start), []
-        for branch in self.branches:
-            hooks.append(branch.node.register_prehook(_keeper(branch)))
+        self.branches = _branches([tensor for tensor, _ in roots], self.start)
+        hooks = [branch.node.register_prehook(partial(setattr, branch, "arrived")) for branch in self.branches]
         tensors, gradients = [tensor for tensor, _ in roots], [gradient for _, gradient in roots]
         torch.autograd.backward(tensors, gradients, retain_graph=True, inputs=[self.start])
         for hook in hooks:
@@ -73,15 +73,6 @@ class SplitBlock:
                     [edge for edge, _ in edges], [gradient for _, gradient in edges], inputs=branch.weights
                 )
         self.whole, self.branches = [], []
-
-
-def _keeper(branch: _Branch) -> Any:
-    """Make the hook that keeps the gradients that arrive at a branch."""
-
-    def keep(arrived: tuple[Tensor | None, ...]) -> None:
-        branch.arrived = arrived
-
-    return keep
 
 
 class Unsplittable(Exception):

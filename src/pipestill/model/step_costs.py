@@ -14,7 +14,7 @@ from pipestill.costs import BlockCosts, Costs
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import detached, start_of
 from pipestill.model.measure import Seconds, Stopwatch
-from pipestill.model.nests import copied, distinct_tensors, num_bytes, rows_of
+from pipestill.model.nests import copied, distinct_tensors, memory_of, num_bytes, rows_of
 from pipestill.model.split import SplitBlock, Unsplittable
 from pipestill.model.tasks import Task
 
@@ -107,11 +107,11 @@ class StashCounter:
         """The bytes of the block that is running, so far."""
         model = task.student_blocks.model
         kept = [*model.parameters(), *model.buffers()]
-        self.seen = {_memory(tensor): tensor for tensor in kept}  # tensors are held, so that no memory is used again
+        self.seen = {memory_of(tensor): tensor for tensor in kept}  # tensors are held, so that no memory is used again
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Count a tensor that autograd keeps for the block that is running."""
-        memory = _memory(tensor)
+        memory = memory_of(tensor)
         if memory not in self.seen:
             self.seen[memory] = tensor
             self.fresh += tensor.untyped_storage().nbytes()
@@ -122,11 +122,6 @@ class StashCounter:
         if what == "student":
             self.num_bytes[block].append(self.fresh)
         self.fresh = 0
-
-
-def _memory(tensor: Tensor) -> int:
-    """A number that tells pieces of memory apart, on the meta device too, where all addresses are 0."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager

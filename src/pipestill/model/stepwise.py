@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Detached, detached
-from pipestill.model.nests import describe, distinct_tensors, versions_of
+from pipestill.model.nests import describe, distinct_tensors, watched
 from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
 OnDone = Callable[[str, int], None]
@@ -37,24 +37,12 @@ class StepValues:
     """The student blocks whose input was written to in place, by themselves or by a later block."""
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A block's input, and the versions that its tensors had then: PyTorch counts a tensor's writes in place."""
-
-    value: Any
-    versions: list[int]
-
-    @property
-    def written(self) -> bool:
-        """Whether a tensor of the input was written to in place since."""
-        return versions_of(self.value) != self.versions
-
-
 @dataclass
 class _StudentForward:
     """A student's forward in one view, its graph divided after every block."""
 
-    inputs: list[_Given] = field(default_factory=list)
+    written: list[Callable[[], bool]] = field(default_factory=list)
+    """For each block: whether its input was written to in place since."""
     outputs: list[Any] = field(default_factory=list)
     ends: list[Detached] = field(default_factory=list)
     """Each output as the start of the next block's graph."""
@@ -72,7 +60,7 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
     """
     check_views(task, inputs)
     demands = task.demands
-    given = _Given(inputs, versions_of(inputs))
+    written = watched(inputs)
     teacher_values: list[list[Any]] = []
     if task.teacher_blocks is not None:
         teacher = task.teacher_blocks
@@ -80,11 +68,11 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
             teacher_values = [
                 _teacher_forward(teacher, view(task, inputs, v), done) for v in range(demands.teacher_views)
             ]
-        _check_unwritten("teacher", given)
+        _check_unwritten("teacher", written())
     with torch.enable_grad():
         forwards = [_student_forward(task.student_blocks, view(task, inputs, v), done) for v in range(demands.views)]
         if task.teacher_blocks is not None:
-            _check_unwritten("student", given)
+            _check_unwritten("student", written())
         parts = _loss(task, [f.ends[-1].value for f in forwards], [values[-1] for values in teacher_values], targets)
         total = torch.stack([part.double() for part in parts.values()]).sum()
         if not total.requires_grad:
@@ -102,7 +90,7 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
         gradients=[forward.gradients for forward in forwards],
         teacher=teacher_values,
         loss_parts=tuple(parts),
-        copies=frozenset(i for forward in forwards for i, value in enumerate(forward.inputs) if value.written),
+        copies=frozenset(i for forward in forwards for i, written in enumerate(forward.written) if written()),
     )
 
 
@@ -110,7 +98,7 @@ def _teacher_forward(model: BlockModel, value: Any, done: OnDone) -> list[Any]:
     """The values after each teacher block."""
     values = []
     for i in range(len(model)):
-        value = _call("teacher", model, i, value)
+        value = call_block("teacher", model, i, value)
         values.append(value)
         done("teacher", i)
     return values
@@ -120,17 +108,17 @@ def _student_forward(model: BlockModel, value: Any, done: OnDone) -> _StudentFor
     """Run the student's blocks, each in a graph of its own."""
     forward = _StudentForward()
     for i in range(len(model)):
-        forward.inputs.append(_Given(value, versions_of(value)))
-        forward.outputs.append(_call("student", model, i, value))
+        forward.written.append(watched(value))
+        forward.outputs.append(call_block("student", model, i, value))
         done("student", i)
         forward.ends.append(detached(forward.outputs[-1]))
         value = forward.ends[-1].value
     return forward
 
 
-def _check_unwritten(role: str, inputs: _Given) -> None:
+def _check_unwritten(role: str, written: bool) -> None:
     """Refuse a model that writes to the batch: the other model reads the batch too, before or after."""
-    if inputs.written:
+    if written:
         raise ModelError(
             f"the {role} changes its input in place, and the other model reads it too; "
             f"let the first block of the {role} copy it, or make its first operations not in-place"
@@ -157,17 +145,16 @@ def _of_distinct(value: Any, end: Detached) -> list[Tensor | None]:
     return [known.get(id(tensor)) for tensor in distinct_tensors(value)]
 
 
-def _call(role: str, model: BlockModel, index: int, value: Any) -> Any:
-    """Call one block; `ModelError` that names the block and describes its input where it fails."""
+def call_block(role: str, model: BlockModel, index: int, value: Any, hint: str | None = None) -> Any:
+    """Call one block; `ModelError` that names the block, describes its input and ends with a hint where it fails."""
     block = model.blocks[index]
+    if hint is None and index == 0 and not isinstance(value, Tensor):
+        hint = "; of what the loader yields, a pair is (inputs, targets) and all else is inputs: see split_batch"
     try:
         return block.call(value)
     except Exception as error:
-        hint = ""
-        if index == 0 and not isinstance(value, Tensor):
-            hint = "; of what the loader yields, a pair is (inputs, targets) and all else is inputs: see split_batch"
         raise ModelError(
-            f"{role} block {index} ('{block.name}') cannot take {describe(value)}: {type(error).__name__}: {error}{hint}"
+            f"{role} block {index} ('{block.name}') cannot take {describe(value)}: {type(error).__name__}: {error}{hint or ''}"
         ) from error
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from pipestill.errors import ModelError
 from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.task import Blockwise
-from pipestill.model.blockwise.training import current_batch, teacher_output, untouched_blocks
+from pipestill.model.blockwise.training import current_batch, untouched_blocks
 from pipestill.model.contracts import observe
-from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of, versions_of
+from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of, watched
+from pipestill.model.stepwise import call_block
 from pipestill.model.tensor_form import FEW, MORE
 
 
@@ -62,34 +63,30 @@ def _run(task: Blockwise, inputs: Any, rows: int) -> _Run:
 
 def _run_teacher(task: Blockwise, i: int, rows: int, run: _Run) -> None:
     """Run one teacher block and note what it shows."""
-    name = task.teacher_blocks.blocks[i].name
     given = copied(run.values[-1])
-    versions = versions_of(given)
-    try:
-        run.values.append(teacher_output(task, i, given))
-    except Exception as error:
-        raise _failed("teacher", i, name, given, error) from error
-    if versions_of(given) != versions:
+    written = watched(given)
+    with torch.no_grad():
+        run.values.append(call_block("teacher", task.teacher_blocks, i, given, ""))
+    if written():
         run.teacher_writes.append(i)
     for tensor in distinct_tensors(run.values[-1]):
         if tensor.dim() == 0 or tensor.shape[0] != rows:
             raise ModelError(
-                f"teacher block {i} ('{name}') gives {describe(run.values[-1])} for {rows} rows; ranks that train blocks alone "
-                "pass rows on, so give tensors of one row a sample"
+                f"teacher block {i} ('{task.teacher_blocks.blocks[i].name}') gives {describe(run.values[-1])} for {rows} rows; "
+                "ranks that train blocks alone pass rows on, so give tensors of one row a sample"
             )
 
 
 def _run_student(task: Blockwise, i: int, run: _Run) -> None:
     """Run one student block and its candidates, each with its loss and backward, and note what they show."""
     given, target = copied(run.values[i]), run.values[i + 1]
-    versions = versions_of(given)
     trains = bool(task.parameters_of(i))
-    writes = False
+    writes, written = False, watched(given)
     try:
         for variant in task.variants(i):
             with torch.enable_grad():
                 output = variant(copied(given) if writes else given)
-                writes = writes or versions_of(given) != versions
+                writes = writes or written()
                 loss = task.loss_of(i)(output, target)
                 _check_loss(loss, i, trains)
                 if trains:
@@ -97,7 +94,11 @@ def _run_student(task: Blockwise, i: int, run: _Run) -> None:
     except ModelError:
         raise
     except Exception as error:
-        raise _failed("student", i, task.student_blocks.blocks[i].name, given, error, target) from error
+        raise ModelError(
+            f"student block {i} ('{task.student_blocks.blocks[i].name}') cannot take {describe(given)} and be compared with "
+            f"{describe(target)}: {type(error).__name__}: {error}; where widths differ, give projectors (input_projectors, "
+            "output_projectors)"
+        ) from error
     if writes:
         run.student_writes.append(i)
 
@@ -109,12 +110,3 @@ def _check_loss(loss: Any, block: int, trains: bool) -> None:
         raise ModelError(f"the loss of block {block} gave {shape}; expected a scalar")
     if trains and not loss.requires_grad:
         raise ModelError(f"the loss of block {block} does not depend on any trained parameter; nothing would be learnt")
-
-
-def _failed(role: str, block: int, name: str, given: Any, error: Exception, target: Any = None) -> ModelError:
-    """Make the error of a block that fails. `target`: what its output is compared with, for a student block."""
-    against = f" and be compared with {describe(target)}" if target is not None else ""
-    hint = "; where widths differ, give projectors (input_projectors, output_projectors)" if target is not None else ""
-    return ModelError(
-        f"{role} block {block} ('{name}') cannot take {describe(given)}{against}: {type(error).__name__}: {error}{hint}"
-    )

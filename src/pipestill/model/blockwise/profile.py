@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import count
 from statistics import mean, stdev
@@ -84,8 +84,12 @@ def _measure(
     optimizer = trial_optimizer(parameters, make)
     batches = count()  # a block may do other work for each (a supernet's random paths): the mean is wanted
 
+    def train(given: Any, wanted: Any, batch: int) -> None:
+        given = copied(given) if block in contracts.student_writes else given
+        train_block(task, block, given, wanted, 1.0, seed=0, batch=batch, unit=0, device=device)
+
     def step(given: Any, wanted: Any) -> None:
-        _train(task, contracts, block, given, wanted, next(batches), device)
+        train(given, wanted, next(batches))
         if optimizer is not None:
             optimizer.step()
         for parameter in parameters.values():
@@ -102,8 +106,8 @@ def _measure(
             average, error = _sampled(partial(work, *part))
             averages.append(average)
             errors.append(error)
-    given, wanted = rows_of(value, slice(0, shares[0])), rows_of(target, slice(0, shares[0]))
-    held = max(_held_bytes(task, contracts, block, given, wanted, n, device) for n in range(_BATCHES_OF_MEMORY))
+    fewest = rows_of(value, slice(0, shares[0])), rows_of(target, slice(0, shares[0]))
+    held = max(_held_bytes(partial(train, *fewest, n), parameters.values()) for n in range(_BATCHES_OF_MEMORY))
     trained = num_bytes(list(parameters.values()))
     weights = num_bytes(list(task.tensors_of(block).values()))
     teacher = task.teacher_blocks.tensors_of(range(block, block + 1))
@@ -119,20 +123,6 @@ def _measure(
         activation_bytes_per_row=math.ceil(held / shares[0]),
         relative_standard_error=max(errors),
     )
-
-
-def _train(
-    task: Blockwise,
-    contracts: BlockwiseContracts,
-    block: int,
-    given: Any,
-    wanted: Any,
-    batch: int,
-    device: torch.device,
-) -> None:
-    """Run a student block's forward, loss and backward; on a copy of its input where it writes to that."""
-    given = copied(given) if block in contracts.student_writes else given
-    train_block(task, block, given, wanted, 1.0, seed=0, batch=batch, unit=0, device=device)
 
 
 def _sampled(work: Callable[[], object]) -> tuple[float, float]:
@@ -151,26 +141,17 @@ def _sampled(work: Callable[[], object]) -> tuple[float, float]:
                 return average, error
 
 
-def _held_bytes(
-    task: Blockwise,
-    contracts: BlockwiseContracts,
-    block: int,
-    given: Any,
-    wanted: Any,
-    batch: int,
-    device: torch.device,
-) -> int:
-    """The bytes that a student block's step holds at its peak, without the gradients of its weights."""
+def _held_bytes(train: Callable[[], object], parameters: Collection[Tensor]) -> int:
+    """The bytes that forward, loss and backward hold at their peak, without the gradients of parameters."""
     held = LiveBytes()
 
     def leave_out(parameter: Tensor) -> None:
         assert parameter.grad is not None
         held.leave_out(parameter.grad)
 
-    parameters = task.parameters_of(block).values()
     hooks = [parameter.register_post_accumulate_grad_hook(leave_out) for parameter in parameters]
     with held:
-        _train(task, contracts, block, given, wanted, batch, device)
+        train()
     for hook in hooks:
         hook.remove()
     for parameter in parameters:

@@ -31,36 +31,31 @@ def image_model_blocks(model: nn.Module) -> Cuts | None:
 
 def _resnet(model: Any) -> Cuts:
     """Cut a ResNet; those of the two libraries differ in the names at both ends only."""
-    timm = hasattr(model, "forward_head")
-    act = "act1" if timm else "relu"
+
+    def stem(x: Tensor) -> Any:
+        return model.maxpool((model.act1 if hasattr(model, "act1") else model.relu)(model.bn1(model.conv1(x))))
 
     def classify(x: Tensor) -> Any:
-        return model.forward_head(x) if timm else model.fc(torch.flatten(model.avgpool(x), 1))
+        if hasattr(model, "forward_head"):
+            return model.forward_head(x)
+        return model.fc(torch.flatten(model.avgpool(x), 1))
 
-    return [
-        Block(
-            "stem",
-            lambda x: model.maxpool(getattr(model, act)(model.bn1(model.conv1(x)))),
-            _there(model, "conv1", "bn1", "act1", "maxpool"),
-        ),
-        *(name for i in range(1, 5) for name in _inside(model, f"layer{i}")),
-        Block("classifier", classify, _there(model, "global_pool", "fc")),
-    ]
+    layers = [name for i in range(1, 5) for name in _inside(model, f"layer{i}")]
+    return [Block("stem", stem, _there(model, "conv1", "bn1", "act1", "maxpool")), *layers,
+            Block("classifier", classify, _there(model, "global_pool", "fc"))]  # fmt: skip
 
 
 def _timm_vit(model: Any) -> Cuts:
     """Cut timm's vision transformer: patches, one block a layer, head."""
-    return [
-        Block(
-            "patches",
-            lambda x: model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x)))),
-            (*_there(model, "patch_embed", "norm_pre"), *_own(model)),
-        ),
-        *_inside(model, "blocks"),
-        Block(
-            "head", lambda x: model.forward_head(model.norm(x)), _there(model, "norm", "attn_pool", "fc_norm", "head")
-        ),
-    ]
+
+    def embed(x: Tensor) -> Any:
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+
+    def classify(x: Tensor) -> Any:
+        return model.forward_head(model.norm(x))
+
+    return [Block("patches", embed, (*_there(model, "patch_embed", "norm_pre"), *_own(model))), *_inside(model, "blocks"),
+            Block("head", classify, _there(model, "norm", "attn_pool", "fc_norm", "head"))]  # fmt: skip
 
 
 def _torchvision_vit(model: Any) -> Cuts:
@@ -71,34 +66,39 @@ def _torchvision_vit(model: Any) -> Cuts:
         x = torch.cat([model.class_token.expand(x.shape[0], -1, -1), x], dim=1)
         return model.encoder.dropout(x + model.encoder.pos_embedding)
 
-    return [
-        Block("patches", embed, ("conv_proj", "class_token", "encoder.pos_embedding")),
-        *_inside(model, "encoder.layers"),
-        Block("head", lambda x: model.heads(model.encoder.ln(x)[:, 0]), ("encoder.ln", "heads")),
-    ]
+    def classify(x: Tensor) -> Any:
+        return model.heads(model.encoder.ln(x)[:, 0])
+
+    return [Block("patches", embed, ("conv_proj", "class_token", "encoder.pos_embedding")),
+            *_inside(model, "encoder.layers"), Block("head", classify, ("encoder.ln", "heads"))]  # fmt: skip
 
 
 def _timm_convnext(model: Any) -> Cuts:
     """Cut timm's ConvNeXt: stem, every block and every downsampling that has weights, head."""
+
+    def classify(x: Tensor) -> Any:
+        return model.forward_head(model.norm_pre(x))
+
     cuts: Cuts = ["stem"]
     for i, inner in enumerate(model.stages):
         if any(True for _ in inner.downsample.parameters()):
             cuts.append(f"stages.{i}.downsample")
         cuts += _inside(model, f"stages.{i}.blocks")
-    return [*cuts, Block("head", lambda x: model.forward_head(model.norm_pre(x)), _there(model, "norm_pre", "head"))]
+    return [*cuts, Block("head", classify, _there(model, "norm_pre", "head"))]
 
 
 def _timm_efficientnet(model: Any) -> Cuts:
     """Cut timm's MobileNets and EfficientNets. MobileNetV3's last convolution comes after the pooling, in `forward_head`."""
 
+    def stem(x: Tensor) -> Any:
+        return model.bn1(model.conv_stem(x))
+
     def classify(x: Tensor) -> Any:
         return model.forward_head(model.bn2(model.conv_head(x)) if hasattr(model, "bn2") else x)
 
-    return [
-        Block("stem", lambda x: model.bn1(model.conv_stem(x)), ("conv_stem", "bn1")),
-        *(name for i in range(len(model.blocks)) for name in _inside(model, f"blocks.{i}")),
-        Block("head", classify, _there(model, "conv_head", "bn2", "norm_head", "global_pool", "classifier")),
-    ]
+    blocks = [name for i in range(len(model.blocks)) for name in _inside(model, f"blocks.{i}")]
+    ends = ("conv_head", "bn2", "norm_head", "global_pool", "classifier")
+    return [Block("stem", stem, ("conv_stem", "bn1")), *blocks, Block("head", classify, _there(model, *ends))]
 
 
 def _torchvision_features(model: Any) -> Cuts:
