@@ -14,7 +14,8 @@ from pipestill.costs import Link
 from pipestill.model.nests import num_rows
 from pipestill.recipes.recipe import Workload
 from pipestill.recipes.run_options import RunOptions
-from pipestill.runtime.world import OneProcess, World
+from pipestill.runtime.transport.protocol import World
+from pipestill.runtime.world import OneProcess
 from pipestill.train.data import inputs_and_targets
 from pipestill.train.result import Result
 from pipestill.train.trainer import Trainer

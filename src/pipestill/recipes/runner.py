@@ -14,7 +14,8 @@ from torch import nn
 from pipestill.busy import Busy
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.weights import export, num_parameters
-from pipestill.runtime.world import World, choose_device_type, device_of
+from pipestill.runtime.transport.protocol import World
+from pipestill.runtime.world import choose_device_type, device_of
 from pipestill.train.callbacks import Callback, JsonLines, Output, Terminal
 from pipestill.train.result import Result
 from pipestill.train.run_directory import RunDirectory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,48 +14,12 @@ from torch import Tensor
 from pipestill.errors import ConfigError, DeviceError
 from pipestill.runtime.transport.in_process import InProcess
 from pipestill.runtime.transport.process_group import ProcessGroup
-from pipestill.runtime.transport.protocol import Message, Transport, Waiting
+from pipestill.runtime.transport.protocol import Message, Transport, Waiting, World
 from pipestill.runtime.transport.same_machine import connect
 from pipestill.runtime.transport.shared_memory import SharedMemory
 from pipestill.schedule import Lane
 
 T = TypeVar("T")
-
-
-class World(Protocol):
-    """The ranks of a run, and what they do together outside the schedule."""
-
-    num_ranks: int
-    ranks: Sequence[int]
-    """The ranks that live in this process."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether rank 0, which reads data and reports, lives here."""
-
-    def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
-        """The rank's end of every lane; called on all ranks together."""
-
-    def backend(self, device_type: str) -> str:
-        """What moves tensors between the ranks, once there is a transport."""
-
-    def drive(self, runs: Sequence[Waiting]) -> None:
-        """Run the local ranks' generators to their end."""
-
-    def broadcast(self, value: T | None, rank: int = 0) -> T:
-        """The value of `rank`, everywhere."""
-
-    def gather(self, values: Sequence[T]) -> list[T]:
-        """One value per local rank -> all of them in order of rank, on the process of rank 0 (elsewhere empty)."""
-
-    def copy_from(self, tensors: Sequence[Tensor], rank: int) -> None:
-        """Overwrite everybody's CPU `tensors` with those of `rank`."""
-
-    def barrier(self) -> None:
-        """Wait for every process."""
-
-    def claim(self, name: str) -> bool:
-        """Whether this is the first rank to ask for `name`."""
 
 
 class OneProcess:

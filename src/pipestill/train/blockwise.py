@@ -28,7 +28,8 @@ from pipestill.runtime.blockwise.reference import blockwise_reference
 from pipestill.runtime.pipeline.stage import move
 from pipestill.runtime.settings import TrainingSettings
 from pipestill.runtime.transport.links import measure_link
-from pipestill.runtime.world import Processes, World, device_of
+from pipestill.runtime.transport.protocol import World
+from pipestill.runtime.world import Processes, device_of
 from pipestill.schedule import Event, Op, Trace
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 from pipestill.train.data import split_item

@@ -12,8 +12,7 @@ from torch import nn
 
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.runtime.batch import Batch
-from pipestill.runtime.transport.protocol import Waiting
-from pipestill.runtime.world import World
+from pipestill.runtime.transport.protocol import Waiting, World
 from pipestill.schedule import Trace
 from pipestill.train.callbacks import Reporter
 from pipestill.train.data import Again

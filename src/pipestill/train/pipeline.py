@@ -30,7 +30,8 @@ from pipestill.runtime.pipeline.rank import PipelineRank, RankZero
 from pipestill.runtime.pipeline.stage import move, placed
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.links import measure_link
-from pipestill.runtime.world import World, device_of
+from pipestill.runtime.transport.protocol import World
+from pipestill.runtime.world import device_of
 from pipestill.schedule import PIPELINE_STRATEGIES, Event, Trace
 from pipestill.schedule.pipeline.structure import Demands
 from pipestill.train.data import split_item

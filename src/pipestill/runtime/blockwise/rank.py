@@ -19,8 +19,8 @@ from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.reports import RunListener, StepReports, check_finite_blocks, logged_blocks
 from pipestill.runtime.settings import TrainingSettings
-from pipestill.runtime.transport.protocol import Waiting
-from pipestill.runtime.world import OneProcess, World
+from pipestill.runtime.transport.protocol import Waiting, World
+from pipestill.runtime.world import OneProcess
 from pipestill.schedule import Event, Role
 
 

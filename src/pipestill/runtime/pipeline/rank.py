@@ -21,8 +21,7 @@ from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradien
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.reports import RunListener, StepReports, check_finite, logged_values
 from pipestill.runtime.settings import PipelineSettings
-from pipestill.runtime.transport.protocol import Message, Waiting, receive
-from pipestill.runtime.world import World
+from pipestill.runtime.transport.protocol import Message, Waiting, World, receive
 from pipestill.schedule import Action, Lane, Op, Role, Schedule
 from pipestill.schedule.comms import edges
 from pipestill.schedule.pipeline.forward_only import forward_only

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pipestill.costs import Link
 from pipestill.model.tensor_form import FEW, MORE, TensorForm
-from pipestill.runtime.transport.protocol import Message, Transport
-from pipestill.runtime.world import World
+from pipestill.runtime.transport.protocol import Message, Transport, World
 from pipestill.schedule import Action, Lane, Op, Role
 
 _LOAD_BYTES = 4_000_000

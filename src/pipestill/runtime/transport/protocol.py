@@ -1,14 +1,16 @@
-"""How results travel between ranks: messages, their tags, and what every transport does with them."""
+"""How results travel between ranks: messages, their tags, what every transport does with them, and what connects the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from pipestill.schedule import Action, Lane, Op, Role
+
+T = TypeVar("T")
 
 _LANES = list(Lane)
 _OPS = list(Op)
@@ -110,3 +112,39 @@ class Transport(Protocol):
 
     def flush(self, segment: int) -> None:
         """Wait until everything sent in `segment` has left, and everything announced in it has arrived."""
+
+
+class World(Protocol):
+    """The ranks of a run, and what they do together outside the schedule."""
+
+    num_ranks: int
+    ranks: Sequence[int]
+    """The ranks that live in this process."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether rank 0, which reads data and reports, lives here."""
+
+    def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
+        """The rank's end of every lane; called on all ranks together."""
+
+    def backend(self, device_type: str) -> str:
+        """What moves tensors between the ranks, once there is a transport."""
+
+    def drive(self, runs: Sequence[Waiting]) -> None:
+        """Run the local ranks' generators to their end."""
+
+    def broadcast(self, value: T | None, rank: int = 0) -> T:
+        """The value of `rank`, everywhere."""
+
+    def gather(self, values: Sequence[T]) -> list[T]:
+        """One value per local rank -> all of them in order of rank, on the process of rank 0 (elsewhere empty)."""
+
+    def copy_from(self, tensors: Sequence[Tensor], rank: int) -> None:
+        """Overwrite everybody's CPU `tensors` with those of `rank`."""
+
+    def barrier(self) -> None:
+        """Wait for every process."""
+
+    def claim(self, name: str) -> bool:
+        """Whether this is the first rank to ask for `name`."""

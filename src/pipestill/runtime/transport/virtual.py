@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport
-from pipestill.runtime.world import Processes
+from pipestill.runtime.transport.protocol import Message, Transport, World
 from pipestill.schedule import Event, Lane
 
 _UNTIMED = (Lane.INPUT,)  # samples are sent a step ahead, and costs do not know how long they travel
@@ -125,19 +123,19 @@ EventsBySegment = dict[int, list[Event]]
 
 
 def run_timed(
-    world: Processes, clock: VirtualClock, run: Callable[[], EventsBySegment]
+    world: World, clock: VirtualClock, run: Callable[[], EventsBySegment]
 ) -> tuple[EventsBySegment, float] | None:
     """Call `run` on all ranks at once.
 
     Returns on rank 0 the events of all ranks, by segment and in the order in which they started, and the fraction of the
     time by which the clocks were set back, on average over ranks; None elsewhere.
     """
-    dist.barrier()
+    world.barrier()
     begin = time.perf_counter()
     events = run()
     late = clock.late / (time.perf_counter() - begin)
     of_ranks, lates = world.gather([events]), world.gather([late])
-    if world.rank:
+    if not world.is_main:
         return None
     segments = sorted({segment for mine in of_ranks for segment in mine})
     joined = {
