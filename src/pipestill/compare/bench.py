@@ -44,15 +44,15 @@ class Round:
 
 
 class Bench(ABC):
-    """Measures strategies that train one workload. What is particular to a kind of training, its subclass says.
+    """Measures strategies that train one workload; a subclass for each kind of training says what is particular to it.
 
-    All methods that train or measure are called on all ranks together.
+    Methods that train or measure are called on all ranks together. Costs are those of the kind: `Costs` or `BlockProfile`.
     """
 
     plain_strategy: ClassVar[str]
-    """Does all work of a step once, in one process."""
+    """Name of the strategy that does all work of a step once, in one process."""
     measuring_strategy: ClassVar[str]
-    """Has every knob that may change what is measured of the blocks."""
+    """Name of a strategy that has every knob on which the measured costs depend."""
 
     def __init__(self, workload: Workload, options: RunOptions, world: World, steps: int) -> None:
         self.workload = workload
@@ -61,35 +61,31 @@ class Bench(ABC):
         self.steps = steps
         self.batches = WholeBatches(workload.loader)
 
-    def trainer(self, options: RunOptions, costs: Any = None) -> Trainer:
-        """The trainer of fresh models."""
-        given = {} if costs is None else {"costs": costs}
-        return self.workload.trainer(self.workload.task(), options, **given)
+    def trainer(self, options: RunOptions, **others: Any) -> Trainer:
+        """Make the trainer of fresh models; `others` are arguments of it that replace those of the options."""
+        return self.workload.trainer(self.workload.task(), options, **others)
 
     def variant(self, name: str, costs: Any) -> Trainer:
-        """The trainer of fresh models by the named variant."""
-        return self.trainer(options_of(name, self.options, self.workload.strategies), costs)
+        """Make the trainer of fresh models by the named variant."""
+        return self.trainer(options_of(name, self.options, self.workload.strategies), costs=costs)
 
     def costs(self, names: Iterable[str]) -> Any:
-        """What the named variants are planned with: the user's costs, or what is measured here."""
+        """The costs of the blocks for the named variants: the user's, or what is measured here."""
         split = any(options_of(name, self.options, self.workload.strategies).split_backward for name in names)
-        options = replace(self.options, strategy=self.measuring_strategy, split_backward=split)
-        trainer = self.trainer(options)
+        trainer = self.trainer(replace(self.options, strategy=self.measuring_strategy, split_backward=split))
         return trainer.costs or trainer.measure(self.batches)
 
     def plain_loop(self, costs: Any) -> PlainLoop:
-        """What a step without any schedule takes at this moment."""
+        """Measure what a step without a schedule takes at this moment."""
         return PlainLoop(self.plain_seconds(costs, everywhere=False), self.plain_seconds(costs, everywhere=True))
 
     def plain_seconds(self, costs: Any, *, everywhere: bool) -> float:
-        """The slowest process's seconds a step, in all of them at once or in rank 0's alone."""
+        """Measure the slowest process's seconds a step without a schedule, in all processes at once or in rank 0's alone."""
         self.world.barrier()
         seconds = 0.0
         if everywhere or self.world.is_main:
-            options = replace(self.options.as_reference(), strategy=self.plain_strategy)
-            seconds = (
-                self.trainer(options, costs).fit(self.batches, steps=self.steps, world=OneProcess(1)).seconds_per_step
-            )
+            trainer = self.trainer(replace(self.options.as_reference(), strategy=self.plain_strategy), costs=costs)
+            seconds = trainer.fit(self.batches, steps=self.steps, world=OneProcess(1)).seconds_per_step
         return self.world.broadcast(max(self.world.gather([seconds]), default=None))
 
     def run(self, name: str, costs: Any) -> Round:
@@ -100,11 +96,11 @@ class Bench(ABC):
         return Round(result.seconds_per_step, result.peak_memory_bytes, result)
 
     def steps_of(self, trainer: Trainer, costs: Any) -> int:
-        """Steps to train: as many as asked for, or as show a steady state."""
+        """The number of steps to train: as many as asked for, or as many as show a steady state."""
         return self.steps
 
     def figures(self, rounds: Sequence[Round], costs: Any) -> dict[str, Any]:
-        """What the rounds of one strategy have shown besides their times, beside what is expected under `costs`."""
+        """Figures of one strategy's rounds beside their times, and those that its plan promises under `costs`."""
         figures: dict[str, Any] = {"peak_memory_bytes": rounds[-1].peak_memory_bytes}
         results = [r.result for r in rounds if r.result is not None]
         if results:
