@@ -92,6 +92,14 @@ def test_measured_allreduces_replace_those_of_the_links() -> None:
     assert profile.with_link(Link(1.0)).allreduce_seconds(0, 2) == 2.0, "other links have other all-reduces"
 
 
+def test_scaled_work_leaves_what_messages_cost_a_rank() -> None:
+    """Predictions of a scaled profile took messages to cost ranks nothing."""
+    link = Link(0.5, 50.0, 0.25, 0.125, 100.0)
+    profile = BlockProfile((SMALL, SMALL), link)
+    assert profile.scaled(2.0).link == link
+    assert profile.scaled(2.0, transfers=True).link == Link(1.0, 25.0, 0.5, 0.25, 50.0)
+
+
 def test_memory_is_known_when_one_block_says_so() -> None:
     assert not BlockProfile((SMALL, SMALL)).memory_known
     assert BlockProfile((SMALL, replace(SMALL, state_bytes=1))).memory_known

@@ -189,7 +189,10 @@ class BlockProfile:
             for block in self.blocks
         ]
         was = self.link
-        link = Link(was.latency_seconds * slower, was.bytes_per_second / slower, was.wake_seconds * slower)
+        link = Link(
+            was.latency_seconds * slower, was.bytes_per_second / slower, was.wake_seconds * slower,
+            was.handling_seconds * slower, was.handling_bytes_per_second / slower,
+        )  # fmt: skip
         return dataclasses.replace(self, blocks=tuple(blocks), link=link)
 
     def with_link(self, link: Link) -> BlockProfile:
