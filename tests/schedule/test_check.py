@@ -1,40 +1,20 @@
 """What the checker proves, and that it refuses every schedule that was tampered with."""
 
-import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from schedule.tasks import assert_refused, places, rows_of, swapped, with_row
+from schedule.valid import STALE, VALID, each_schedule
 
 from pipestill.costs import StageCosts
 from pipestill.errors import ScheduleError
-from pipestill.schedule import Action, Kind, Op, PipelineStructure, Role, Schedule, check, generate
+from pipestill.schedule import Action, Kind, Op, PipelineStructure, Schedule, check
 from pipestill.schedule.check import examine
 from pipestill.schedule.comms import connect
-from pipestill.schedule.deadlock import deadlock, never_stuck
 from pipestill.schedule.needs import lane, needs
-from pipestill.schedule.pipeline.forward_only import forward_only
 from pipestill.schedule.simulate import simulate
-
-VALID = {
-    "sequential": generate("sequential", 2, 2),
-    "gpipe": generate("gpipe", 2, 3),
-    "1f1b": generate("1f1b", 3, 3),
-    "fill": generate("fill", 3, 3),
-    "1f1b-alone": generate("1f1b", 2, 2, teacher=False),
-    "ema": generate("gpipe", 2, 2, momentum=True, clip=True),
-    "ema-split": generate("fill", 2, 2, momentum=True, split_backward=True),
-    "ema-stale": generate("fill", 2, 2, momentum=True, staleness=1),
-    "views": generate("1f1b", 2, 2, views=2, teacher_views=1, batch_loss=True),
-    "tspipe": generate("tspipe", 2, 1, momentum=True, views=2, teacher_views=2, batch_loss=True),
-    "async": generate("async", 2, 2, momentum=True),
-    "forward-only": forward_only(2, 3),
-}
-STALE = {"ema-stale", "tspipe", "async"}
-each_schedule = pytest.mark.parametrize("schedule", VALID.values(), ids=VALID)
-
 
 # ---------------------------------------------------------------- what is valid
 
@@ -53,24 +33,6 @@ def test_valid(name: str) -> None:
         assert proof.run_ahead <= schedule.run_ahead
     else:
         assert proof.run_ahead == schedule.run_ahead
-
-
-@pytest.mark.parametrize("name", VALID)
-def test_versions_are_those_of_a_plain_loop(name: str) -> None:
-    """With an exact momentum teacher, both move in step; with a stale one, its first two steps read the first weights."""
-    schedule = VALID[name]
-    late = [(max(0, k - 1),) for k in range(4)]
-    exact = [(k,) for k in range(4)]
-    versions = check(schedule, num_steps=4).versions
-    if schedule.structure.train:
-        assert [v.step for v in versions] == list(range(4))
-        assert [v.student for v in versions] == (late if name == "async" else exact)
-    if not schedule.structure.teacher_ranks:
-        assert {v.teacher for v in versions} <= {()}
-    elif schedule.structure.momentum:
-        assert [v.teacher for v in versions] == (late if name in STALE else exact)
-    else:
-        assert {v.teacher for v in versions} == {(0,)}
 
 
 def test_all_problems_come_at_once() -> None:
@@ -229,17 +191,6 @@ def test_update_before_its_last_backward() -> None:
             assert any(stuck in problem for problem in examine(early).problems)
 
 
-def test_forward_before_the_update_it_should_read() -> None:
-    """One step stale: the checker counts versions and does not trust names."""
-    schedule = VALID["1f1b"]
-    update = next(i for i, a in enumerate(schedule.rows[2]) if a.op is Op.UPDATE)
-    row = list(schedule.rows[2])
-    first = next(i for i, a in enumerate(row) if a.op is Op.FORWARD and a.role is Role.STUDENT and a.computes)
-    stale = [*row[:first], *row[first + 1 : update], row[first].at(1), *row[update:]]
-    problems = examine(with_row(schedule, 2, tuple(stale))).problems
-    assert "rank 2: S2F0@1 reads student version 0, expected version 1" in problems
-
-
 def changed(schedule: Schedule, rank: int, text: str, before: str) -> Schedule:
     """The work that prints as `text` moved to stand right before another in its row."""
     row = list(schedule.rows[rank])
@@ -267,188 +218,6 @@ def test_update_before_its_norm() -> None:
 def test_teacher_that_moves_before_the_student() -> None:
     early = changed(VALID["ema"], 1, "T1E@0", before="S1U@0")
     assert any("rank 1: T1E@0 waits for S1U@0 for ever" in problem for problem in examine(early).problems)
-
-
-def test_exact_teacher_that_starts_a_batch_before_it_moved() -> None:
-    """As with a frozen teacher: no rank gets stuck on its own, but the weights are old ones."""
-    structure = PipelineStructure((0,), (0,), 1, momentum=True)
-    rows = rows_of("S0F0@0 T0F0@1 S0L0@0 S0B0@0 S0U@0 T0E@0")
-    problems = examine(connect("early", structure, rows, (1,), run_ahead=9)).problems
-    assert "rank 0: T0F0@1 reads teacher version 0, expected version 1" in problems
-
-
-def test_stale_teacher_that_moves_before_its_last_forward() -> None:
-    """TSPipe's promise is one step stale: a batch split over two versions is neither exact nor stale."""
-    structure = PipelineStructure((0,), (0,), 2, momentum=True, staleness=1)
-    rows = rows_of("S0F0@0 S0L0@0 S0B0@0 T0F0@1 S0F1@0 S0L1@0 S0B1@0 S0U@0 T0E@0 T0F1@1")
-    problems = examine(connect("half", structure, rows, (1,), run_ahead=9)).problems
-    assert problems == ("rank 0: T0F1@1 reads teacher version 1, expected version 0",)
-
-
-def test_stale_teacher_declared_exact() -> None:
-    """The checker counts versions and does not trust names."""
-    schedule = VALID["ema-stale"]
-    exact = replace(schedule, structure=replace(schedule.structure, staleness=0))
-    for rank in range(2):
-        assert_refused(exact, rank, Action.parse(f"T{rank}F0@1"))
-    assert any("reads teacher version 0, expected version 1" in problem for problem in examine(exact).problems)
-
-
-def test_exact_teacher_declared_stale() -> None:
-    schedule = VALID["ema"]
-    stale = replace(schedule, structure=replace(schedule.structure, staleness=1))
-    problems = examine(stale).problems
-    assert "rank 0: T0F0@1 reads teacher version 1, expected version 0" in problems
-
-
-# ---------------------------------------------------------------- deadlocks
-
-
-def by_hand(*rows: str, teacher_ranks: tuple[int, ...] = (1, 0)) -> Schedule:
-    """Two student stages and a teacher that runs the other way round, one microbatch."""
-    structure = PipelineStructure((0, 1), teacher_ranks, 1)
-    return Schedule("by hand", structure, rows_of(*rows), (1, 1), run_ahead=1)
-
-
-def test_both_ranks_post_before_they_send() -> None:
-    check(
-        by_hand(
-            "S0D@1 S0D@1>1 T0F0@0<1 S0F0@0 S0F0@0>1 T1F0@0 T1F0@0>1 S1B0@0<1 S0B0@0 S0U@0",
-            "S0D@1<0 S0F0@0<0 T0F0@0 T0F0@0>0 T1F0@0<0 S1F0@0 S1L0@0 S1B0@0 S1B0@0>0 S1U@0",
-        )
-    )
-
-
-def test_both_ranks_send_before_they_post() -> None:
-    """Buffered sends would hide it."""
-    schedule = by_hand(
-        "S0D@1 S0D@1>1 S0F0@0 S0F0@0>1 T0F0@0<1 T1F0@0 T1F0@0>1 S1B0@0<1 S0B0@0 S0U@0",
-        "S0D@1<0 T0F0@0 T0F0@0>0 S0F0@0<0 T1F0@0<0 S1F0@0 S1L0@0 S1B0@0 S1B0@0>0 S1U@0",
-    )
-    assert examine(schedule).problems == (
-        "rank 0: S0F0@0>1 waits for S0F0@0<0 for ever (deadlock with rendezvous sends)",
-        "rank 1: T0F0@0>0 waits for T0F0@0<1 for ever (deadlock with rendezvous sends)",
-    )
-    assert deadlock(schedule.unroll(5), schedule.structure, rendezvous=False) == []
-
-
-def test_both_ranks_wait_for_each_other() -> None:
-    schedule = by_hand(
-        "S0D@1 S0D@1>1 T0F0@0<1 T1F0@0 T1F0@0>1 S0F0@0 S0F0@0>1 S1B0@0<1 S0B0@0 S0U@0",
-        "S0D@1<0 S0F0@0<0 T1F0@0<0 S1F0@0 T0F0@0 T0F0@0>0 S1L0@0 S1B0@0 S1B0@0>0 S1U@0",
-    )
-    assert examine(schedule).problems == (
-        "rank 0: T1F0@0 waits for T0F0@0 for ever (deadlock with buffered sends)",
-        "rank 1: S1F0@0 waits for S0F0@0 for ever (deadlock with buffered sends)",
-        "rank 0: T1F0@0 waits for T0F0@0 for ever (deadlock with rendezvous sends)",
-        "rank 1: S1F0@0 waits for S0F0@0 for ever (deadlock with rendezvous sends)",
-    )
-    with pytest.raises(RuntimeError, match=r"rank 0 never runs T1F0@0: the schedule deadlocks"):
-        simulate(schedule, StageCosts((1.0, 1.0), (1.0, 1.0), (0.0, 0.0), (1.0, 1.0)))
-
-
-def test_receive_before_the_data_that_sizes_it() -> None:
-    schedule = by_hand(
-        "S0D@1 S0D@1>1 T0F0@0<1 S0F0@0 S0F0@0>1 T1F0@0 T1F0@0>1 S1B0@0<1 S0B0@0 S0U@0",
-        "S0F0@1<0 S0D@1<0 T0F0@0 T0F0@0>0 T1F0@0<0 S1F0@0 S1L0@0 S1B0@0 S1B0@0>0 S1U@0",
-    )
-    assert_refused(schedule, 1, Action.parse("S0F0@0<0"))
-
-
-@st.composite
-def shuffled(draw: st.DrawFn) -> Schedule:
-    """Complete schedules in orders that nobody would write, most of which get stuck, some only after several steps."""
-    num_ranks = draw(st.integers(1, 4))
-    rank = st.integers(0, num_ranks - 1)
-    students = draw(st.lists(rank, min_size=1, max_size=3))
-    teachers = draw(st.lists(rank, max_size=3))
-    gaps = {r: i for i, r in enumerate(sorted({*students, *teachers}))}
-    structure = PipelineStructure(
-        tuple(gaps[r] for r in students),
-        tuple(gaps[r] for r in teachers),
-        draw(st.integers(1, 2)),
-        serial=draw(st.booleans()),
-        train=draw(st.booleans()),
-        views=draw(st.integers(1, 2)),
-        batch_loss=draw(st.booleans()),
-        split=draw(st.booleans()),
-        clip=draw(st.booleans()),
-    )
-    rows: list[list[Action]] = [[] for _ in gaps]
-    rng = draw(st.randoms(use_true_random=False))
-    for r, row in enumerate(rows):
-        ahead = {role: rng.randrange(3) for role in Role}
-        mine = [a.at(ahead[a.role]) for a in structure.actions() if a.op is not Op.DATA and structure.rank_of(a) == r]
-        lines = [[a for a in mine if a.role is role] for role in Role]
-        while any(lines):  # each role in its own order, one amid the other
-            row.append(rng.choice([line for line in lines if line]).pop(0))
-    schedule = connect("shuffled", structure, rows, (99,) * len(rows), run_ahead=99)
-    for r in range(len(rows)):
-        if rng.random() < 0.3:  # later posts get stuck on rendezvous sends alone
-            row = list(schedule.rows[r])
-            i = rng.randrange(len(row))
-            if row[i].kind is Kind.RECEIVE and row[i].op is not Op.DATA:
-                row.insert(min(len(row), i + rng.randrange(4)), row.pop(i))
-                schedule = with_row(schedule, r, tuple(row))
-    return schedule
-
-
-@given(shuffled())
-@settings(max_examples=60, deadline=None)
-def test_never_stuck_says_what_a_long_run_would_show(schedule: Schedule) -> None:
-    long = 3 + 2 * schedule.structure.num_ranks * (schedule.lookahead + 1)
-    stuck = deadlock(schedule.unroll(long), schedule.structure, rendezvous=True)
-    assert never_stuck(schedule) == (not stuck)
-    if not never_stuck(schedule):
-        assert any("for ever" in p or "out of order" in p or "in order" in p for p in examine(schedule).problems)
-
-
-# ---------------------------------------------------------------- bounds
-
-
-@pytest.mark.parametrize("name", ["sequential", "gpipe", "1f1b", "fill", "ema", "ema-stale"])
-def test_stash_beyond_its_bound(name: str) -> None:
-    schedule = VALID[name]
-    for rank, bound in enumerate(schedule.stash):
-        tight = replace(schedule, stash=(*schedule.stash[:rank], bound - 1, *schedule.stash[rank + 1 :]))
-        problems = examine(tight).problems
-        assert len(problems) == 1
-        assert re.fullmatch(
-            rf"rank {rank}: S{rank}F\d@\d makes {bound} stashed microbatches, the bound is {bound - 1}", problems[0]
-        )
-
-
-def test_gpipe_order_within_the_stash_of_1f1b() -> None:
-    schedule = replace(generate("gpipe", 2, 4), stash=(2, 1))
-    assert examine(schedule).problems == (
-        "rank 0: S0F2@0 makes 3 stashed microbatches, the bound is 2",
-        "rank 0: S0F3@0 makes 4 stashed microbatches, the bound is 2",
-        "rank 1: S1F1@0 makes 2 stashed microbatches, the bound is 1",
-        "rank 1: S1F2@0 makes 3 stashed microbatches, the bound is 1",
-        "rank 1: S1F3@0 makes 4 stashed microbatches, the bound is 1",
-    )
-
-
-def test_stash_is_held_until_the_weight_gradient() -> None:
-    structure = PipelineStructure((0,), (), 2, split=True)
-    rows = rows_of("S0F0@0 S0L0@0 S0I0@0 S0F1@0 S0L1@0 S0I1@0 S0W0@0 S0W1@0 S0U@0")
-    late = connect("late", structure, rows, (1,), run_ahead=0)
-    assert examine(late).stash_peak == (2,)
-    assert examine(late).problems == ("rank 0: S0F1@0 makes 2 stashed microbatches, the bound is 1",)
-    early = rows_of("S0F0@0 S0L0@0 S0I0@0 S0W0@0 S0F1@0 S0L1@0 S0I1@0 S0W1@0 S0U@0")
-    assert check(connect("early", structure, early, (1,), run_ahead=0)).stash_peak == (1,)
-
-
-@pytest.mark.parametrize("name", ["sequential", "gpipe", "1f1b", "fill", "ema", "ema-split", "ema-stale"])
-def test_teacher_further_ahead_than_its_bound(name: str) -> None:
-    schedule = VALID[name]
-    problems = examine(replace(schedule, run_ahead=schedule.run_ahead - 1)).problems
-    assert problems
-    for problem in problems:
-        assert re.fullmatch(
-            rf"rank \d: T\dF\d@\d runs {schedule.run_ahead} microbatches ahead, the bound is {schedule.run_ahead - 1}",
-            problem,
-        )
 
 
 # ---------------------------------------------------------------- any change at all

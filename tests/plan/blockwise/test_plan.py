@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule.blockwise.block_tasks import line, profiles
+from schedule.blockwise.tasks import line, profiles
 
 from pipestill.costs import Link
 from pipestill.errors import PlanError

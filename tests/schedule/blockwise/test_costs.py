@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule.blockwise.block_tasks import costs_of, groups, line, profiles
+from schedule.blockwise.tasks import costs_of, groups, line, profiles
 
 from pipestill.costs import Link
 from pipestill.plan.blockwise.costs import stage_seconds

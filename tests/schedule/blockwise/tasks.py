@@ -38,6 +38,22 @@ def profiles(draw: st.DrawFn, num_blocks: st.SearchStrategy[int] | None = None, 
 
 
 @st.composite
+def block_times(draw: st.DrawFn) -> BlockTimes:
+    """Any measured times of a block."""
+    rows = sorted(draw(st.sets(st.integers(1, 512), min_size=1, max_size=4)))
+    seconds = st.lists(st.floats(0.0, 1e6), min_size=len(rows), max_size=len(rows)).map(tuple)
+    name = draw(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=6))
+    return BlockTimes(
+        name,
+        tuple(rows),
+        draw(seconds),
+        draw(seconds),
+        *(draw(st.integers(0, 10**12)) for _ in range(5)),
+        draw(st.floats(0.0, 1e6)),
+    )
+
+
+@st.composite
 def costs_of(draw: st.DrawFn, schedule: Schedule) -> BlockwiseCosts:
     """Of a schedule's blocks, for batches that its ranks do or do not share evenly."""
     structure = schedule.structure
@@ -100,3 +116,15 @@ block_schedules = (
     | sliced_schedules()
 )
 """Everything that this project makes of blocks that train alone, and more."""
+
+RELAY = [(range(1), (0,)), (range(1, 2), (1,)), (range(2, 4), (2,))]
+
+HYBRID = [(range(1), (0, 1)), (range(1, 3), (2,))]
+
+
+def half_a_block_moves(teacher_first: bool) -> Schedule:
+    """Block 0 is rank 0's. Block 1 is rank 1's for batch 0 and rank 0's for batch 1; block 2 is rank 1's."""
+    whole = range(2)
+    teacher = [[Portion(0, whole)], [Portion(1, whole)], [Portion(1, whole)]]
+    student = [[Portion(0, whole)], [Portion(0, range(1, 2)), Portion(1, range(1))], [Portion(1, whole)]]
+    return sliced(2, teacher, student, 2, teacher_first=teacher_first)
