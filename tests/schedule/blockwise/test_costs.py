@@ -76,7 +76,7 @@ def test_seconds_of_a_block_that_moves(state: int, moved: int) -> None:
 
 
 @given(st.data(), groups())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 def test_tokens_take_a_latency(data: st.DataObject, held: list[tuple[range, tuple[int, ...]]]) -> None:
     schedule = staged("relay", held, barrier=True)
     costs = data.draw(costs_of(schedule))
@@ -88,7 +88,7 @@ def test_tokens_take_a_latency(data: st.DataObject, held: list[tuple[range, tupl
 
 
 @given(st.data(), groups())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_stages_take_what_the_cost_model_says(data: st.DataObject, held: list[tuple[range, tuple[int, ...]]]) -> None:
     """Relays and updates apart: a simulated step is never longer than the slowest stage, nor shorter than its work."""
     num_blocks = held[-1][0].stop

@@ -21,7 +21,7 @@ from pipestill.schedule.needs import lane, needs
 
 
 @given(block_schedules)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_every_block_ends_its_batch_on_the_ranks_that_share_it(schedule: Schedule) -> None:
     structure = schedule.structure
     for action in structure.actions():
@@ -45,7 +45,7 @@ def test_relay_with_a_barrier_waits_for_all_updates_of_the_step_before() -> None
 
 
 @given(sliced_schedules())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_work_needs_no_sender_that_runs_further_ahead_than_the_bound(schedule: Schedule) -> None:
     """A teacher's forward whose output leaves its rank waits for the receipts of `ahead` + 1 steps before."""
     structure = schedule.structure
@@ -56,7 +56,7 @@ def test_work_needs_no_sender_that_runs_further_ahead_than_the_bound(schedule: S
 
 
 @given(block_schedules)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_transfers_of_one_result_share_a_lane_at_both_ends(schedule: Schedule) -> None:
     structure = schedule.structure
     for rank, row in enumerate(schedule.rows):
@@ -69,7 +69,7 @@ def test_transfers_of_one_result_share_a_lane_at_both_ends(schedule: Schedule) -
 
 
 @given(block_schedules)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 def test_text_round_trip(schedule: Schedule) -> None:
     assert Schedule.from_text(schedule.to_text(), *KINDS) == schedule
 

@@ -286,6 +286,7 @@ def test_teacher_first_figures(strategy: str, n: int, m: int, utilisation: float
     assert simulate(generate(strategy, n, m), uniform(n, 1, 1, 2)).utilisation == pytest.approx(utilisation, abs=6e-4)
 
 
+@pytest.mark.slow
 def test_fill_at_sixteen_stages() -> None:
     costs = uniform(16, 1, 1, 2)
     schedule = generate("fill", 16, 16, costs=costs)
