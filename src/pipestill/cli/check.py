@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.console import Console
 
 from pipestill.busy import Busy
-from pipestill.cli.measure import built
+from pipestill.cli.costs import built
+from pipestill.cli.figures import counted, say
 from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
 from pipestill.errors import ConfigError
 from pipestill.recipes.run import check_options
-from pipestill.recipes.run_options import RunOptions
+from pipestill.recipes.run_options import Kind, RunOptions
 from pipestill.runtime.world import choose_device_type
 from pipestill.verify.weights import TRANSPORTS, verify
 
@@ -55,46 +57,43 @@ def run(words: list[str]) -> int:
         result = verify(recipe, options, steps=wanted.steps, transports=transports, device_type=device_type)
     if wanted.json:
         print(json.dumps(result))
-    elif workload.kind == "blockwise":
-        tell_of_blocks(result)
     else:
-        tell(result, options)
+        _TELL[workload.kind](result, options, Console())
     return 1 if result["problems"] else 0
 
 
-def tell(result: dict[str, Any], options: RunOptions) -> None:
-    """What came of a pipeline, for a person."""
-    console = Console(soft_wrap=True, highlight=False)
-    devices = f"{options.devices} device{'s' if options.devices > 1 else ''}"
-    console.print(f"{options.strategy} on {devices}, {options.microbatches} microbatches, {result['steps']} steps")
+def _tell_of_pipeline(result: dict[str, Any], options: RunOptions, console: Console) -> None:
+    """Print what the check of a pipeline found."""
+    devices = counted(options.devices, "device")
+    say(console, f"{options.strategy} on {devices}, {options.microbatches} microbatches, {result['steps']} steps")
     if result["versions"]:
-        console.print("schedule proved: every unit of work once, no deadlock, lanes in order, stash within its bound")
+        say(console, "schedule proved: every unit of work once, no deadlock, lanes in order, stash within its bound")
         for version in result["versions"]:
-            console.print(
+            say(
+                console,
                 f"  step {version['step']} reads student version {_list(version['student'])}, "
-                f"teacher version {_list(version['teacher'])}"
+                f"teacher version {_list(version['teacher'])}",
             )
     for problem in result["problems"]:
-        console.print(f"  {problem}")
+        say(console, f"  {problem}")
     verdict = "bit-identical to" if result["exact"] else "NOT identical to"
     stale = result["staleness"]
     which = "the reference" + (f" that reads weights {stale} step old" if stale else "")
-    console.print(f"weights after {result['steps']} steps: {verdict} {which} ({' and '.join(result['transports'])})")
+    say(console, f"weights after {result['steps']} steps: {verdict} {which} ({' and '.join(result['transports'])})")
     if result["whole_backwards"]:
-        console.print(f"backwards that stay whole: {'; '.join(result['whole_backwards'])}")
+        say(console, f"backwards that stay whole: {'; '.join(result['whole_backwards'])}")
 
 
-def tell_of_blocks(result: dict[str, Any]) -> None:
-    """What came of training block by block, for a person."""
-    console = Console(soft_wrap=True, highlight=False)
-    devices = f"{result['devices']} device{'s' if result['devices'] > 1 else ''}"
-    console.print(f"{result['strategy']} on {devices}, {result['steps']} batches for each block")
+def _tell_of_blocks(result: dict[str, Any], options: RunOptions, console: Console) -> None:
+    """Print what the check of blocks that are trained alone found."""
+    devices = counted(result["devices"], "device")
+    say(console, f"{result['strategy']} on {devices}, {result['steps']} batches for each block")
     for rank, words in enumerate(result["ranks"]):
-        console.print(f"  rank {rank}: {words}")
+        say(console, f"  rank {rank}: {words}")
     for problem in result["problems"][:_SHOWN]:
-        console.print(f"  {problem}")
+        say(console, f"  {problem}")
     if len(result["problems"]) > _SHOWN:
-        console.print(f"  and {len(result['problems']) - _SHOWN} more")
+        say(console, f"  and {len(result['problems']) - _SHOWN} more")
     which = f"each block trained alone ({' and '.join(result['transports'])})"
     if result["exact"]:
         verdict = f"bit-identical to {which}"
@@ -102,13 +101,19 @@ def tell_of_blocks(result: dict[str, Any]) -> None:
         verdict = f"NOT those of {which}"
     else:
         verdict = f"those of {which}"
-    console.print(f"weights after {result['steps']} batches: {verdict}")
+    say(console, f"weights after {result['steps']} batches: {verdict}")
     if result["rows_split"]:
-        console.print(
+        say(
+            console,
             "ranks share the rows of a batch, so sums are rounded in another order: compared in float64 with batch norm frozen, "
-            f"largest relative difference {result['max_relative_difference']:.1e}, at most {result['tolerance']:g} is rounding"
+            f"largest relative difference {result['max_relative_difference']:.1e}, at most {result['tolerance']:g} is rounding",
         )
 
 
 def _list(versions: tuple[int, ...]) -> str:
     return ", ".join(map(str, versions)) or "none"
+
+
+_TELL: dict[Kind, Callable[[dict[str, Any], RunOptions, Console], None]] = {
+    "pipeline": _tell_of_pipeline, "blockwise": _tell_of_blocks,
+}  # fmt: skip

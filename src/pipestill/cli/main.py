@@ -94,7 +94,7 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"no command '{command}'{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
     if command != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(f"torchrun runs 'train' only, and '{command}' once on each rank; run it without torchrun")
-    with Busy("loading torch"):
+    with Busy("starting"):
         run: Callable[[list[str]], int] = import_module(f"pipestill.cli.{command}").run
     return run(rest)
 

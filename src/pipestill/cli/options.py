@@ -210,9 +210,24 @@ _RENAMED = {"profile": "--profile is part of --costs now, which takes a CSV of b
 """What to say of keys that there were once."""
 
 
+def given_keys(words: Sequence[str]) -> list[str]:
+    """The keys that are on a command line."""
+    return [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+
+
+def spelled(values: Mapping[str, Any]) -> list[str]:
+    """Keys with their values as the words of a command line; a key without a value is left out."""
+    words = []
+    for key, value in values.items():
+        if value is not None:
+            shown = ",".join(map(str, value)) or "[]" if isinstance(value, tuple) else str(value)
+            words += [f"--{key}"] if value is True else [f"--{key}", shown.lower() if value is False else shown]
+    return words
+
+
 def refuse(words: Sequence[str], keys: Sequence[str], why: str) -> None:
     """`ConfigError` for keys on the command line that would be left unread in silence."""
-    given = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    given = given_keys(words)
     if found := [key for key in keys if key in given]:
         raise ConfigError("; ".join(f"--{key} {why}" for key in found))
 

@@ -10,28 +10,14 @@ from typing import Any, Literal
 from rich.console import Console
 
 from pipestill.busy import Busy
-from pipestill.cli.figures import (
-    block_figures,
-    milliseconds,
-    pipeline_figures,
-    plain_table,
-    shown_bytes,
-    stages_table,
-    who_does_what,
-    wide_console,
-)
-from pipestill.cli.measure import built, check_strategy, costs_for, load, recipe_of, writable, write_json
-from pipestill.cli.options import Helped, parse, refuse
-from pipestill.cli.simulate import FOR_BLOCKS, FOR_PIPELINES, OF_BLOCKS, WITHOUT_RECIPE, rows_of_batch, without_recipe
-from pipestill.costs import Costs
+from pipestill.cli.costs import built, check_strategy, planner_of_file, planner_of_recipe, recipe_of, refuse_foreign
+from pipestill.cli.figures import show_line
+from pipestill.cli.files import check_writable, write_json
+from pipestill.cli.options import Helped, given_keys, parse, refuse, spelled
+from pipestill.cli.planner import OF_TASKS, Planner
+from pipestill.cli.simulate import check_batch
 from pipestill.errors import ConfigError
-from pipestill.plan import Plan
-from pipestill.plan.blockwise.json import blockwise_plan_to_json
-from pipestill.plan.blockwise.plan import BlockwisePlan
-from pipestill.plan.search import Considered, Search, search_blockwise, search_pipelines
 from pipestill.recipes.run_options import NumBytes, RunOptions
-from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.pipeline.structure import Demands
 
 
 @dataclass(frozen=True)
@@ -78,231 +64,72 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What a plan is searched for. Of a recipe: its name, and the rows of its batches."""
+    """What a plan is searched for: costs, and of a recipe its name and the words that make the same experiment again."""
 
-    costs: Costs | BlockProfile
-    demands: Demands
+    planner: Planner
     recipe: str | None = None
-    batch: int | None = None
+    experiment: tuple[str, ...] = ()
 
 
 def run(words: list[str]) -> int:
     """Run the command."""
     source = words[0] if words and not words[0].startswith("-") else None
     try:
-        problem, options = _of_recipe(words) if source is not None else _of_file(words)
+        problem, options = _of_file(words) if source is None else _of_recipe(source, words)
     except Helped:
         return 0
+    planner = problem.planner
     if options.strategy is not None:
-        check_strategy(options.strategy.split("+")[0], problem.costs)
-    if isinstance(problem.costs, BlockProfile):
-        refuse(words, ("microbatches", "staleness", *WITHOUT_RECIPE), FOR_PIPELINES)
-        batch = rows_of_batch(problem.costs, options.batch, problem.batch)
-        return _blocks(problem.costs, batch, options, problem.recipe)
-    refuse(words, OF_BLOCKS, FOR_BLOCKS)
-    return _pipelines(problem.costs, problem.demands, options, problem.recipe)
+        check_strategy(options.strategy.split("+")[0], planner)
+    refuse_foreign(words, planner)
+    with Busy("planning") as note:
+        found = planner.search(options, progress=lambda name: note.change(f"planning {name}"))
+    if options.out is not None:
+        write_json(options.out, found.plan)
+    if options.json:
+        print(json.dumps({**found.figures, "recipe": problem.recipe, "file": options.out}, allow_nan=False))
+        return 0
+    console = Console()
+    found.tell(console)
+    if options.out is not None:
+        show_line(console, f"written to {options.out}; 'pipestill simulate {shlex.quote(options.out)}' draws it")
+    if problem.recipe is not None:
+        keys = {"devices": options.devices, **found.keys} | {"memory": options.memory, "device": options.device}
+        # A pipeline's plan holds its costs, from which training finds the same plan again.
+        keys["costs"] = options.costs or (options.out if planner.kind == "pipeline" else None)
+        show_line(console, shlex.join(["pipestill", "train", *problem.experiment, *spelled(keys)]))
+    return 0
 
 
-def _of_recipe(words: list[str]) -> tuple[_Problem, PlanOptions]:
+def _of_recipe(source: str, words: list[str]) -> tuple[_Problem, PlanOptions]:
     recipe, options, rest = recipe_of("plan", words, PlanOptions, asked_for=("strategy",))
-    refuse(rest, WITHOUT_RECIPE, "is for costs without a recipe; leave it out")
-    file = _file(options)
-    if file is not None:
-        refuse(rest, ("device", "threads"), f"is for measuring, and '{file}' is given; leave it out")
+    refuse(rest, OF_TASKS, "is for costs without a recipe; leave it out")
+    _check_files(options)
+    if options.costs is not None:
+        refuse(rest, ("device", "threads"), f"is for measuring, and '{options.costs}' is given; leave it out")
     workload = built(recipe)
     how = RunOptions(
         devices=max(1, options.devices), microbatches=max(1, options.microbatches),
         split_backward=workload.kind == "pipeline", device=options.device, threads=options.threads,
     )  # fmt: skip
-    costs, demands = costs_for(recipe, workload, file, how, options.estimate)
-    return _Problem(costs, demands, recipe.name, workload.train_loader.batch_size), options
+    planner = planner_of_recipe(recipe, workload, options.costs, how, options.estimate)
+    check_batch(options.batch, workload.train_loader.batch_size)
+    own = vars(recipe)
+    given: dict[str, Any] = {key: own[key] for key in given_keys(rest) if key in own}
+    return _Problem(planner, recipe.name, (source, *spelled(given))), options
 
 
 def _of_file(words: list[str]) -> tuple[_Problem, PlanOptions]:
     (options,) = parse("plan [RECIPE|config.yaml]", words, PlanOptions)
     refuse(words, ("device", "threads"), "is for measuring a recipe; leave it out")
     refuse(words, ("estimate",), "is for a recipe's models; leave it out, or name a recipe instead of --costs")
-    file = _file(options)
-    if file is None:
+    _check_files(options)
+    if options.costs is None:
         raise ConfigError("'plan' needs one of: a recipe, a config.yaml, or --costs FILE (.json, or .csv of blocks)")
-    costs = load(file)
-    if isinstance(costs, BlockProfile):
-        return _Problem(costs, Demands()), options
-    return _Problem(*without_recipe(costs, options)), options
+    return _Problem(planner_of_file(options.costs, options, options.batch)), options
 
 
-def _file(options: PlanOptions) -> str | None:
-    """The file of costs, once all that can be wrong with names of files has been looked at."""
+def _check_files(options: PlanOptions) -> None:
     if options.out is not None and not options.out.endswith(".json"):
         raise ConfigError(f"cannot write '{options.out}': a plan's name must end in .json")
-    writable(options.out)
-    return options.costs
-
-
-# ---------------------------------------------------------------- pipelines
-
-
-def _pipelines(costs: Costs, demands: Demands, options: PlanOptions, recipe: str | None) -> int:
-    with Busy("planning") as note:
-        found = search_pipelines(
-            costs, demands, devices=options.devices, microbatches=options.microbatches, staleness=options.staleness,
-            strategy=options.strategy, memory_bytes=options.memory, progress=lambda name: note.change(f"planning {name}"),
-        )  # fmt: skip
-        figures = {
-            "kind": "pipeline", "recipe": recipe, "devices": options.devices, "microbatches": options.microbatches,
-            "rows": costs.rows, "costs": costs.source,
-            "memory_limit_bytes": None if options.memory is None else int(options.memory),
-            "chosen": found.chosen.name, "considered": [_of_pipeline(o, found) for o in found.considered],
-            "file": options.out,
-        }  # fmt: skip
-    if options.out is not None:
-        write_json(options.out, found.plan.to_json())
-    if options.json:
-        print(json.dumps(figures, allow_nan=False))
-        return 0
-    console = wide_console()
-    console.print(_table_of_pipelines(found), crop=False)
-    _tell_refused(found.considered, console)
-    plan = found.plan
-    console.print(stages_table(plan), crop=False)
-    if costs.source:
-        console.print(f"costs {costs.source}", markup=False)
-    console.print(
-        f"{found.chosen.name}: blocks of the stages, student {_listed(plan.student_partition)}"
-        f"{f', teacher {_listed(plan.teacher_partition)}' if plan.teacher_partition else ''}. A step is "
-        f"{options.microbatches} microbatches of {costs.rows} rows; with this partition none takes less than "
-        f"{milliseconds(plan.limit_seconds_per_step)} ms. Stash is in units (a microbatch in one view) of the rank that "
-        "holds most; stale is how many steps old the weights are that a step reads."
-    )
-    keys = [f"--strategy {plan.strategy}"] + ["--split_backward"] * plan.split_backward
-    keys += [f"--stash {plan.stash}"] * (plan.stash is not None) + [f"--staleness {plan.staleness}"] * bool(
-        plan.staleness
-    )
-    keys.append(f"--microbatches {options.microbatches}")
-    if found.chosen.repartitioned:
-        keys.append(f"--student_partition {_listed(plan.student_partition)}")
-        keys.append(f"--teacher_partition {_listed(plan.teacher_partition)}")
-    _tell_how_to_go_on(recipe, options, keys, "costs", console)
-    return 0
-
-
-def _of_pipeline(one: Considered[Plan], found: Search[Plan]) -> dict[str, Any]:
-    if one.plan is None:
-        return {"name": one.name, "chosen": False, "refused": one.refused}
-    knobs = {"split_backward": one.plan.split_backward, "stash": one.plan.stash}
-    return {"name": one.name, "chosen": one is found.chosen, **pipeline_figures(one.plan), **knobs}
-
-
-def _table_of_pipelines(found: Search[Plan]) -> Any:
-    table = plain_table("strategy", "ms a step", "busy", "stash", "stale", "memory", "")
-    for one in found.considered:
-        if one.plan is None:
-            table.add_row(one.name, "", "", "", "", "", "refused")
-            continue
-        table.add_row(
-            one.name, milliseconds(one.plan.prediction.seconds_per_step), f"{one.plan.prediction.utilisation:.1%}",
-            str(max(one.plan.proof.stash_peak)), str(one.plan.proof.staleness),
-            shown_bytes(max(one.plan.memory_bytes)) if one.plan.memory_bytes else "", _mark(one, found),
-        )  # fmt: skip
-    return table
-
-
-def _listed(partition: tuple[int, ...]) -> str:
-    return ",".join(map(str, partition))
-
-
-# ---------------------------------------------------------------- blocks that learn alone
-
-
-def _blocks(profile: BlockProfile, batch: int, options: PlanOptions, recipe: str | None) -> int:
-    with Busy("planning"):
-        found = search_blockwise(
-            profile, devices=options.devices, batch=batch, memory_bytes=options.memory, strategy=options.strategy
-        )
-    dp = next((one.plan for one in found.considered if one.name == "dp"), None)
-    figures = {
-        "kind": "blockwise", "recipe": recipe, "devices": options.devices, "batch": batch,
-        "memory_limit_bytes": None if options.memory is None else int(options.memory),
-        "limit_seconds_per_step": found.plan.limit_seconds_per_batch, "chosen": found.chosen.name,
-        "considered": [_of_block_plan(one, found, dp) for one in found.considered], "file": options.out,
-    }  # fmt: skip
-    if options.out is not None:
-        write_json(options.out, blockwise_plan_to_json(found.plan, options.memory))
-    if options.json:
-        print(json.dumps(figures, allow_nan=False))
-        return 0
-    console = wide_console()
-    console.print(_table_of_blocks(found, dp), crop=False)
-    _tell_refused(found.considered, console)
-    for one in found.considered:
-        if one.plan is not None and (options.devices <= _FEW or one is found.chosen):
-            console.print(f"{one.name}:")
-            for line in who_does_what(one.plan):
-                console.print(f"  {line}", markup=False)
-    limit = found.plan.limit_seconds_per_batch
-    reached = limit / found.plan.seconds_per_batch if found.plan.seconds_per_batch else 1.0
-    console.print(
-        f"Times are of training every block on one batch of {batch} rows. All work once, shared out evenly, takes "
-        f"{milliseconds(limit)} ms: no plan is faster, and {found.chosen.name} reaches {reached:.1%} of that. The cost model "
-        "is Pipe-BD's; 1:1/3 is a third of block 1's rows."
-    )
-    keys = [f"--strategy {found.chosen.name}"] + [f"--memory {options.memory}"] * (options.memory is not None)
-    _tell_how_to_go_on(recipe, options, keys, "profile", console)
-    return 0
-
-
-_FEW = 8  # ranks of which every strategy's work is told; above, the chosen one's
-
-
-def _of_block_plan(one: Considered[BlockwisePlan], found: Search[BlockwisePlan], dp: BlockwisePlan | None) -> dict[str, Any]:
-    if one.plan is None:
-        return {"name": one.name, "chosen": False, "refused": one.refused}
-    speedup = _speedup(one.plan, dp)
-    return {"name": one.name, "chosen": one is found.chosen, **block_figures(one.plan), "speedup": speedup}
-
-
-def _speedup(plan: BlockwisePlan, dp: BlockwisePlan | None) -> float | None:
-    return dp.seconds_per_batch / plan.seconds_per_batch if dp is not None and plan.seconds_per_batch else None
-
-
-def _table_of_blocks(found: Search[BlockwisePlan], dp: BlockwisePlan | None) -> Any:
-    table = plain_table("strategy", "ms a batch", "cost model", "over dp", "busy", "window", "memory", "")
-    for one in found.considered:
-        plan = one.plan
-        if plan is None:
-            table.add_row(one.name, "", "", "", "", "", "", "refused")
-            continue
-        model, speedup = plan.cost_model_seconds_per_batch, _speedup(plan, dp)
-        table.add_row(
-            one.name, milliseconds(plan.seconds_per_batch), "" if model is None else milliseconds(model),
-            "" if speedup is None else f"{speedup:.2f}", f"{plan.utilisation:.1%}", str(plan.window),
-            shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "", _mark(one, found),
-        )  # fmt: skip
-    return table
-
-
-# ---------------------------------------------------------------- both
-
-
-def _mark(one: Considered[Any], found: Search[Any]) -> str:
-    return "<- chosen" if one is found.chosen else ""
-
-
-def _tell_refused(considered: tuple[Considered[Any], ...], console: Console) -> None:
-    for one in considered:
-        if one.refused:
-            console.print(f"{one.name}: {one.refused}", markup=False)
-
-
-def _tell_how_to_go_on(
-    recipe: str | None, options: PlanOptions, keys: list[str], file_key: str, console: Console
-) -> None:
-    """Where the plan is, and what trains by it."""
-    if options.out is not None:
-        console.print(f"written to {options.out}; 'pipestill simulate {shlex.quote(options.out)}' draws it")
-    if recipe is None:
-        return
-    # A plan holds the costs of a pipeline, from which training finds the same plan again.
-    file = options.costs or (options.out if file_key == "costs" else None)
-    given = [f"--costs {shlex.quote(file)}"] if file is not None else []
-    console.print(f"pipestill train {recipe} --devices {options.devices} {' '.join([*keys, *given])}")
+    check_writable(options.out)

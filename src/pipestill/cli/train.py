@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipestill.busy import Busy
+from pipestill.cli.figures import counted, say
 from pipestill.cli.options import Helped, parse, recipe_and_rest, vars_of
 from pipestill.errors import PlanError
 from pipestill.recipes.run import preflight, run_recipe
@@ -78,7 +79,7 @@ def run(words: list[str]) -> int:
 
 
 def found(search: dict[str, Any]) -> str:
-    """What a search came to, and how large it is."""
+    """What a search found, and how large it is."""
     paths = " | ".join(" ".join(stage) for stage in search["paths"])
     sizes = [
         f"{name.replace('_', ' ')} {search['flops'][name] / 1e6:,.2f} MFLOPs, {search['parameters'][name]:,} parameters"
@@ -113,20 +114,20 @@ def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> 
         table.add_row(title, shown, *(f"{metrics[key][name]:.4f}" for name in names))
     console.print(table)
     if "search" in summary:
-        console.print(found(summary["search"]), highlight=False, soft_wrap=True)
+        say(console, found(summary["search"]))
     predicted = summary["predicted_seconds_per_step"]
     expected = f" (predicted {predicted * 1e3:.1f})" if predicted else ""
     step = "batch of all blocks" if "blocks" in metrics else "step"
-    peak = max(summary["peak_memory_bytes"]) / 2**20
-    files = [
-        name for name in ("summary.json", "timeline.svg", "export/model.safetensors") if (directory / name).exists()
-    ]
-    lines = (
-        f"{summary['strategy']} on {summary['devices']} {'device' if summary['devices'] == 1 else 'devices'} "
-        f"({summary['backend']}): "
-        f"{summary['samples_per_second']:.0f} samples/s, {summary['seconds_per_step'] * 1e3:.1f} ms a {step}{expected}\n"
-        f"utilisation {summary['utilisation']:.1%}, bubble {summary['bubble']:.1%}, staleness {summary['staleness']}, "
-        f"peak memory {peak:.0f} MiB a rank\n"
-        f"everything is in {directory.path}/: {', '.join(files)}"
+    say(
+        console,
+        f"{summary['strategy']} on {counted(summary['devices'], 'device')} ({summary['backend']}): "
+        f"{summary['samples_per_second']:.0f} samples/s, {summary['seconds_per_step'] * 1e3:.1f} ms a {step}{expected}",
     )
-    console.print(lines, highlight=False, soft_wrap=True)
+    say(
+        console,
+        f"utilisation {summary['utilisation']:.1%}, bubble {summary['bubble']:.1%}, staleness {summary['staleness']}, "
+        f"peak memory {max(summary['peak_memory_bytes']) / 2**20:.0f} MiB a rank",
+    )
+    files = ("summary.json", "timeline.svg", "export/model.safetensors")
+    written = [name for name in files if (directory / name).exists()]
+    say(console, f"everything is in {directory.path}/: {', '.join(written)}")

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -17,18 +16,17 @@ from pipestill.losses import DistillationLoss, Metric, SupervisedLoss
 from pipestill.model.blocks import BlockModel
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.tasks import Distillation, Supervised, Task
-from pipestill.plan.blockwise.describe import phase_titles
 from pipestill.plan.blockwise.json import blockwise_plan_to_json
-from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan
+from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.recipes.end_to_end import check_plan, make_trainer
 from pipestill.recipes.evaluate import evaluate
 from pipestill.recipes.recipe import SizedIterable
 from pipestill.recipes.run_options import Kind, RunOptions
 from pipestill.recipes.runner import Runner
 from pipestill.recipes.standby import train_on_first
+from pipestill.recipes.timelines import draw_blocks, trace_names
 from pipestill.recipes.training import Training
 from pipestill.recipes.weights import export, load_into, num_parameters
-from pipestill.schedule import Trace
 from pipestill.train.engine import REFERENCE
 from pipestill.train.result import Result
 from pipestill.train.run_directory import RunDirectory
@@ -140,7 +138,8 @@ class BlockwiseWorkload:
             export(network, directory / "export" / "model.safetensors")
         runner.write_config(network, described)
         summary = blocks.summary()
-        return {**summary, "block_losses": summary.pop("losses"), "metrics": metrics, **described}
+        summary["block_losses"] = summary.pop("losses")
+        return {**summary, "metrics": metrics, **described}
 
     def _train_teacher(self, teacher: nn.Module, options: RunOptions, runner: Runner) -> dict[str, Any]:
         """Train the teacher, or read it from a file; returns its metrics."""
@@ -189,19 +188,3 @@ def save_blocks(result: Result, directory: RunDirectory, options: RunOptions) ->
     for name, trace in zip(trace_names(len(result.traces)), result.traces, strict=True):
         draw.write_chrome_trace(trace, directory / name)
     draw_blocks(result.plan, result.traces, directory / "timeline.svg")
-
-
-def trace_names(num_phases: int) -> list[str]:
-    """Names of the trace files: one, or one for each phase."""
-    return [f"trace{'' if num_phases == 1 else f'-{number}'}.json.gz" for number in range(num_phases)]
-
-
-def draw_blocks(plan: BlockwisePlan, traces: Sequence[Trace], path: Path, num_steps: int | None = None) -> None:
-    """Draw what was predicted above what happened; of several phases, what happened in each.
-
-    `num_steps` are steps of the schedule (default: two where a step is one batch, else one).
-    """
-    titles, steps = phase_titles(plan), num_steps or (1 if plan.window > 1 else 2)
-    if len(traces) == 1:
-        traces, titles = [plan.predictions[0], *traces], [f"{titles[0]}, predicted", f"{titles[0]}, measured"]
-    draw.picture(traces, path, titles=titles, num_steps=steps)

@@ -13,6 +13,7 @@ from pipestill.losses import Metric
 from pipestill.model.tasks import Supervised, Task
 from pipestill.recipes.recipe import SizedIterable
 from pipestill.recipes.run_options import Kind, RunOptions
+from pipestill.recipes.timelines import draw_pipeline, trace_names
 from pipestill.recipes.training import Training
 from pipestill.runtime.world import OneProcess
 from pipestill.schedule import PIPELINE_STRATEGIES
@@ -97,9 +98,5 @@ def save_plan(result: Result, directory: RunDirectory | None) -> None:
     if directory is None or result.plan is None or result.trace is None:
         return
     directory.write_json("plan.json", result.plan.to_json())
-    draw.write_chrome_trace(result.trace, directory / "trace.json.gz")
-    title = f"{result.strategy} on {result.devices} {'device' if result.devices == 1 else 'devices'}"
-    draw.picture(
-        [result.plan.prediction, result.trace], directory / "timeline.svg",
-        titles=[f"{title}, predicted", f"{title}, measured"],
-    )  # fmt: skip
+    draw.write_chrome_trace(result.trace, directory / trace_names()[0])
+    draw_pipeline(result.plan, result.trace, directory / "timeline.svg")
