@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -77,11 +77,7 @@ class BlockModel:
 
     def _names_used(self, block: Block) -> set[str]:
         """The names of the parameters and buffers that a block uses, all names of each."""
-        mine = {
-            id(tensor)
-            for name, tensor in self._named_tensors()
-            if any(not use or name == use or name.startswith(f"{use}.") for use in block.uses)
-        }
+        mine = {id(tensor) for name, tensor in self._named_tensors() if _is_inside(name, block.uses)}
         return {name for name, tensor in self._named_tensors() if id(tensor) in mine}
 
     def in_mode(self, train: bool) -> None:
@@ -104,8 +100,7 @@ class BlockModel:
             blocks: a range of block numbers.
         """
         uses = [use for i in blocks for use in self.blocks[i].uses]
-        named = self.model.named_modules()
-        return [m for name, m in named if any(not use or name == use or name.startswith(f"{use}.") for use in uses)]
+        return [module for name, module in self.model.named_modules() if _is_inside(name, uses)]
 
     def parameters_of(self, blocks: range) -> dict[str, nn.Parameter]:
         """The parameters of consecutive blocks by their names in the unsplit model, in the model's order, once each.
@@ -193,6 +188,11 @@ class BlockModel:
         for block in self.blocks:
             value = block.call(value)
         return value
+
+
+def _is_inside(name: str, uses: Iterable[str]) -> bool:
+    """Whether a submodule or tensor is one of those that `uses` name, or lies inside one of them."""
+    return any(not use or name == use or name.startswith(f"{use}.") for use in uses)
 
 
 def _own_cuts(model: nn.Module) -> list[str | Block]:

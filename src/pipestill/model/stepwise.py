@@ -47,11 +47,6 @@ class _StudentForward:
     ends: list[Detached] = field(default_factory=list)
     """Each output as the start of the next block's graph."""
 
-    @property
-    def gradients(self) -> list[list[Tensor | None]]:
-        """By block: the gradient of each distinct tensor of its output."""
-        return [_of_distinct(output, end) for output, end in zip(self.outputs, self.ends, strict=True)]
-
 
 def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, block: None) -> StepValues:
     """Take forward, loss and backward of one microbatch, block by block; call it inside `untouched`.
@@ -87,7 +82,9 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
                 done("backward", i)
     return StepValues(
         student=[forward.outputs for forward in forwards],
-        gradients=[forward.gradients for forward in forwards],
+        gradients=[
+            [_of_distinct(*pair) for pair in zip(forward.outputs, forward.ends, strict=True)] for forward in forwards
+        ],
         teacher=teacher_values,
         loss_parts=tuple(parts),
         copies=frozenset(i for forward in forwards for i, written in enumerate(forward.written) if written()),
