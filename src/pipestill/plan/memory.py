@@ -91,7 +91,7 @@ def _peak(
 
 
 def _value_bytes(action: Action, structure: PipelineStructure, costs: StageCosts) -> int:
-    """Of what a forward gives to the stage behind it, or a backward to the one before."""
+    """Bytes of the value that a forward gives to the stage behind it, or a backward to the one before."""
     if action.op is Op.FORWARD:
         sizes, boundary = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes, action.stage
     else:

@@ -67,8 +67,10 @@ def candidate_partitions(
     microbatches: int,
     student_partition: Sequence[int] | None,
 ) -> list[Partitions]:
-    """Level partitions that are worth a simulation: both models levelled together, and, where the teacher runs first, each
-    by itself. A momentum teacher's follows from the student's, which is `student_partition` if a user gave one.
+    """Level partitions that are worth a simulation.
+
+    They level both models together and, where the teacher runs first, each by itself. A momentum teacher's partition follows
+    from the student's, which is `student_partition` if a user gave one.
     """
     if demands.momentum:
         student = _level_momentum(costs, devices, demands) if student_partition is None else tuple(student_partition)

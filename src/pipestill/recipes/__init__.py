@@ -23,6 +23,7 @@ class Entry:
     needs: tuple[str, ...]
 
     def load(self) -> type[Recipe]:
+        """Import the recipe's class."""
         module, _, name = self.home.partition(":")
         recipe: type[Recipe] = getattr(import_module(module), name)
         return recipe

@@ -19,8 +19,10 @@ ALPHA = "alpha"  # the last part of the names of architecture parameters
 
 @dataclass(frozen=True, slots=True)
 class SearchSteps:
-    """Which batches of a run are for the architecture parameters: in an epoch of `batches` for the weights one after every
-    `every`, but none in the first `warm_up_epochs`. Where one would be, these have one more for the weights.
+    """Which batches of a run are for the architecture parameters.
+
+    An epoch has `batches` for the weights, and after every `every` of them one for the architecture. In the first
+    `warm_up_epochs` there is one more for the weights in its place.
     """
 
     batches: int
@@ -132,8 +134,9 @@ class Searched(Protocol):
 
 @dataclass(frozen=True)
 class WithFlops:
-    """A block's loss and, on the batches for its architecture parameters, `weight` times the FLOPs to be expected of its
-    cells, as a share of those of the most expensive path (as ProxylessNAS, section 3.3, has latency).
+    """A block's loss and, on the batches for its architecture parameters, `weight` times its expected FLOPs.
+
+    The FLOPs are a fraction of those of the most expensive path, as latency is in ProxylessNAS (Cai et al. 2019, section 3.3).
     """
 
     loss: BlockLoss

@@ -134,8 +134,9 @@ def open_images(path: str | Path, size: int, *, augment: bool, classes: Sequence
 
 
 def cifar10(folder: Path) -> Images:
-    """CIFAR-10's python version: five files to train and one to test, each a pickled dict of `data`, (rows, 3072) bytes, and
-    `labels`.
+    """Read CIFAR-10's python version: five files to train and one to test.
+
+    Each is a pickled dict of `data`, (rows, 3072) bytes, and `labels`.
     """
     names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -232,8 +233,9 @@ def image_folders(path: Path, size: int, *, augment: bool, classes: Sequence[str
 
 
 def read_classes(file: str | Path) -> tuple[str, ...]:
-    """Folders' names, the first word of each line; empty lines and what follows a # do not count. `DataError` for a list
-    that cannot be read, is empty or names a class twice.
+    """Read the names of folders, the first word of each line; empty lines and what follows a # do not count.
+
+    `DataError` for a list that cannot be read, is empty or names a class twice.
     """
     try:
         lines = Path(file).read_text().splitlines()

@@ -341,5 +341,5 @@ def _cross_entropy(output: Any, target: Any) -> torch.Tensor:
 
 
 def _perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Of the masked tokens: e to their mean cross entropy, which has to be averaged first."""
+    """The perplexity of the masked tokens: e to their mean cross entropy, which has to be averaged first."""
     return {"perplexity": math.exp(min(metrics["cross_entropy"], 700.0))}

@@ -14,7 +14,7 @@ from pipestill.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a BERT: layers, their width, heads and units between, the vocabulary and the most tokens of a sequence."""
+    """Sizes of a BERT: layers, their width, heads and units between, vocabulary, and most tokens of a sequence."""
 
     layers: int
     hidden_size: int

@@ -53,11 +53,10 @@ _LR_OF_256 = 1.5e-4  # of published configurations, for 256 samples of an update
 
 @dataclass(frozen=True)
 class MocoV3:
-    """Learn features of images from two views of each and from how they differ from all others of the batch, without labels
-    (Chen et al. 2021).
+    """Learn features of images without labels, from two views of each and all other images of the batch.
 
-    The projection of patches stays as it is initialised, and positions are fixed sines. What is not given is the
-    preset's, shown by --print_config.
+    The method is that of Chen et al. 2021. The projection of patches stays as it is initialised, and positions are fixed
+    sines. What is not given is the preset's, shown by --print_config.
 
     Args:
         preset: form of the data, sizes and rates: digits, or TSPipe's configuration for imagenet

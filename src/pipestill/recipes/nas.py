@@ -94,8 +94,9 @@ PRESETS = {
         256, 90, 30, 10, 0.05, 1e-3, 0.0, augment=True,
     ),
 }  # fmt: skip
-"""Of cifar10 and imagenet, the blocks, the batch and the rate of the architecture are Pipe-BD's (Jang et al., DATE 2023), the
-stem, the head and the teacher's cells MobileNetV2's (Sandler et al. 2018, table 2); epochs and `lr` are usual ones."""
+"""The presets. In cifar10 and imagenet, the blocks, the batch and the rate of the architecture are those of Pipe-BD (Jang et
+al., DATE 2023). The stem, the head and the teacher's cells are those of MobileNetV2 (Sandler et al. 2018, table 2). Epochs and
+`lr` are usual ones."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ class Nas:
         }}  # fmt: skip
 
     def images(self, seed: int) -> Images:
-        """What is learnt from."""
+        """The images to learn from."""
         preset = PRESETS[self.preset]
         return choose_images(
             self.data, self.preset, (preset.channels, self.image_size, preset.num_classes), batch_size=self.batch_size,

@@ -18,8 +18,10 @@ _LARGE = 64  # pixels: ResNets of larger images begin with a 7x7 convolution and
 
 @dataclass(frozen=True)
 class Shape:
-    """A convolutional network: `widths` are the channels of each stage, `depths` its convolutions (VGG) or residual blocks
-    (ResNet), `hidden` the units of the hidden layers of a VGG's classifier.
+    """The shape of a convolutional network.
+
+    `widths` are the channels of each stage, `depths` its convolutions (VGG) or residual blocks (ResNet), and `hidden` the units
+    of the hidden layers of a VGG's classifier.
 
     A ResNet's residual block is of two 3x3 convolutions or, with `bottleneck`, a 3x3 one between two of 1x1, the last of
     which widens to 4 times the stage's channels. VGG-16 is Shape("vgg", (64, 128, 256, 512, 512), (2, 2, 3, 3, 3), (4096,
@@ -223,8 +225,9 @@ def _shortcut(channels: int, width: int, stride: int) -> nn.Module:
 
 
 class Separable(nn.Module):
-    """A 3x3 convolution of each channel alone, then one that mixes them (Howard et al. 2017): (rows, in, h, w) ->
-    (rows, out, h / stride, w / stride). Weights: 9 in + in out, where a whole convolution has 9 in out.
+    """A 3x3 convolution of each channel alone, then one that mixes them (Howard et al. 2017, section 3.1).
+
+    (rows, in, h, w) -> (rows, out, h / stride, w / stride). Weights: 9 in + in out, where a whole convolution has 9 in out.
     """
 
     def __init__(self, channels: int, width: int, stride: int) -> None:

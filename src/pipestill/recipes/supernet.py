@@ -40,15 +40,16 @@ class MobileShape:
     stem_stride: int = 2
 
     def places(self, stage: int) -> list[tuple[int, int, int]]:
-        """Of each cell of a stage: channels that it gets and gives, and its stride."""
+        """For each cell of a stage, the channels that it gets and gives, and its stride."""
         before, width = (self.stem[1], *self.widths)[stage], self.widths[stage]
         rest = [(width, width, 1)] * (self.cells[stage] - 1)
         return [(before, width, self.strides[stage]), *rest]
 
 
 class MBConv(nn.Module):
-    """1x1 convolution to `expansion` times the channels, one of each channel alone, 1x1 back; with a shortcut where the form
-    stays: (rows, in, h, w) -> (rows, out, ceil(h / stride), ceil(w / stride)).
+    """A 1x1 convolution to `expansion` times the channels, one of each channel alone, and a 1x1 convolution back.
+
+    There is a shortcut where the shape stays: (rows, in, h, w) -> (rows, out, ceil(h / stride), ceil(w / stride)).
     """
 
     def __init__(self, channels: int, width: int, stride: int, kernel: int, expansion: int) -> None:
@@ -65,7 +66,7 @@ class MBConv(nn.Module):
 
 
 def mbconv_flops(channels: int, width: int, stride: int, kernel: int, expansion: int, size: int) -> int:
-    """Of an `MBConv` for one image of `size` x `size` pixels: two for each product and sum of its convolutions."""
+    """FLOPs of an `MBConv` for one image of `size` x `size` pixels: two for each product and sum of its convolutions."""
     inside, after = channels * expansion, -(-size // stride)
     expand = size**2 * channels * inside if expansion > 1 else 0
     return 2 * (expand + after**2 * inside * kernel**2 + after**2 * inside * width)
@@ -169,11 +170,11 @@ class Stage(nn.Module):
 
 
 class SearchStage(Stage):
-    """A stage of the supernet. While its block is trained, it runs one sampled path; on the batches that are for alpha, two a
-    cell (see `Cell.gated`); in eval mode the most likely path.
+    """A stage of the supernet.
 
-    What is drawn follows from the seed, the stage and the batch's number alone, so it is the same on every rank and for
-    all shares of a batch.
+    While its block is trained, it runs one sampled path, and on the batches that are for alpha two a cell (see `Cell.gated`).
+    In eval mode it runs the most likely path. What is drawn follows from the seed, the stage and the batch's number alone, so
+    it is the same on every rank and for all shares of a batch.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class SearchStage(Stage):
         return [cell.sampled(1, *self._seed(batch, place))[0] for place, cell in enumerate(self.choices())]
 
     def expected_flops(self) -> Tensor:
-        """Of its cells, as a share of the most expensive path's."""
+        """The expected FLOPs of its cells, as a fraction of those of the most expensive path."""
         weights = [max(cell.flops) for cell in self.choices()]
         parts = [cell.expected_flops() * weight for cell, weight in zip(self.choices(), weights, strict=True)]
         return torch.stack(parts).sum() / sum(weights)
@@ -312,7 +313,7 @@ def derived(net: nn.Sequential, paths: Paths) -> Network:
 
 
 def count_flops(model: nn.Module, channels: int, size: int) -> int:
-    """Of a network for one image (channels, size, size): two for each product and sum of convolutions and linear layers."""
+    """FLOPs of a network for one image (channels, size, size): two for each product and sum of its layers."""
     counter = FlopCounterMode(display=False)
     training = model.training
     model.eval()

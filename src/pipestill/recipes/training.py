@@ -53,9 +53,7 @@ class Training:
 
 
 def warmed_up(schedule: Callable[..., LrSchedule], fraction: float) -> Callable[[int], LrSchedule]:
-    """Make a function from the number of all steps to `schedule`, that of cosine or linear, with a warm-up over that fraction
-    of them.
-    """
+    """Make a function from the number of all steps to a cosine or linear schedule with a warm-up over that fraction of them."""
     return lambda total_steps: schedule(total_steps, warm_up_steps=min(round(fraction * total_steps), total_steps))
 
 

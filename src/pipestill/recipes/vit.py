@@ -57,8 +57,9 @@ def vit(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> VisionTransformer:
-    """A network for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`; without `classes`
-    -> features (rows, width), those of the class token.
+    """A Vision Transformer for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`.
+
+    Without `classes` it gives features (rows, width), those of the class token.
 
     `positions`: trained from random values, or fixed sines and cosines of row and column. `freeze_patches`: the
     projection of patches stays as it is initialised, without which MoCo v3 is unstable (section 4.2).
@@ -177,7 +178,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of all tokens to all tokens, with several heads: (rows, tokens, width) -> the same."""
+    """Attention of all tokens to all tokens, with several heads: (rows, tokens, width) -> the same."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -206,8 +207,9 @@ class Mlp(nn.Module):
 
 
 def sines(grid: int, width: int) -> Tensor:
-    """Positions (1, 1 + grid^2, width): sines and cosines of row and column in equal parts, zeros for the class token
-    (Vaswani et al. 2017, section 3.5, in two dimensions).
+    """Position embeddings (1, 1 + grid^2, width): sines and cosines of row and column, zeros for the class token.
+
+    They are those of Vaswani et al. 2017, section 3.5, in two dimensions.
     """
     if width % 4:
         raise ConfigError(f"width is {width}; positions as sines and cosines of row and column need a multiple of 4")

@@ -55,16 +55,16 @@ class Mailbox:
         """How often this rank uses the result of each work of a step."""
         self.uses.update(a.payload.at(0) for a in row if a.kind is Kind.SEND and self.lane_of(a) in _RESULT_LANES)
         self.results: dict[Action, tuple[Any, int]] = {}
-        """Of each work whose result is kept: the result, and how many uses are left."""
+        """By work whose result is kept: the result, and how many uses are left."""
         awaited = {a.payload.at(0) for a in row if a.kind is Kind.RECEIVE and self.lane_of(a) is Lane.TOKEN}
         self.token_needs = {
             work: [need for need in needs(work, self.structure) if need.at(0) in awaited]
             for work in (works if awaited else [])
         }
-        """Of each work of step 0: what it needs whose token comes from another rank."""
+        """By work of step 0: what it needs whose token comes from another rank."""
         self.token_uses = Counter(need.at(0) for mine in self.token_needs.values() for need in mine)
         self.tokens_left: dict[Action, int] = {}
-        """Of each token that has arrived: how many works are still to ask for it."""
+        """By token that has arrived: how many works are still to ask for it."""
 
     # -- results ----------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class LoggedStep:
     epoch: int
     times: dict[str, float]
     figures: list[Tensor]
-    """Of each rank."""
+    """One tensor for each rank."""
 
 
 @dataclass(eq=False)

@@ -208,8 +208,9 @@ class BlockwiseEngine:
         )  # fmt: skip
 
     def state(self) -> State:
-        """The state of all blocks and of what is trained beside them. No optimizer is in use between runs: each is dropped as
-        soon as its block is trained to the end.
+        """The state of all blocks and of what is trained beside them.
+
+        No optimizer is in use between runs: each is dropped as soon as its block is trained to the end.
         """
         return self._state.take(self._stateful)
 

@@ -214,8 +214,9 @@ class Reader:
 
 
 class Again:
-    """Reads the same data each time it is called, and closes its readers with `readers`. What was opened to look at the first
-    batch is what the first call gives: some data can be read once only.
+    """Reads the same data each time it is called, and closes its readers with `readers`.
+
+    The reader that was opened to look at the first batch is what the first call gives: some data can be read once only.
     """
 
     def __init__(self, readers: ExitStack, make: Callable[[], Reader]) -> None:

@@ -152,8 +152,9 @@ class Engine(Protocol):
 
 
 def chosen_strategy(options: TrainerOptions, strategies: Iterable[str], default: str) -> str:
-    """The strategy's name; `ConfigError` for one that this kind of training lacks, `PlanError` for the plain loop on several
-    devices.
+    """The strategy's name.
+
+    `ConfigError` for one that this kind of training lacks, `PlanError` for the plain loop on several devices.
     """
     name = default if options.strategy is None else options.strategy
     names = (REFERENCE, *strategies)

@@ -152,8 +152,9 @@ class PipelineEngine:
         return dataclasses.replace(self.task.demands, clip=self.options.clip_grad_norm is not None)
 
     def measure(self, world: World, contracts: PipelineContracts, first: FirstBatch) -> Costs:
-        """Costs of every block for a microbatch measured on rank 0 alone, and on CPUs how much longer it takes while all ranks
-        compute.
+        """Costs of every block for a microbatch, measured on rank 0 alone.
+
+        On CPUs it is also measured how much longer a microbatch takes while all ranks compute.
         """
         few, rows = first.sample, math.ceil(first.rows / self.options.microbatches)
         device = device_of(world.ranks[0], self.options.device_type)
@@ -183,8 +184,9 @@ class PipelineEngine:
         return world.broadcast(alone and alone.with_surroundings(link, interference))
 
     def measure_link(self, world: World, few: tuple[Any, Any], rows: int, microbatch_seconds: float) -> Link:
-        """The links between ranks; on CPUs for actions of the length that those of such a microbatch have on average. Called on
-        all ranks together.
+        """Measure the links between ranks; called on all ranks together.
+
+        On CPUs they are measured with actions as long as those of such a microbatch are on average.
         """
         device = device_of(world.ranks[0], self.options.device_type)
         if device.type != "cpu":

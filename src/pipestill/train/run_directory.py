@@ -62,6 +62,7 @@ class RunDirectory:
             raise
 
     def write_json(self, name: str, value: Any) -> None:
+        """Write a value as JSON, as `write` does."""
         self.write(name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:

@@ -42,11 +42,10 @@ class _Layout:
 def balanced(
     costs: BlockwiseCosts, num_ranks: int, memory_bytes: float | None = None
 ) -> tuple[Schedule[BlockwiseStructure], tuple[int, ...]]:
-    """The fastest of the level layouts over windows of several lengths, and of `hybrid`'s, by simulation; and the ranks
-    that it uses, which it counts from 0.
+    """The fastest layout by simulation, among level ones over windows of several lengths and that of `hybrid`.
 
-    A layout that holds more than `memory_bytes` on a rank is none, what a window buffers included. Raises `PlanError` when
-    nothing fits.
+    Returns its schedule, and the ranks that it uses, which the schedule counts from 0. A layout that holds more than
+    `memory_bytes` on a rank is none, what a window buffers included. Raises `PlanError` when nothing fits.
     """
     best: Schedule[BlockwiseStructure] | None = None
     used, fastest, least, refused = tuple(range(num_ranks)), math.inf, math.inf, ""

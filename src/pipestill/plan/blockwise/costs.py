@@ -40,6 +40,7 @@ class LayerWise:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the slowest rank for one batch."""
         return max(self.rank_seconds)
 
 
@@ -55,9 +56,10 @@ def stage_seconds(profile: BlockProfile, first: int, end: int, k: int, batch: in
 
 
 def stage_memory_bytes(profile: BlockProfile, first: int, end: int, rows: int) -> int:
-    """At most what a rank that takes `rows` rows through blocks [first, end) holds: both models' state, the outputs of
-    teacher blocks that its student blocks take (the next batch's input among them), those that wait for the next stage,
-    and the activations of one student block at a time, of the one with the most.
+    """The most bytes that a rank holds which takes `rows` rows through blocks [first, end).
+
+    They are both models' state, the outputs of teacher blocks that its student blocks take (the next batch's input among
+    them), those that wait for the next stage, and the activations of the student block that has the most.
     """
     blocks = profile.blocks[first:end]
     state = sum(block.teacher_bytes + block.state_bytes for block in blocks)
@@ -123,19 +125,24 @@ class Problem:
 
     @property
     def pace(self) -> Sequence[float]:
+        """The speed of each rank, 1 where none is given."""
         return (1.0,) * self.devices if self.speeds is None else self.speeds
 
     def seconds_of(self, stage: Stage) -> float:
+        """Seconds of a stage for one batch, at the speed of its slowest rank."""
         slowest = min(self.pace[rank] for rank in stage.ranks)
         return stage_seconds(self.profile, stage.first, stage.end, len(stage.ranks), self.batch, slowest)
 
     def bytes_of(self, stage: Stage) -> int:
+        """The most bytes that a rank of a stage holds."""
         return stage_memory_bytes(self.profile, stage.first, stage.end, most_rows(self.batch, len(stage.ranks)))
 
     def fits(self, stages: Sequence[Stage]) -> bool:
+        """Whether no rank of these stages holds more than the limit."""
         return self.memory_bytes is None or max(map(self.bytes_of, stages)) <= self.memory_bytes
 
     def nothing_fits(self, least: float) -> PlanError:
+        """The error where even the plan with the fewest bytes, `least`, is above the limit."""
         assert self.memory_bytes is not None, "without a limit everything fits"
         return PlanError(
             f"no plan of {len(self.profile.blocks)} blocks on {self.devices} devices fits into "

@@ -9,8 +9,10 @@ from pipestill.schedule import Role
 
 
 def describe(plan: BlockwisePlan) -> list[str]:
-    """One line a rank: `teacher 0-1, 2-3:1/4; student 0, 1:2/3` has a quarter of the rows of teacher blocks 2 and 3 each, and
-    two thirds of student block 1's, counted over a window of batches; phases are separated by `then`.
+    """Say in one line for each rank what it trains.
+
+    `teacher 0-1, 2-3:1/4; student 0, 1:2/3` has a quarter of the rows of teacher blocks 2 and 3 each, and two thirds of those
+    of student block 1, counted over a window of batches. Phases are separated by `then`.
     """
     lines = []
     for rank in range(plan.num_devices):

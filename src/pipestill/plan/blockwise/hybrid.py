@@ -35,7 +35,7 @@ class Hybrid:
 
     @property
     def seconds(self) -> float:
-        """Of one batch in the steady state: the slowest stage's."""
+        """Seconds of the slowest stage, which one batch takes in the steady state."""
         return max(self.stage_seconds)
 
 
@@ -140,8 +140,10 @@ def _search(problem: Problem, ranks: Sequence[int], largest_group: int, num_cand
 
 
 def _share(problem: Problem, k: int) -> tuple[_Table, _Table, _Table]:
-    """Of every stage on k ranks: work at speed 1, all other seconds (infinite where there is no such stage or it does
-    not fit), and bytes on a rank: the terms of `stage_seconds` and `stage_memory_bytes`.
+    """Cost tables over [first, end) for stages on k ranks: work at speed 1, other seconds, and bytes on a rank.
+
+    They are the terms of `stage_seconds` and `stage_memory_bytes`. The other seconds are infinite where there is no such stage
+    or it does not fit.
     """
     profile, rows, share = problem.profile, problem.batch / k, most_rows(problem.batch, k)
     blocks, num_blocks = profile.blocks, len(profile.blocks)

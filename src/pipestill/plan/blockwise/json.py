@@ -16,8 +16,10 @@ _VERSION, _KIND = 1, "blockwise"
 
 
 def blockwise_plan_to_json(plan: BlockwisePlan, memory_bytes: float | None = None) -> dict[str, Any]:
-    """`ranks` says in words who trains what; `phases` are blocks that are trained together. Seconds are of training every
-    block on one batch.
+    """A blockwise plan as values for JSON.
+
+    `ranks` says in words who trains what, and `phases` are blocks that are trained together. Seconds are those of training
+    every block on one batch.
     """
     return {
         "version": _VERSION,

@@ -62,7 +62,7 @@ class BlockwiseExecutor:
     def __post_init__(self) -> None:
         self.structure = self.schedule.structure
         self.sources: dict[tuple[Action, int], list[tuple[Action, Part]]] = {}
-        """Of each work of step 0 and each teacher block whose rows it takes (see `_sources_of`)."""
+        """By work of step 0 and teacher block whose rows it takes: the results that have them (see `_sources_of`)."""
         self.mailbox = Mailbox(
             self.schedule, self.rank, self.transport, device=self.recorder.device, local_uses=self._local_uses,
             segment=self.segment, ranks=self.ranks,
@@ -71,7 +71,7 @@ class BlockwiseExecutor:
         moving = {update.stage for update, _ in self.structure.moves}
         held = {block for block in moving for share in self.structure.student[block] if share.rank == self.rank}
         self.state_forms = {block: self.worker.state_forms(block) for block in sorted(held)}
-        """Of each block that moves between ranks, and is ever on this one."""
+        """By block that moves between ranks and is ever on this one: the forms of its state's tensors."""
 
     def run(self) -> Waiting:
         """Run every period of the schedule, from the first window to the last."""

@@ -46,8 +46,9 @@ def measure_allreduces(
     optimizer: Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer],
     device: torch.device,
 ) -> BlockProfile:
-    """`profile` with the all-reduces of every block and of groups of several sizes; the same on every rank, all of which
-    call this together. `inputs`: a batch's, on rank 0. Nothing in the models changes.
+    """Measure the all-reduces of every block in groups of several sizes, and return `profile` with them.
+
+    All ranks call this together and get the same. `inputs` are those of a batch, on rank 0. Nothing in the models changes.
 
     Disjoint groups of one size, as many as there are ranks for, take student's steps on an equal share of a batch: turns of
     a few steps with all-reduces as in training, and turns without, one after the other. What a step takes longer with them

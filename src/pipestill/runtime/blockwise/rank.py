@@ -52,9 +52,9 @@ class BlockwiseRank:
         )  # fmt: skip
         self.transport = self.world.transport(self.rank, plan_edges(self.plan), self.settings.timeout_seconds)
         self.events: dict[int, list[Event]] = {}
-        """Of each phase that this rank took part in, by its number."""
+        """By the number of each phase that this rank took part in: what ran when."""
         self.losses: dict[int, float] = {}
-        """Of each block, the mean of its last logged batches; on the first rank of its phase."""
+        """By block: the mean loss of its last logged batches. On the first rank of its phase."""
         self.batches = 0  # of the last phase
         self.samples = 0
 

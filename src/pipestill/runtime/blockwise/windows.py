@@ -32,6 +32,7 @@ class Window:
 
     @property
     def num_batches(self) -> int:
+        """How many batches the window has; the last one of an epoch may have fewer than others."""
         return sum(rows > 0 for rows in self.rows)
 
     def header(self) -> Tensor:
@@ -40,6 +41,7 @@ class Window:
 
     @classmethod
     def from_header(cls, header: Tensor) -> Window:
+        """The window that a header describes, without its samples."""
         first, epoch, last, *rows = header.tolist()
         return cls(tuple(rows), first, epoch, bool(last))
 

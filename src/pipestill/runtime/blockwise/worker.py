@@ -66,11 +66,11 @@ class BlockwiseWorker:
         self.trained: dict[int, int] = {}
         """How many batches each block's weights on this rank have been trained on."""
         self.loss_sums = torch.zeros(self.task.num_blocks, dtype=torch.float64, device=self.device)
-        """Of each block, over the batches since they were last logged."""
+        """By block: the sum of its losses over the batches since they were last logged."""
         self.all_reduces: dict[int, AllReduce] = {}
-        """Of each block whose gradients are being added up over a group."""
+        """By block: the sum of its gradients over a group, while it is being computed."""
         self.states: dict[int, OptimizerState] = {}
-        """Of each block that moves between ranks."""
+        """By block that moves between ranks: the state of its optimizer."""
 
     def hold(self, teacher: Sequence[int], student: Sequence[int]) -> None:
         """Put teacher and student blocks on the device, and make the student blocks' optimizers."""

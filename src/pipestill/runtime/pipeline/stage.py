@@ -123,7 +123,7 @@ class _Held:
     outputs: list[Tensor]
     """Those that travel to the next stage."""
     blocks: list[_SplitForward]
-    """Of each block, where backwards come in two halves."""
+    """One for each block where backwards come in two halves, else empty."""
 
 
 @dataclass(eq=False)

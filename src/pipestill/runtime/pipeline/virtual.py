@@ -57,7 +57,7 @@ class VirtualStudent(VirtualStage):
         super().__init__(stage, schedule, costs, clock)
         self.parameters: dict[str, nn.Parameter] = {}
         self.rows: dict[tuple[int, int], int] = {}
-        """Of each (step, unit) between its forward and its backward."""
+        """By (step, unit) between its forward and its backward: how many rows it has."""
 
     def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]:
         """Take no time."""

@@ -41,8 +41,9 @@ def transfer_seconds(action: Action, structure: PipelineStep, costs: StageCosts)
 
 
 def unit_scale(action: Action, structure: PipelineStep, costs: StageCosts) -> float:
-    """How many times as long as the costs say a forward or backward of this unit takes, and as many bytes it has: the costs
-    are those of a microbatch of full size in a view that costs 1.
+    """The factor on the costs' seconds and bytes for a forward or backward of this unit.
+
+    The costs are those of a microbatch of full size in a view that costs 1.
     """
     assert action.microbatch is not None
     return costs.views[action.microbatch % structure.views_of(action.role)] / structure.pieces

@@ -119,7 +119,7 @@ class _Timed:
     """Rows that can run, and what they are sorted by."""
 
     seconds: float
-    """Of a step, by the clock."""
+    """Seconds of a step, by the clock."""
     ahead: int
     """How many units the teacher is ahead at most."""
     rows: Rows
@@ -130,7 +130,7 @@ class _Proved:
     """A schedule that is proved, and what it is chosen by."""
 
     seconds: float
-    """Of a step, by the simulator."""
+    """Seconds of a step, by the simulator."""
     ahead: int
     """How many units the teacher is ahead at most."""
     schedule: Schedule[PipelineStructure]

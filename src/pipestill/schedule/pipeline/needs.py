@@ -95,8 +95,9 @@ def _before_stale(work: Action, structure: PipelineStep) -> list[Action]:
 
 
 def _update_of_older_gradients(work: Action, structure: PipelineStep) -> list[Action]:
-    """The update that takes the gradients which the step before has added up on a stage. Where forwards read the newest
-    weights, they need it anyway.
+    """The update that takes the gradients which the step before has added up on a stage.
+
+    Where forwards read the newest weights, they need it anyway.
     """
     stale = structure.student_staleness and structure.train
     return [Action(Role.STUDENT, work.stage, Op.UPDATE, None, work.step - 1)] if stale else []

@@ -99,8 +99,9 @@ def stash_bounds(structure: PipelineStructure, stage: int, stash: int) -> list[B
 
 
 def teacher_bounds(structure: PipelineStructure, stage: int, run_ahead: int | None) -> list[Bound]:
-    """Bounds that let a momentum teacher start a batch after the update whose weights it reads, and run at most `run_ahead`
-    units ahead of the student.
+    """Bounds on when a momentum teacher may start a batch.
+
+    It starts after the update whose weights it reads, and runs at most `run_ahead` units ahead of the student.
     """
     s = structure
     update = Action(Role.STUDENT, stage, Op.UPDATE, None, 0)
