@@ -108,7 +108,12 @@ class BlockwisePlan:
         return self.utilisation_in(self.predictions, self.seconds_per_batch)
 
     def utilisation_in(self, traces: Sequence[Trace], seconds_per_batch: float) -> float:
-        """Busy fraction of the ranks' time in traces, one of each phase, where a batch took so many seconds."""
+        """The fraction of the ranks' time that they are busy in a run's traces.
+
+        Args:
+            traces: what ran when, one trace for each phase
+            seconds_per_batch: what all phases together took for one batch
+        """
         busy = sum(sum(t.busy_seconds_per_step()) / p.window for t, p in zip(traces, self.phases, strict=True))
         return min(1.0, busy / (self.num_devices * seconds_per_batch)) if seconds_per_batch else 0.0
 
