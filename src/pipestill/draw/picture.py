@@ -128,6 +128,7 @@ def _panel(axes: Axes, num_ranks: int, boxes: Sequence[Box], span: float, second
     axes.xaxis.set_visible(False)
 
     def fill(gid: str, places: Sequence[tuple[int, float, float]], **look: Any) -> None:
+        """Paint the boxes at (rank, start, end) in one look, as one group of the SVG."""
         corners = [[(s, r + 0.06), (e, r + 0.06), (e, r + 0.94), (s, r + 0.94)] for r, s, e in places]
         axes.add_collection(PolyCollection(corners, gid=f"{name}-{gid}", **look), autolim=False)
 

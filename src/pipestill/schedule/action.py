@@ -160,29 +160,18 @@ class Action:
     @property
     def payload(self) -> Action:
         """The work whose result this transfer carries (itself, when it is work)."""
-        return self if self.computes else self._with(self.step, Kind.COMPUTE, None)
+        return self if self.computes else Action(self.role, self.stage, self.op, self.microbatch, self.step)
 
     def send_to(self, rank: int) -> Action:
         """The transfer of this work's result to `rank`."""
-        return self._with(self.step, Kind.SEND, rank)
+        return Action(self.role, self.stage, self.op, self.microbatch, self.step, Kind.SEND, rank)
 
     def receive_from(self, rank: int) -> Action:
         """The arrival of this work's result from `rank`."""
-        return self._with(self.step, Kind.RECEIVE, rank)
+        return Action(self.role, self.stage, self.op, self.microbatch, self.step, Kind.RECEIVE, rank)
 
     def at(self, step: int) -> Action:
         """The same action in another step."""
-        return self if step == self.step else self._with(step, self.kind, self.peer)
-
-    def _with(self, step: int, kind: Kind, peer: int | None) -> Action:
-        """The same work in another step or transfer. It is not validated again: proofs and searches make it by the million."""
-        new = object.__new__(Action)
-        put = object.__setattr__
-        put(new, "role", self.role)
-        put(new, "stage", self.stage)
-        put(new, "op", self.op)
-        put(new, "microbatch", self.microbatch)
-        put(new, "step", step)
-        put(new, "kind", kind)
-        put(new, "peer", peer)
-        return new
+        if step == self.step:
+            return self
+        return Action(self.role, self.stage, self.op, self.microbatch, step, self.kind, self.peer)

@@ -16,15 +16,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from pipestill.schedule.action import Action, Lane, Op, Role
 from pipestill.schedule.deadlock import never_stuck
 from pipestill.schedule.needs import crossings, lane, meets, needs
 from pipestill.schedule.schedule import Row, Schedule
-from pipestill.schedule.structure import Structure
-
-S = TypeVar("S", bound=Structure)
+from pipestill.schedule.structure import S, Structure
 
 
 class _Place(NamedTuple):

@@ -101,6 +101,7 @@ def deadlock(rows: list[list[Action]], structure: Structure, *, rendezvous: bool
     position = [0] * len(rows)
 
     def available(need: Action, rank: int, collective: bool) -> bool:
+        """Whether a result is on a rank; a collective takes it where it was made."""
         if collective and need.step >= 0:
             return need in done[structure.rank_of(need)]
         return need.step < 0 or need in done[rank] or ((rank, need) in posted and (rank, need) in sent)

@@ -57,4 +57,5 @@ class BlockwiseCosts:
         return max(known.state_bytes - known.parameter_bytes, 0) or 2 * known.parameter_bytes
 
     def _rows(self, part: Part) -> float:
+        """How many rows of a batch a part has, which need not be whole."""
         return float((part[1] - part[0]) * self.batch)

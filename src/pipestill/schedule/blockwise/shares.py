@@ -90,6 +90,7 @@ def parse_shares(key: str, fields: Fields) -> tuple[Share, ...]:
 
 
 def _parse_share(key: str, word: str) -> Share:
+    """Read one share of a block's line, which `key` names in errors."""
     match = _SHARE.fullmatch(word)
     if match is None:
         raise ValueError(

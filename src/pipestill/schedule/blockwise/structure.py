@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from pipestill.schedule.action import Action, Lane, Op, Role
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
@@ -13,14 +13,14 @@ from pipestill.schedule.blockwise.step import BlockwiseStep
 from pipestill.schedule.proof import Proof, Versions
 from pipestill.schedule.text import Fields, parse_number, parse_truth, yes_or_no
 
-S = TypeVar("S", bound="BlockwiseStructure")
-
 
 @dataclass(frozen=True)
 class BlockwiseStructure(BlockwiseStep):
     """Everything that one step of blockwise training computes, and what waits for what (fields: see `BlockwiseStep`)."""
 
     line_names: ClassVar[tuple[str, ...]] = ("ranks", "window", "ahead", "barrier")
+    receives_by_lane: ClassVar[bool] = True  # what a lane carries in one period may belong to batches of different steps
+    by_block: ClassVar[bool] = True
 
     def needs(self, work: Action) -> list[Action]:
         """The work whose results `work` uses directly, in the order of a plain loop."""
@@ -56,11 +56,6 @@ class BlockwiseStructure(BlockwiseStep):
     def batch_lane(self, destination: int) -> Lane | None:
         """Samples go to the ranks that take rows through the first blocks."""
         return Lane.INPUT if self.reads_samples(destination) else None
-
-    @property
-    def receives_by_lane(self) -> bool:
-        """True: what a lane carries in one period may belong to batches of different steps."""
-        return True
 
     def prove(
         self, rows: Sequence[Sequence[Action]], num_steps: int, lookahead: int, stash: Sequence[int], run_ahead: int
@@ -100,7 +95,7 @@ class BlockwiseStructure(BlockwiseStep):
         ]
 
     @classmethod
-    def from_lines(cls: type[S], fields: Fields) -> S:
+    def from_lines(cls, fields: Fields) -> BlockwiseStructure:
         """Read back `lines`."""
         blocks = blocks_in(fields)  # a gap among them is a missing line
         return cls(
@@ -119,11 +114,6 @@ class BlockwiseStructure(BlockwiseStep):
         letter = "T" if action.role is Role.TEACHER else action.op.value
         several = len(self.shares(action.role)[action.stage]) > 1
         return f"{letter}{action.stage}{f'.{action.microbatch}' if several else ''}"
-
-    @property
-    def by_block(self) -> bool:
-        """True: pictures tell the work apart by its block."""
-        return True
 
     @property
     def batches_per_step(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Lane, Op, Role
@@ -14,8 +14,6 @@ from pipestill.schedule.pipeline.proof import prove
 from pipestill.schedule.pipeline.step import PipelineStep
 from pipestill.schedule.proof import Proof
 from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers, parse_truth, yes_or_no
-
-S = TypeVar("S", bound="PipelineStructure")
 
 _RANKS = {"student ranks": "student_ranks", "teacher ranks": "teacher_ranks"}
 _COUNTS = {
@@ -33,6 +31,9 @@ class PipelineStructure(PipelineStep):
     """Everything that one step of a pipeline computes, and what waits for what (fields: see `PipelineStep`)."""
 
     line_names: ClassVar[tuple[str, ...]] = tuple(_RANKS)
+    receives_by_lane: ClassVar[bool] = False  # a lane's results come step by step, so receives are in their order
+    by_block: ClassVar[bool] = False
+    batches_per_step: ClassVar[int] = 1
 
     def needs(self, work: Action) -> list[Action]:
         """The work whose results `work` uses directly, in the order of a plain loop."""
@@ -49,11 +50,6 @@ class PipelineStructure(PipelineStep):
     def batch_lane(self, destination: int) -> Lane | None:
         """Targets of the data go to the rank of the loss; inputs stay on the rank that reads them."""
         return Lane.TARGET if destination == self.student_ranks[self.last] else None
-
-    @property
-    def receives_by_lane(self) -> bool:
-        """False: results of a pipeline's lanes come step by step, so that receives keep their order by themselves."""
-        return False
 
     def prove(
         self, rows: Sequence[Sequence[Action]], num_steps: int, lookahead: int, stash: Sequence[int], run_ahead: int
@@ -78,7 +74,7 @@ class PipelineStructure(PipelineStep):
         ]
 
     @classmethod
-    def from_lines(cls: type[S], fields: Fields) -> S:
+    def from_lines(cls, fields: Fields) -> PipelineStructure:
         """Read back `lines`."""
         values: dict[str, Any] = {field: parse_numbers(name, fields) for name, field in _RANKS.items()}
         values |= {field: parse_number(name, fields) for name, field in _COUNTS.items()}
@@ -92,16 +88,6 @@ class PipelineStructure(PipelineStep):
         if several:
             name = f"{action.role.value}{action.stage}{action.op.value}"
         return f"{name}{'' if action.microbatch is None else action.microbatch}"
-
-    @property
-    def by_block(self) -> bool:
-        """False: a pipeline's work is told apart by its microbatch."""
-        return False
-
-    @property
-    def batches_per_step(self) -> int:
-        """A step takes one batch."""
-        return 1
 
 
 @dataclass(frozen=True, slots=True)
