@@ -63,7 +63,7 @@ def fail(target: object, *arguments: object, directory: Path, devices: int) -> R
         ("block", "kill", 0, r"rank 0 was killed by SIGKILL \(out of memory\?\)", 1),
         ("block", "kill", 1, "rank 1 was killed by SIGKILL", 1),
         ("block", "kill", 2, "rank 2 was killed by SIGKILL", 1),
-        ("block", "exit", 1, "rank 1 ended with status 3 without saying why", 1),
+        ("block", "exit", 1, "rank 1 ended with status 3 without a message", 1),
         ("block", "sys.exit", 1, "rank 1 failed: SystemExit: 3", 1),
         ("loss", "raise", 2, "rank 2 failed: ZeroDivisionError: struck", 1),
         ("loss", "nan", 2, r"the loss is not finite in step 2 \(soft_target inf, cross_entropy nan\)", 1),

@@ -31,13 +31,16 @@ _KILL_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How one rank failed. `consequence`: only because another one did, as far as it can tell."""
+    """How one rank failed."""
 
     rank: int
     message: str
     status: int
+    """The exit status: 2 where the user's input is wrong, else 1."""
     detail: str
+    """The traceback; empty for errors that explain themselves."""
     consequence: bool
+    """Whether the rank failed only because another one did, as far as it can tell."""
 
 
 def launch(
@@ -99,7 +102,7 @@ def launch(
 
 
 def _supervise(processes: list[BaseProcess], reports: list[Connection]) -> Any:
-    """Wait until all ranks are done, or raise the first cause once one has failed."""
+    """Wait until all ranks are done; once one has failed, raise the first cause."""
     results: dict[int, Any] = {}
     failures: list[Failure] = []
     open_reports = dict(enumerate(reports))
@@ -131,6 +134,7 @@ def _supervise(processes: list[BaseProcess], reports: list[Connection]) -> Any:
 
 
 def _read(report: Connection) -> Failure | tuple[Any] | None:
+    """What a rank has reported: its failure, or what it returned as a tuple of one; None where nothing has come yet."""
     try:
         outcome: Failure | tuple[Any] | None = pickle.loads(report.recv_bytes()) if report.poll() else None
         return outcome
@@ -139,15 +143,16 @@ def _read(report: Connection) -> Failure | tuple[Any] | None:
 
 
 def _died(rank: int, exitcode: int | None) -> Failure:
+    """The failure of a rank whose process ended without a report."""
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
         hint = " (out of memory?)" if name == "SIGKILL" else ""
         return Failure(rank, f"rank {rank} was killed by {name}{hint}", 1, "", consequence=False)
-    return Failure(rank, f"rank {rank} ended with status {exitcode} without saying why", 1, "", consequence=False)
+    return Failure(rank, f"rank {rank} ended with status {exitcode} without a message", 1, "", consequence=False)
 
 
 def _end(processes: list[BaseProcess]) -> None:
-    """Leave no process behind."""
+    """End every process that is still alive."""
     for process in processes:
         if process.is_alive():
             process.terminate()
@@ -166,7 +171,7 @@ def _rank_main(
     report: Connection,
     lifeline: Connection,
 ) -> None:
-    """The life of one rank's process."""
+    """Run one rank: join the process group, call the target, report what it returned or how it failed."""
     import torch
     import torch.distributed as dist
 
@@ -190,7 +195,7 @@ def _rank_main(
 
 
 def failure_of(rank: int, error: BaseException) -> Failure:
-    """What a rank tells the launcher about the exception that ended it."""
+    """The report of a rank about the exception that ended it."""
     status = 2 if isinstance(error, UserError) else 1
     known = isinstance(error, PipestillError)
     message = str(error) if known else f"rank {rank} failed: {type(error).__name__}: {error}"

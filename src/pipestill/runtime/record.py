@@ -13,16 +13,18 @@ from pipestill.schedule import Action, Event
 
 
 class Recorder:
-    """One rank's clock. Keeps the events of the last `num_steps` steps only, so memory does not grow with the run.
+    """Times one rank's actions. It keeps those of the last `num_steps` steps only, so that memory does not grow with the run.
 
-    On CUDA, work is timed by events on the current stream and read when asked for.
+    On CUDA, work is timed by events on the current stream, which are read when `events` is called.
     """
 
     def __init__(self, rank: int, device: torch.device, num_steps: int = 48) -> None:
-        self.rank, self.device, self.num_steps = rank, device, num_steps
+        self.rank = rank
+        self.device = device
         self._steps: deque[tuple[int, list[tuple[Action, object, object]]]] = deque(maxlen=num_steps)
         self._interruptions: deque[int] = deque(maxlen=num_steps)
         self.busy_seconds = 0.0
+        """Seconds of all work so far; 0 on CUDA."""
         self._origin = (time.perf_counter(), _cuda_event(device))
 
     @contextmanager
@@ -46,11 +48,11 @@ class Recorder:
             self.busy_seconds += end - start
 
     def interrupted_after(self, step: int) -> None:
-        """Note that something else than the next step followed `step`."""
+        """Note that a validation, and not the next step, followed `step`."""
         self._interruptions.append(step)
 
     def interruptions(self) -> frozenset[int]:
-        """The steps that something else followed."""
+        """The steps after which a validation ran; idle time there does not count as a bubble."""
         return frozenset(self._interruptions)
 
     def events(self) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Where the ranks are: all in this process, or one in each process of a group."""
+"""The ranks of a run as a whole: all in this process, or one in each process of a group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipestill.errors import ConfigError, DeviceError
 from pipestill.runtime.transport.in_process import InProcess
 from pipestill.runtime.transport.process_group import ProcessGroup
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting, World
-from pipestill.runtime.transport.same_machine import connect
+from pipestill.runtime.transport.same_machine import connect_peers
 from pipestill.runtime.transport.shared_memory import SharedMemory
 from pipestill.schedule import Lane
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class OneProcess:
-    """Ranks that take turns in this process."""
+    """All ranks in this process, where they take turns."""
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
@@ -39,7 +39,7 @@ class OneProcess:
         return f"in-process {device_type}"
 
     def drive(self, runs: Sequence[Waiting]) -> None:
-        """Resume each generator in turn until it waits; the schedule is proved, so somebody can always go on."""
+        """Resume each generator in turn until it waits; the schedule is proved, so some rank can always go on."""
         self._boxes.clear()
         alive = dict(enumerate(runs))
         waits: dict[int, Message] = {}
@@ -68,10 +68,10 @@ class OneProcess:
         return list(values)
 
     def copy_from(self, tensors: Sequence[Tensor], rank: int) -> None:
-        """Everybody's tensors are the same ones."""
+        """Do nothing: all ranks have the same tensors."""
 
     def barrier(self) -> None:
-        """Nobody else to wait for."""
+        """Do nothing: there is no other process."""
 
     def claim(self, name: str) -> bool:
         first = name not in self._claimed
@@ -90,26 +90,28 @@ class Processes:
         self.rank = dist.get_rank()
         self.ranks: Sequence[int] = (self.rank,)
         self.is_main = self.rank == 0
-        self.num_near = 0  # other ranks that share memory with this one
+        self.num_sharing_memory = 0
+        """How many other ranks share memory with this one."""
 
     def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
         lanes = ProcessGroup(timeout_seconds, edges, among_some=self.group is not None)
         if "nccl" in str(dist.get_backend_config()):
             return lanes
-        peers = connect(range(self.num_ranks), self.group, timeout_seconds)
-        self.num_near = len(peers)
+        peers = connect_peers(range(self.num_ranks), self.group, timeout_seconds)
+        self.num_sharing_memory = len(peers)
         return SharedMemory(timeout_seconds, peers, lanes)
 
     def backend(self, device_type: str) -> str:
         if device_type != "cpu":
             return "nccl"
-        ways = ["shared memory"] * (self.num_near > 0) + ["gloo"] * (self.num_near < self.num_ranks - 1)
-        return " and ".join(ways) or "gloo"
+        if not self.num_sharing_memory:
+            return "gloo"
+        return "shared memory" if self.num_sharing_memory == self.num_ranks - 1 else "shared memory and gloo"
 
     def drive(self, runs: Sequence[Waiting]) -> None:
         for run in runs:
             for message in run:
-                raise AssertionError(f"the transport of a process waits itself, but {message} was left to us")
+                raise AssertionError(f"the transport of a process waits itself, but it did not wait for {message}")
 
     def broadcast(self, value: T | None, rank: int = 0) -> T:
         box: list[Any] = [value]

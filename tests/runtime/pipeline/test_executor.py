@@ -1,10 +1,8 @@
 """What runs is the schedule: nothing else, in no other order, and nothing stays behind."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from support.cases import CASES, EVERYTHING
 from support.fits import unit_costs
 from support.models import vectors
@@ -12,7 +10,6 @@ from support.models import vectors
 import pipestill as ps
 from pipestill.runtime.pipeline import rank as rank_module
 from pipestill.runtime.pipeline.executor import PipelineExecutor
-from pipestill.runtime.transport.links import measure_link
 from pipestill.runtime.world import OneProcess
 from pipestill.schedule import Lane, Op
 
@@ -98,24 +95,3 @@ def test_memory_does_not_grow_with_the_run(kept: Kept) -> None:
     executors, _ = kept
     assert max(len(executor.batches.known) for executor in executors) <= 3
     assert len({event.action.step for event in result.trace.events}) < 60
-
-
-def test_a_stuck_world_says_who_waits_for_what() -> None:
-    def waits(name: str) -> Iterator[Any]:
-        yield name
-
-    world = OneProcess(2)
-    with pytest.raises(RuntimeError, match="no rank can go on: rank 0 waits for x; rank 1 waits for y"):
-        world.drive([waits("x"), waits("y")])  # type: ignore[list-item]
-
-
-def test_nobody_else_in_one_process() -> None:
-    world = OneProcess(2)
-    assert world.broadcast(3) == 3
-    assert world.gather([1, 2]) == [1, 2]
-    assert world.is_main
-    tensor = torch.ones(2)
-    world.copy_from([tensor], 1)
-    world.barrier()
-    assert tensor.tolist() == [1, 1]
-    assert measure_link(world, 0.0, torch.device("cpu")).seconds(10**9) == 0.0

@@ -1,4 +1,4 @@
-"""A window of batches as all ranks know it: what blockwise training takes as one step of its schedule."""
+"""Windows: the consecutive batches that blockwise training takes as one step of its schedule."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pipestill.runtime.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Consecutive batches of one epoch, fewer at its end. `rows` has 0 for those that are missing; all 0: the data ended.
-
-    `first` is the number of the first batch in the run. `last`: its epoch, or the run, ends with it. Only ranks that take
-    samples have `inputs`.
-    """
+    """Consecutive batches of one epoch, fewer at its end. Only ranks that take samples have `inputs`."""
 
     rows: tuple[int, ...]
+    """The rows of each batch; 0 for batches that are missing. All are 0 after the end of the data."""
     first: int
+    """The number of the first batch in the run."""
     epoch: int
     last: bool
+    """Whether its epoch, or the run, ends with it."""
     inputs: tuple[Any, ...] | None = None
 
     @property
     def ended(self) -> bool:
+        """Whether this marks the end of the data."""
         return not any(self.rows)
 
     @property
@@ -52,7 +52,7 @@ def header_length(window: int) -> int:
 
 
 def windows(batches: Iterator[Batch], size: int) -> Iterator[Window]:
-    """Batches in windows of `size`, which end with an epoch; then, for ever, that the data ended."""
+    """Put batches into windows of `size`, which end with an epoch; then, for ever, give windows that mark the end."""
     count, waiting = 0, list[Batch]()
     for batch in batches:
         waiting.append(batch)

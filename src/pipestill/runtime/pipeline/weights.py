@@ -1,4 +1,4 @@
-"""Weights that follow others, and weights of some updates before."""
+"""A momentum teacher's moving average, and older versions of weights for steps that read stale ones."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from pipestill.model.tasks import Momentum
 
 
 class MovingAverage:
-    """The teacher's weights in some blocks, and the student's that they follow."""
+    """Moves a teacher's weights in some blocks towards the student's."""
 
     def __init__(self, task: Momentum, blocks: range) -> None:
-        self.task, self.blocks = task, blocks
+        self.task = task
+        self.blocks = blocks
         pairs = _paired(task.teacher_blocks.parameters_of(blocks), task.student_blocks.parameters_of(blocks))
         self.pairs = [(mine, theirs) for mine, theirs in pairs if mine.is_floating_point()]
 
         self.noted: deque[dict[str, Tensor]] = deque()
+        """Copies of the student's buffers after each update that the teacher has not followed yet."""
 
     def note(self) -> None:
-        """Keep the student's buffers for the next move: forwards before it may change them."""
+        """Copy the student's buffers for the next move: forwards before it may change them."""
         if self.task.teacher_buffers == "copy":
             self.noted.append({n: t.clone() for n, t in self._buffers(self.task.student_blocks).items()})
 
     def _buffers(self, model: BlockModel) -> dict[str, Tensor]:
-        """Those of the blocks as they are now: a forward may have replaced them."""
+        """The buffers of the blocks as they are now: a forward may have replaced them."""
         return {n: t for n, t in model.tensors_of(self.blocks).items() if not isinstance(t, nn.Parameter)}
 
     @torch.no_grad()
     def move(self, step: int) -> None:
-        """Teacher = m * teacher + (1 - m) * student."""
+        """Set the teacher to m * teacher + (1 - m) * student, with the momentum of `step`."""
         if self.pairs:
             move_all = get_ema_multi_avg_fn(self.task.momentum_at(step))
             move_all([mine.detach() for mine, _ in self.pairs], [theirs.detach() for _, theirs in self.pairs], None)
@@ -49,19 +51,21 @@ def _paired(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> lis
 
 
 class Versions:
-    """The weights that steps read which are `staleness` updates behind: the newest, and as many old ones.
+    """The newest weights, and as many older versions as `staleness` says: step k reads version k - `staleness`.
 
-    The optimizer writes to new memory then, so that graphs of forwards before it keep what they saved.
+    With a staleness, the optimizer writes to new memory, so that graphs of earlier forwards keep what they saved.
     """
 
     def __init__(self, parameters: list[nn.Parameter], staleness: int) -> None:
-        self.parameters, self.staleness = parameters, staleness
+        self.parameters = parameters
+        self.staleness = staleness
         self.newest = 0
         self.old: dict[int, list[Tensor]] = {}
+        """By version."""
 
     @contextmanager
     def of(self, step: int) -> Iterator[None]:
-        """Let the parameters be what `step` reads."""
+        """Have the version that `step` reads in the parameters, in the body."""
         version = max(0, step - self.staleness)
         if not self.staleness or version == self.newest:
             yield
@@ -75,7 +79,7 @@ class Versions:
 
     @contextmanager
     def next(self) -> Iterator[None]:
-        """Make the next version in the body."""
+        """Let the body make the next version."""
         if not self.staleness:
             yield
             return

@@ -1,4 +1,8 @@
-"""Measures what messages between two ranks take, over a transport such as runs have."""
+"""Measures the link between ranks: how long messages take, and how much they disturb work.
+
+A link is what two ranks exchange messages over. Its costs (`pipestill.costs.Link`) are a latency and a bandwidth and, on CPUs,
+what a message takes away from the work of both ranks: handling it, copying it, and waking up for it.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,11 @@ _DEADLINE_SECONDS = 60.0
 
 
 def measure_link(world: World, work_seconds: float, device: torch.device) -> Link:
-    """The link between ranks 0 and 1, for tensors on `device`; free where all ranks share a process. On all of them together.
+    """Measure the link between ranks 0 and 1, for tensors on `device`. All ranks call this together.
 
-    Latency and bandwidth are those of round trips of 1 byte and of `_LOAD_BYTES`. For work of about `work_seconds` on the CPU (0:
-    for work elsewhere), taking turns at such work tells what it takes a rank to wake up for it, and work of both at once with
-    messages between tells what these keep a rank from it.
+    It costs nothing where all ranks share a process. Latency and bandwidth come from round trips of 1 byte and of `_LOAD_BYTES`.
+    On CPUs, `work_seconds` is how long an action of the run lasts (0: work is done elsewhere). Ranks that take turns at such
+    work show how long one needs to wake up; ranks that both work, with messages in between, show how much these disturb it.
     """
     if len(world.ranks) == world.num_ranks:
         return Link()
@@ -34,10 +38,12 @@ def measure_link(world: World, work_seconds: float, device: torch.device) -> Lin
 
 
 class _Probe:
-    """Ranks 0 and 1 with messages between them; the others wait."""
+    """Exchanges messages between ranks 0 and 1; the others only wait."""
 
     def __init__(self, world: World, rank: int) -> None:
-        self.world, self.rank, self.takes_part = world, rank, rank < 2
+        self.world = world
+        self.rank = rank
+        self.takes_part = rank < 2
         self.transport = world.transport(rank, (), _DEADLINE_SECONDS)
 
     def link(self, work_seconds: float, device: torch.device) -> Link:
@@ -54,12 +60,12 @@ class _Probe:
         return self.world.broadcast(measured if self.world.is_main else None)
 
     def _handling_seconds(self, repeats: int) -> tuple[float, float]:
-        """What a message of a few bytes keeps either end from its work, and one of `_MESSAGE_BYTES`, packed and unpacked.
+        """Seconds that a message takes away from the work of either end: for a few bytes, and for `_MESSAGE_BYTES`.
 
-        Ranks 0 and 1 work all the time, and give each other a message after every piece of work, which the other announced
-        two pieces before, and takes one piece later: what a message takes while both cores are busy is several times what it
-        takes by itself. Medians, of sending on the one hand and of announcing and taking on the other; of the rank for which
-        that is less, since the one with the faster core waits for the other.
+        Ranks 0 and 1 work all the time and send each other a message after every piece of work. The receiver announces it two
+        pieces before and takes it one piece later: a message costs several times more while both cores are busy. The figures
+        are medians of packing and sending, and of announcing, taking and unpacking. They are those of the rank for which they
+        are less, since the rank with the faster core also waits for the other.
         """
         self.world.barrier()
         count, ahead, device = 2 * _ROUNDS, 2, torch.device("cpu")
@@ -90,7 +96,7 @@ class _Probe:
         return small, large
 
     def _turn_seconds(self, tensor: Tensor, repeats: int = 0) -> float:
-        """Mean seconds of a turn, where ranks 0 and 1 in turn work and give `tensor` to the other."""
+        """Mean seconds of a turn, in which one of ranks 0 and 1 works and then sends `tensor` to the other."""
         self.world.barrier()
         start = time.perf_counter()
         for n in range(_ROUNDS if self.takes_part else 0):
@@ -111,7 +117,7 @@ class _Probe:
 
 
 def _message(source: int, number: int) -> Message:
-    """The message with a number from one of the two ranks to the other."""
+    """Message number `number` from one of the two ranks to the other."""
     return Message(Lane.ACTIVATION, Action(Role.STUDENT, source, Op.FORWARD, 0, number), source, 1 - source)
 
 
@@ -121,7 +127,7 @@ def _receive(transport: Transport, message: Message) -> list[Tensor]:
 
 
 def _work(repeats: int) -> None:
-    """Some arithmetic that leaves nothing else in a core's own caches, as blocks do."""
+    """Compute something that fills a core's own caches, as blocks do."""
     inputs, weights = torch.ones(16, 1024), torch.ones(1024, 1024)
     for _ in range(repeats):
         torch.mm(inputs, weights)

@@ -61,7 +61,7 @@ class ProcessGroup:
 
     def arrived(self, message: Message) -> bool:
         if message not in self.posted:
-            raise TransportError(f"rank {self.rank} waits for {message}, but never announced that it would")
+            raise TransportError(f"rank {self.rank} waits for {message}, but never announced the receive")
         buffers, works = self.posted[message]
         with _Named("waits for", message, self.rank, self.timeout):
             for work in works:
@@ -90,7 +90,7 @@ class ProcessGroup:
                 self._finish_one(self.under_way[segment, beside])
 
     def _finish_one(self, queue: deque[_Sent]) -> None:
-        """Wait for the oldest send. Of its own segment only: training's wait until a validation is over."""
+        """Wait until the oldest send of a queue is over. Those of training wait until a validation is over."""
         self._finish(queue.popleft())
 
     def _finish(self, sent: _Sent) -> None:
@@ -104,7 +104,10 @@ class _Named:
     """Turns an error of torch.distributed inside the body into a `TransportError` that says what was under way."""
 
     def __init__(self, what: str, message: Message, rank: int, timeout: timedelta | None = None) -> None:
-        self.what, self.message, self.rank, self.timeout = what, message, rank, timeout
+        self.what = what
+        self.message = message
+        self.rank = rank
+        self.timeout = timeout
 
     def __enter__(self) -> None:
         return None

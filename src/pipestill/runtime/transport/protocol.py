@@ -126,25 +126,25 @@ class World(Protocol):
         """Whether rank 0, which reads data and reports, lives here."""
 
     def transport(self, rank: int, edges: Iterable[tuple[int, int, Lane]], timeout_seconds: float) -> Transport:
-        """The rank's end of every lane; called on all ranks together."""
+        """Open a rank's end of every lane; all ranks call this together."""
 
     def backend(self, device_type: str) -> str:
-        """What moves tensors between the ranks, once there is a transport."""
+        """The name of what moves tensors between the ranks, once there is a transport."""
 
     def drive(self, runs: Sequence[Waiting]) -> None:
-        """Run the local ranks' generators to their end."""
+        """Run the generators of this process's ranks to their end."""
 
     def broadcast(self, value: T | None, rank: int = 0) -> T:
-        """The value of `rank`, everywhere."""
+        """Give the value of `rank` to every process."""
 
     def gather(self, values: Sequence[T]) -> list[T]:
-        """One value per local rank -> all of them in order of rank, on the process of rank 0 (elsewhere empty)."""
+        """Collect one value of each rank, in their order, on the process of rank 0; elsewhere the list is empty."""
 
     def copy_from(self, tensors: Sequence[Tensor], rank: int) -> None:
-        """Overwrite everybody's CPU `tensors` with those of `rank`."""
+        """Overwrite the CPU `tensors` of all processes with those of `rank`."""
 
     def barrier(self) -> None:
-        """Wait for every process."""
+        """Wait until every process is here."""
 
     def claim(self, name: str) -> bool:
-        """Whether this is the first rank to ask for `name`."""
+        """Claim `name`; True for the first rank that does."""

@@ -1,4 +1,4 @@
-"""Which ranks are on one machine, and connections between them."""
+"""Finds out which ranks are on one machine, and connects them by sockets."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ T = TypeVar("T")
 _RANK = struct.Struct("<q")
 
 
-def wanted() -> bool:
+def may_share_memory() -> bool:
     """Whether this process may share memory: on Linux, unless PIPESTILL_SHARED_MEMORY is 0."""
     able = sys.platform == "linux" and hasattr(os, "memfd_create")  # Pythons for an old C library lack it
     return able and os.environ.get("PIPESTILL_SHARED_MEMORY", "1") != "0"
 
 
-def connect(ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_seconds: float) -> dict[int, socket.socket]:
-    """A socket to each of the other `ranks` that shares memory and is on this machine, in the same network namespace.
+def connect_peers(ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_seconds: float) -> dict[int, socket.socket]:
+    """Connect to each of the other `ranks` that is on this machine, in the same network namespace, and may share memory.
 
-    On all of them together, whether they want it or not. Nothing is told but random names in the abstract namespace, which
-    only processes of the machine find; they vanish with the sockets, however their process ends.
+    All ranks call this together, also those that may not. They exchange nothing but random names of sockets in the abstract
+    namespace, which only processes of one machine can connect to; the names vanish with the sockets, however a process ends.
     """
     here, name = dist.get_rank(), b"\0pipestill-" + secrets.token_hex(16).encode()
     found: dict[int, socket.socket] = {}
-    if not wanted():
+    if not may_share_memory():
         for nothing in (b"", list[int]()):
             _gathered(nothing, len(ranks), group)
         return found
@@ -40,14 +40,14 @@ def connect(ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_secon
         listener.listen(len(ranks))
         listener.settimeout(timeout_seconds)
         for rank, theirs in zip(ranks, _gathered(name, len(ranks), group), strict=True):
-            client = _called(theirs) if rank < here and theirs else None
+            client = _connect(theirs) if rank < here and theirs else None
             if client is not None:
                 client.send(_RANK.pack(here))
                 found[rank] = client
         callers = sum(here in called for called in _gathered(sorted(found), len(ranks), group))
         while callers:
             accepted, _ = listener.accept()
-            if not _is_ours(accepted):
+            if not _same_user(accepted):
                 accepted.close()
                 continue
             accepted.settimeout(timeout_seconds)
@@ -57,12 +57,12 @@ def connect(ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_secon
     return found
 
 
-def _called(name: bytes) -> socket.socket | None:
-    """A connection to who listens to `name`; None where nobody does, who is on another machine then, or another user."""
+def _connect(name: bytes) -> socket.socket | None:
+    """Connect to socket `name`; None where its rank is on another machine or belongs to another user."""
     client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         client.connect(name)
-        if _is_ours(client):
+        if _same_user(client):
             return client
     except OSError:
         pass
@@ -70,13 +70,14 @@ def _called(name: bytes) -> socket.socket | None:
     return None
 
 
-def _is_ours(connection: socket.socket) -> bool:
-    """Whether this user's process is at the other end: everybody on the machine can see abstract names."""
+def _same_user(connection: socket.socket) -> bool:
+    """Whether the process at the other end belongs to this user: every user of the machine can see abstract names."""
     _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return bool(user == os.getuid())
 
 
 def _gathered(value: T, count: int, group: dist.ProcessGroup | None) -> list[T]:
+    """The values of all ranks, on all of them."""
     box: list[Any] = [None] * count
     dist.all_gather_object(box, value, group=group)
     return box

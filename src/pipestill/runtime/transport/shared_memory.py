@@ -1,4 +1,4 @@
-"""The transport between processes of one machine: tensors lie in shared memory, news of them go over Unix sockets.
+"""The transport between processes of one machine: tensors lie in shared memory, notes about them go over Unix sockets.
 
 Gloo sends tensors through TCP, which costs both ranks' cores several copies and wake-ups a message; here the sender copies a
 tensor once, and the receiver once, and nothing runs beside the ranks' own work.
@@ -49,7 +49,9 @@ class SharedMemory:
     """
 
     def __init__(self, timeout_seconds: float, peers: dict[int, socket.socket], elsewhere: Transport) -> None:
-        self.rank, self.timeout_seconds, self.elsewhere = dist.get_rank(), timeout_seconds, elsewhere
+        self.rank = dist.get_rank()
+        self.timeout_seconds = timeout_seconds
+        self.elsewhere = elsewhere
         self.peers = {rank: _Peer(rank, connection) for rank, connection in peers.items()}
         self.by_descriptor = {peer.descriptor: peer for peer in self.peers.values()}
         self.poll = select.poll()
@@ -93,7 +95,7 @@ class SharedMemory:
             self._push_all()
             return self.elsewhere.arrived(message)
         if message not in self.posted:
-            raise TransportError(f"rank {self.rank} waits for {message}, but never announced that it would")
+            raise TransportError(f"rank {self.rank} waits for {message}, but never announced the receive")
         posted = self.posted[message]
         self._wait(lambda: posted.here, peer, f"waits for {message}")
         return True
@@ -118,7 +120,7 @@ class SharedMemory:
 
     def _wait_to_say_all(self, peer: _Peer) -> None:
         self._push(peer)
-        self._wait(lambda: not peer.outgoing or peer.gone, peer, f"has news for rank {peer.rank}")
+        self._wait(lambda: not peer.outgoing or peer.gone, peer, f"still has notes for rank {peer.rank}")
 
     def _wait_for_takers(self, peer: _Peer, open_sends: dict[int, Message], most: int) -> None:
         """Wait until at most so many sends have not been announced."""
@@ -140,13 +142,13 @@ class SharedMemory:
             self._serve(left)
 
     def _look(self) -> None:
-        """Now and then, for a rank that never waits: what has come should not fill the sockets."""
+        """Read what has come, every few calls: a rank that never waits should not let its sockets fill."""
         self.calls += 1
         if self.calls % _LOOK_EVERY == 0:
             self._serve(0)
 
     def _serve(self, seconds: float) -> None:
-        """Take in what has come from any peer, waiting up to `seconds` for something."""
+        """Read what has come from any peer, waiting up to `seconds` for something."""
         for descriptor, events in self.poll.poll(min(math.ceil(seconds * 1000), _LONGEST_POLL)):
             peer = self.by_descriptor[descriptor]
             if events & ~select.POLLOUT:
@@ -158,13 +160,13 @@ class SharedMemory:
                 self._push(peer)
 
     def _push_all(self) -> None:
-        """Before something else is waited for: others may wait for what this rank has to say."""
+        """Send all notes before this rank waits for something else: other ranks may wait for them."""
         for peer in self.peers.values():
             if peer.num_notes or peer.outgoing:
                 self._push(peer)
 
     def _push(self, peer: _Peer) -> None:
-        """Hand over what can be handed over to a peer now, and the rest when it has room."""
+        """Send a peer what its socket takes now, and the rest when it has room."""
         peer.push()
         wanted = select.POLLIN | (select.POLLOUT if peer.outgoing else 0)
         if wanted != peer.polled and not peer.gone:
@@ -174,7 +176,7 @@ class SharedMemory:
 
 @dataclass(slots=True)
 class _Posted:
-    """A receive that was announced, and whether it is here."""
+    """A receive that was announced, and whether its message has arrived."""
 
     message: Message
     buffers: list[Tensor]
@@ -183,7 +185,7 @@ class _Posted:
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Memory that two processes share, for one message at a time, and where it is in this one."""
+    """Memory that two processes share, for one message at a time, and its address in this one."""
 
     number: int
     memory: mmap.mmap
@@ -192,7 +194,7 @@ class _Slot:
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A message of `size` bytes that has come, or where it lies."""
+    """A message of `size` bytes that has come: the bytes themselves, or the slot that holds them."""
 
     size: int
     content: bytes | _Slot
@@ -200,7 +202,10 @@ class _Arrival:
 
 @dataclass(slots=True)
 class _Peer:
-    """What lies between this rank and another. `gone`: nothing more will come from it; `deaf`: it takes nothing any more."""
+    """The connection to another rank, and what is under way both ways.
+
+    `gone`: nothing more will come from it. `deaf`: it reads nothing any more.
+    """
 
     rank: int
     connection: socket.socket
@@ -227,7 +232,8 @@ class _Peer:
 
     def __post_init__(self) -> None:
         self.connection.setblocking(False)
-        self.descriptor, self.polled = self.connection.fileno(), select.POLLIN
+        self.descriptor = self.connection.fileno()
+        self.polled = select.POLLIN
 
     @property
     def farewell(self) -> str:
@@ -238,7 +244,7 @@ class _Peer:
         return len(self.announced) + len(self.taken)
 
     def put(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        """Copy tensors to where the peer finds them, and line up the news of it."""
+        """Copy tensors to where the peer finds them, and line up the packet that tells it."""
         key, queue = tag(message, 0), queue_of(message)
         if self.announced_first[key]:
             self.announced_first[key] -= 1
@@ -279,7 +285,7 @@ class _Peer:
             self.expected.setdefault(key, deque()).append(posted)
 
     def read(self) -> None:
-        """Everything that has come over the connection."""
+        """Read everything that has come over the connection."""
         while True:
             try:
                 packet, descriptors, _, _ = socket.recv_fds(self.connection, _PACKET_BYTES, 1)
@@ -306,7 +312,7 @@ class _Peer:
                 self.early.setdefault(key, deque()).append(arrival)
 
     def _note(self, numbers: list[int], announcements: int) -> None:
-        """Tags that the peer has announced, then slots that it has emptied."""
+        """Take note of tags that the peer has announced, and of slots that it has emptied."""
         for key in numbers[:announcements]:
             if key in self.sent_first:
                 queue, number = _first(self.sent_first, key)
@@ -333,7 +339,7 @@ class _Peer:
             self.taken.append(arrival.content.number)
 
     def push(self) -> None:
-        """Send what there is to say, as far as the connection takes it now."""
+        """Send notes and packets, as far as the connection takes them now."""
         while self.num_notes:
             announced, taken = self.announced[:_NOTES_A_PACKET], self.taken[:_NOTES_A_PACKET]
             notes = map(_NUMBER.pack, (*announced, *taken))
@@ -358,7 +364,7 @@ class _Peer:
 
 
 def _capacity(size: int) -> int:
-    """Bytes of the slot for a message."""
+    """The bytes of a slot for a message of `size` bytes: the next power of two."""
     return 1 << (size - 1).bit_length()
 
 
@@ -368,7 +374,7 @@ def _map(number: int, descriptor: int) -> _Slot:
 
 
 def _first(queues: dict[int, deque[T]], key: int) -> T:
-    """The first of what waits under `key`."""
+    """Take the first of what waits under `key`."""
     queue = queues[key]
     first = queue.popleft()
     if not queue:
