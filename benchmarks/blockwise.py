@@ -28,7 +28,7 @@ from pipestill.compare.blockwise import compare_blockwise
 from pipestill.compare.virtual import VirtualOptions, compare_virtual_blockwise
 from pipestill.losses import cross_entropy
 from pipestill.model.blockwise.task import Blockwise
-from pipestill.plan.blockwise.costs import dp_seconds
+from pipestill.plan.blockwise.cost_model import dp_seconds
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, make_blockwise_plan
 from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.compress import Compress

@@ -263,8 +263,8 @@ class Costs:
         Raises:
             PlanError: a stage is empty, or the numbers do not add up to all blocks
         """
-        student = _slices(self.student, student_partition, "student")
-        teacher = _slices(self.teacher, teacher_partition, "teacher")
+        student = stage_blocks(self.student, student_partition, "student")
+        teacher = stage_blocks(self.teacher, teacher_partition, "teacher")
         return StageCosts(
             forward=tuple(sum(b.forward_seconds for b in s) for s in student),
             backward=tuple(sum(b.backward_seconds for b in s) for s in student),
@@ -409,8 +409,8 @@ def _check_amount(what: str, amount: float) -> None:
         raise PlanError(f"{what} is {amount}, expected 0 or more")
 
 
-def _slices(blocks: tuple[BlockCosts, ...], partition: Sequence[int], role: str) -> list[tuple[BlockCosts, ...]]:
-    """The blocks of each stage."""
+def stage_blocks(blocks: tuple[BlockCosts, ...], partition: Sequence[int], role: str) -> list[tuple[BlockCosts, ...]]:
+    """The blocks of each stage of a model; `PlanError` where the partition does not fit it."""
     if any(size < 1 for size in partition):
         raise PlanError(f"{role} partition {list(partition)} has a stage without blocks; each holds at least one")
     if sum(partition) != len(blocks):

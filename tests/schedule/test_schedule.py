@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from schedule.tasks import Task, rows_of, tasks
 
 from pipestill.schedule import KINDS, Action, Op, PipelineStructure, Schedule, generate
-from pipestill.schedule.pipeline.forward_only import forward_only
+from pipestill.schedule.pipeline.sequential import forward_only
 
 pytestmark = pytest.mark.usefixtures("_short_search")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipestill.costs import Link, StageCosts
 from pipestill.schedule import Action, Op, PipelineStructure, Schedule, Trace, generate
 from pipestill.schedule.comms import connect
-from pipestill.schedule.pipeline.forward_only import forward_only
+from pipestill.schedule.pipeline.sequential import forward_only
 from pipestill.schedule.simulate import simulate
 
 BOTH = PipelineStructure((0, 1), (0, 1), 1)

@@ -3,7 +3,7 @@
 import pytest
 
 from pipestill.schedule import generate
-from pipestill.schedule.pipeline.forward_only import forward_only
+from pipestill.schedule.pipeline.sequential import forward_only
 
 VALID = {
     "sequential": generate("sequential", 2, 2),

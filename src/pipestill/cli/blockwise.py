@@ -16,8 +16,8 @@ from pipestill.cli.figures import FigureTable, milliseconds, say, show_line, sho
 from pipestill.cli.pipelines import NOT_MEASURED, block_name, shown_link
 from pipestill.cli.planner import Knobs, MoreKnobs, SearchReport
 from pipestill.plan.blockwise.describe import describe, phase_titles
-from pipestill.plan.blockwise.json import blockwise_plan_to_json
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
+from pipestill.plan.blockwise.plan_json import blockwise_plan_to_json
 from pipestill.plan.search import Considered, Search, search_blockwise
 from pipestill.recipes.run_options import Kind
 from pipestill.recipes.timelines import draw_blocks, trace_names

@@ -15,7 +15,7 @@ from pipestill.cli.without_recipe import TaskShape, demands_of
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError, nearest
 from pipestill.plan import Plan
-from pipestill.plan.blockwise.json import block_plan_from_json, is_block_plan
+from pipestill.plan.blockwise.plan_json import blockwise_plan_from_json, is_blockwise_plan
 from pipestill.recipes.run_options import COSTS_SUFFIXES, Kind, RunOptions, kind_of_costs, read_costs
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.pipeline.structure import Demands
@@ -179,4 +179,4 @@ def check_out(path: str | None, recipe: Recipe, workload: Workload) -> None:
 
 def read_plan(text: str) -> PlanReport:
     """Read a plan's JSON, of either kind; `ConfigError` says what is wrong with it."""
-    return BlockwiseReport(block_plan_from_json(text)) if is_block_plan(text) else PipelineReport(Plan.from_json(text))
+    return BlockwiseReport(blockwise_plan_from_json(text)) if is_blockwise_plan(text) else PipelineReport(Plan.from_json(text))

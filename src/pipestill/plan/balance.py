@@ -1,4 +1,4 @@
-"""Blocks -> stages: both models cut together, so that each rank's sum of work is level."""
+"""Balance: divide both models' blocks into stages together, so that the work of the most loaded rank is least."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ from pipestill.errors import PlanError
 def balance(
     student_seconds: Sequence[float], teacher_seconds: Sequence[float], num_stages: int, *, student_weight: float = 1.0
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The student's and the teacher's partition (blocks of each stage) with the least work on the most loaded rank.
+    """Find the student's and the teacher's partition (blocks of each stage) with the least work on the most loaded rank.
 
-    Stage i of both models sits on rank i. Every stage gets at least one block of each model that has any (pass an
-    empty `teacher_seconds` for no teacher). A rank's load is the sum of both models' seconds, or `student_weight` times
-    the student's alone where that is more: with M microbatches, a weight of (M + stages - 1) / M counts the student's own
-    path through the pipeline, which no teacher work shortens. Exact, by a dynamic programme over (stages, teacher blocks, student
-    blocks): `worst[t, s]` is the least possible load of the most loaded rank when the ranks so far hold the first t and s
-    blocks. O(stages * teacher^2 * student^2). Raises `PlanError` when a model has fewer blocks than there are stages.
+    Stage i of both models sits on rank i, and has at least one block of each model. A rank's load is the sum of both models'
+    seconds, or `student_weight` times the student's alone where that is more.
+
+    The result is exact, by a dynamic programme over (stages, teacher blocks, student blocks): `worst[t, s]` is the least possible
+    load of the most loaded rank when the ranks so far hold the first t and s blocks. It takes O(stages * teacher^2 * student^2).
+
+    Args:
+        student_seconds: seconds of each student block
+        teacher_seconds: seconds of each teacher block; empty without a teacher
+        num_stages: number of ranks
+        student_weight: with M microbatches, (M + stages - 1) / M counts the student's own path through the pipeline, which no
+            work of the teacher shortens
+
+    Raises:
+        PlanError: a model has fewer blocks than there are stages
     """
     for role, seconds in (("student", student_seconds), ("teacher", teacher_seconds)):
         if len(seconds) < num_stages and (role == "student" or seconds):

@@ -1,4 +1,4 @@
-"""What a pipeline's schedule holds in each rank's memory at its peak."""
+"""The memory of a pipeline: what a schedule makes each rank hold at its worst moment."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from math import ceil
 
 from pipestill.arguments import mebibytes
-from pipestill.costs import BlockCosts, Costs, StageCosts
+from pipestill.costs import Costs, StageCosts, stage_blocks
 from pipestill.errors import PlanError
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.needs import lane
-from pipestill.schedule.pipeline.costs import unit_scale
+from pipestill.schedule.pipeline.costs import result_bytes, unit_scale
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.schedule import Schedule
 
@@ -41,18 +41,18 @@ def memory_bytes_of(
     student_partition: Sequence[int],
     teacher_partition: Sequence[int],
 ) -> tuple[int, ...]:
-    """Bytes on each rank at most; () for costs that do not tell what blocks stash.
+    """The most bytes that each rank holds; () for costs that do not tell what blocks stash.
 
-    That is the weights of both models' stages, the student's gradients and optimizer state, and at the worst moment of the
+    They are the weights of both models' stages, the student's gradients and optimizer state, and at the worst moment of the
     rank's row: what each unit keeps from its forward to its backward, values that have arrived and are not yet used, the
     teacher's outputs that wait for their loss, and the last values that the rank sent. What a kernel needs while it runs, and
     the framework itself, are not counted.
     """
     if not costs.know_memory:
         return ()
-    student, teacher = _stages(costs.student, student_partition), _stages(costs.teacher, teacher_partition)
+    student = stage_blocks(costs.student, student_partition, "student")
     weights = [sum(b.parameter_bytes + b.training_bytes for b in blocks) for blocks in student]
-    for rank, blocks in enumerate(teacher):
+    for rank, blocks in enumerate(stage_blocks(costs.teacher, teacher_partition, "teacher")):
         weights[rank] += sum(b.parameter_bytes for b in blocks)
     stash = [sum(b.stash_bytes for b in blocks) for blocks in student]
     stages = costs.stages(student_partition, teacher_partition)
@@ -61,46 +61,33 @@ def memory_bytes_of(
     return tuple(w + _peak(rank, rows[rank], schedule.structure, stages, stash) for rank, w in enumerate(weights))
 
 
-def _stages(blocks: tuple[BlockCosts, ...], partition: Sequence[int]) -> list[tuple[BlockCosts, ...]]:
-    ends = [sum(partition[: i + 1]) for i in range(len(partition))]
-    return [blocks[end - size : end] for end, size in zip(ends, partition, strict=True)]
-
-
 def _peak(
     rank: int, row: Sequence[Action], structure: PipelineStructure, costs: StageCosts, stash: Sequence[int]
 ) -> int:
-    """The most that values take on a rank, over enough steps for every order that its row can produce."""
-    held, sent, most = dict[Action, int](), deque[tuple[Action, int]](maxlen=_SENDS_KEPT), 0
+    """The most bytes that values take on a rank, over enough steps for every order that its row can produce."""
+    held = dict[Action, int]()
+    sent = deque[tuple[Action, int]](maxlen=_SENDS_KEPT)
+    most = 0
     for action in row:
-        if action.kind is Kind.RECEIVE and lane(action.payload, rank, structure) in _VALUES:
-            held[action.payload] = _value_bytes(action.payload, structure, costs)
+        value = action.payload
+        destination = rank if action.kind is Kind.RECEIVE or action.peer is None else action.peer
+        is_message = not action.computes and lane(value, destination, structure) in _VALUES
+        if action.kind is Kind.RECEIVE and is_message:
+            held[value] = int(result_bytes(value, structure, costs))
+        elif is_message:
+            sent.append((value, int(result_bytes(value, structure, costs))))
         elif action.computes and action.op is Op.FORWARD:
-            held[action] = _value_bytes(action, structure, costs)
+            held[value] = int(result_bytes(value, structure, costs))
             if action.role is Role.STUDENT:
-                held[action] += int(stash[action.stage] * unit_scale(action, structure, costs))
-        elif (
-            action.kind is Kind.SEND
-            and action.peer is not None
-            and lane(action.payload, action.peer, structure) in _VALUES
-        ):
-            sent.append((action.payload, _value_bytes(action.payload, structure, costs)))
+                held[value] += int(stash[action.stage] * unit_scale(action, structure, costs))
         most = max(most, sum(held.values()) + sum(size for value, size in sent if value not in held))
         for done in _done(action, structure):
             held.pop(done, None)
     return most
 
 
-def _value_bytes(action: Action, structure: PipelineStructure, costs: StageCosts) -> int:
-    """Bytes of the value that a forward gives to the stage behind it, or a backward to the one before."""
-    if action.op is Op.FORWARD:
-        sizes, boundary = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes, action.stage
-    else:
-        sizes, boundary = costs.activation_bytes, action.stage - 1
-    return int(sizes[boundary] * unit_scale(action, structure, costs)) if sizes and boundary >= 0 else 0
-
-
 def _done(action: Action, structure: PipelineStructure) -> Iterator[Action]:
-    """The values, by what made them, that are gone once an action has ended."""
+    """Yield the values, named by the work that made them, that are gone once an action has ended."""
     role, stage, unit, step = action.role, action.stage, action.microbatch, action.step
     last = len(structure.teacher_ranks) - 1
     if action.kind is Kind.SEND:

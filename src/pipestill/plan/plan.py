@@ -182,12 +182,9 @@ def make_plan(
     microbatches: int,
     student_partition: Sequence[int] | None = None,
     teacher_partition: Sequence[int] | None = None,
-    run_ahead: int | None = None,
-    staleness: int | None = None,
-    split_backward: bool = False,
-    stash: int | str | None = None,
     demands: Demands = Demands(),  # noqa: B008 - frozen
     memory_bytes: float | None = None,
+    **knobs: Any,
 ) -> Plan:
     """Make the plan whose partitions level the work of `costs`, or that has the partitions given by hand.
 
@@ -198,12 +195,9 @@ def make_plan(
         microbatches: slices of a batch, whose gradients add up
         student_partition: number of student blocks on each device (default: level)
         teacher_partition: number of teacher blocks on each device (default: level)
-        run_ahead: as in `Plan`
-        staleness: as in `Plan`
-        split_backward: as in `Plan`
-        stash: as in `Plan`
         demands: what the task asks of any schedule
         memory_bytes: most bytes that a rank may hold (default: no limit)
+        knobs: run_ahead, staleness, split_backward and stash, as in `Plan`
 
     Raises:
         PlanError: a count is below 1, a partition does not add up or fit the devices, the strategy does not have such knobs,
@@ -223,12 +217,9 @@ def make_plan(
         for level in candidate_partitions(costs, devices, demands, strategy, microbatches, student_partition)
     ]
     plans = [
-        Plan(
-            strategy, microbatches, *partitions, costs, run_ahead=run_ahead, staleness=staleness,
-            split_backward=split_backward, stash=stash, demands=demands,
-        )
+        Plan(strategy, microbatches, *partitions, costs, demands=demands, **knobs)
         for partitions in dict.fromkeys(candidates)
-    ]  # fmt: skip
+    ]
     plan = min(plans, key=lambda plan: plan.prediction.seconds_per_step)
     if memory_bytes is not None:
         refuse_more_than(memory_bytes, plan.memory_bytes)

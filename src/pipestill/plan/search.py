@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from pipestill.costs import Costs
 from pipestill.errors import PlanError, nearest
-from pipestill.plan.blockwise.costs import Problem
+from pipestill.plan.blockwise.cost_model import Problem
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
 from pipestill.plan.partition import level
 from pipestill.plan.plan import Plan, check_counts, make_plan

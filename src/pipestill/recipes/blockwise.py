@@ -16,8 +16,8 @@ from pipestill.losses import DistillationLoss, Metric, SupervisedLoss
 from pipestill.model.blocks import BlockModel
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.tasks import Distillation, Supervised, Task
-from pipestill.plan.blockwise.json import blockwise_plan_to_json
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
+from pipestill.plan.blockwise.plan_json import blockwise_plan_to_json
 from pipestill.recipes.end_to_end import check_plan, make_trainer
 from pipestill.recipes.evaluate import evaluate
 from pipestill.recipes.recipe import SizedIterable

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipestill.costs import Link
 from pipestill.errors import PlanError
-from pipestill.plan.blockwise.costs import Stage, dp_seconds, ls, stage_memory_bytes, stage_seconds
+from pipestill.plan.blockwise.cost_model import Stage, dp_seconds, ls, stage_memory_bytes, stage_seconds
 from pipestill.plan.blockwise.hybrid import Hybrid, exhaustive, hybrid, relay
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 

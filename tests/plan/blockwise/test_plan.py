@@ -10,9 +10,9 @@ from schedule.blockwise.tasks import line, profiles
 
 from pipestill.costs import Link
 from pipestill.errors import PlanError
-from pipestill.plan.blockwise.costs import dp_seconds, ls
-from pipestill.plan.blockwise.json import block_plan_from_json, blockwise_plan_to_json
+from pipestill.plan.blockwise.cost_model import dp_seconds, ls
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
+from pipestill.plan.blockwise.plan_json import blockwise_plan_from_json, blockwise_plan_to_json
 from pipestill.schedule import check
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 
@@ -171,6 +171,6 @@ def test_measured_allreduces_decide_and_are_kept_with_the_plan() -> None:
         assert hybrid.chosen is not None
         assert hybrid.chosen.seconds == pytest.approx(expected)
         assert dp.seconds_per_batch == pytest.approx(6.0 + 2 * seconds)
-        again = block_plan_from_json(json.dumps(blockwise_plan_to_json(hybrid)))
+        again = blockwise_plan_from_json(json.dumps(blockwise_plan_to_json(hybrid)))
         assert again.costs == hybrid.costs
         assert again.seconds_per_batch == hybrid.seconds_per_batch

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from schedule.blockwise.tasks import costs_of, groups, line, profiles
 
 from pipestill.costs import Link
-from pipestill.plan.blockwise.costs import stage_seconds
+from pipestill.plan.blockwise.cost_model import stage_seconds
 from pipestill.schedule import Action, Role, Trace
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import staged

@@ -19,7 +19,7 @@ from pipestill.schedule.pipeline import one_f_one_b as one_f_one_b_module
 from pipestill.schedule.pipeline import sequential as sequential_module
 from pipestill.schedule.pipeline import tspipe as tspipe_module
 from pipestill.schedule.pipeline.fill import stash_units
-from pipestill.schedule.pipeline.forward_only import forward_only
+from pipestill.schedule.pipeline.sequential import forward_only
 from pipestill.schedule.simulate import simulate
 
 

@@ -1,10 +1,14 @@
-"""Levels the load of blockwise training beyond equal groups: blocks that move between ranks, and unequal rows.
+"""The strategy `balanced`: loads that are level beyond equal groups, by blocks that move between ranks and unequal rows.
 
-Student blocks are independent and the teacher has no state, so the work of a window of K batches may be cut almost
-anywhere. Laid out in a line, T0 S0 T1 S1 ..., and cut into N pieces of equal length (McNaughton's wrap-around rule), it
-takes no longer than max(largest block, total / N): a student block that a cut goes through is trained on one rank for the
+Student blocks are independent and the teacher has no state, so the work of a window of K batches may be divided almost
+anywhere. It is laid out in a line and divided into N pieces of equal length (McNaughton's wrap-around rule):
+
+    work of a window     T0 S0 | T1 S1 | T2 S2
+    three ranks          ------0----|----1-----|----2---
+
+So it takes no longer than max(largest block, total / N). A student block that lies in two pieces is trained on one rank for the
 first batches of the window and on its neighbour for the others, every batch whole and in order, hence exactly. A block
-that alone is longer than that is shared by rows instead.
+that alone is longer than a piece is shared by rows instead.
 """
 
 from __future__ import annotations
@@ -32,20 +36,23 @@ _HALVINGS = 40
 
 @dataclass(frozen=True)
 class _Layout:
-    """Portions of every block, and the seconds of the most loaded rank for a batch."""
+    """Which rank runs which portions of the blocks."""
 
     seconds: float
+    """Seconds of the most loaded rank for a batch."""
     teacher: tuple[tuple[Portion, ...], ...]
+    """The portions of each teacher block."""
     student: tuple[tuple[Portion, ...], ...]
+    """The portions of each student block."""
 
 
 def balanced(
     costs: BlockwiseCosts, num_ranks: int, memory_bytes: float | None = None
 ) -> tuple[Schedule[BlockwiseStructure], tuple[int, ...]]:
-    """The fastest layout by simulation, among level ones over windows of several lengths and that of `hybrid`.
+    """Find the fastest schedule, by simulation, among level layouts over windows of several lengths and the layout of `hybrid`.
 
-    Returns its schedule, and the ranks that it uses, which the schedule counts from 0. A layout that holds more than
-    `memory_bytes` on a rank is none, what a window buffers included. Raises `PlanError` when nothing fits.
+    Returns the schedule and the ranks that it uses, which it counts from 0. A layout that holds more than `memory_bytes` on a
+    rank is left out, with what a window buffers. Raises `PlanError` when nothing fits.
     """
     best: Schedule[BlockwiseStructure] | None = None
     used, fastest, least, refused = tuple(range(num_ranks)), math.inf, math.inf, ""
@@ -73,13 +80,14 @@ def balanced(
 
 
 def _of_hybrid(costs: BlockwiseCosts, num_ranks: int, memory_bytes: float | None) -> Schedule[BlockwiseStructure]:
+    """The schedule of `hybrid`'s layout."""
     speeds = costs.speeds or None
     found = hybrid(costs.profile, costs.batch, num_ranks, memory_bytes=memory_bytes, speeds=speeds)
     return staged("balanced", [(range(stage.first, stage.end), stage.ranks) for stage in found.stages])
 
 
 def _schedules(layout: _Layout, window: int) -> Iterator[tuple[Schedule[BlockwiseStructure], tuple[int, ...]]]:
-    """The layout with the teacher's forwards in two orders, and the ranks that have something to do."""
+    """Yield the layout's schedule with the teacher's forwards in two orders, and the ranks that have something to do."""
     ranks = tuple(sorted({p.rank for portions in (*layout.teacher, *layout.student) for p in portions}))
     teacher, student = (
         [[replace(p, rank=ranks.index(p.rank)) for p in portions] for portions in of]
@@ -90,7 +98,7 @@ def _schedules(layout: _Layout, window: int) -> Iterator[tuple[Schedule[Blockwis
 
 
 def _level(costs: BlockwiseCosts, num_ranks: int, window: int) -> _Layout:
-    """The layout whose most loaded rank has the least to do, by halving what a rank may have."""
+    """Find the layout whose most loaded rank has the least to do, by bisection of the seconds that a rank may have."""
     profile, batch = costs.profile, costs.batch
     total = sum(block.teacher(batch) + block.student(batch) for block in profile.blocks)
     speeds = costs.speeds or (1.0,) * num_ranks
@@ -117,13 +125,16 @@ class _Line:
 
     @property
     def full(self) -> bool:
+        """Whether no rank has room."""
         return self.rank >= len(self.left)
 
     @property
     def room(self) -> float:
+        """Seconds of work, as the profile's device would take, that the rank being filled has room for."""
         return max(0.0, self.left[self.rank]) * (1 + 1e-12)
 
     def take(self, seconds: float) -> int:
+        """Give so much work to the rank being filled, and say which one that is."""
         self.left[self.rank] -= seconds
         return self.rank
 
@@ -131,7 +142,7 @@ class _Line:
 def _fill(
     profile: BlockProfile, batch: int, num_ranks: int, window: int, limit: float, speeds: Sequence[float]
 ) -> _Layout | None:
-    """Teacher and student blocks in a line, cut where a rank is full; None when the ranks are too few."""
+    """Lay teacher and student blocks out in a line, over ranks of `limit` seconds each; None when the ranks are too few."""
     line = _Line(num_ranks, limit, speeds)
     found: dict[Role, list[tuple[Portion, ...]]] = {Role.TEACHER: [], Role.STUDENT: []}
     for index, block in enumerate(profile.blocks):
@@ -148,7 +159,7 @@ def _fill(
 
 
 def _by_batches(seconds: float, line: _Line, window: int) -> tuple[Portion, ...] | None:
-    """As many batches as fit on each rank; the first rank in line has the last ones."""
+    """Give each rank in line as many batches of a block as fit; the first rank has the last ones."""
     portions, todo = [], window
     while todo:
         if line.full:
@@ -164,7 +175,7 @@ def _by_batches(seconds: float, line: _Line, window: int) -> tuple[Portion, ...]
 
 
 def _by_rows(profile: BlockProfile, index: int, batch: int, line: _Line, window: int) -> tuple[Portion, ...] | None:
-    """Rows of every batch, as many as fit on each rank, where a block is longer than any rank has room for."""
+    """Give each rank in line as many rows of every batch as fit, of a block that is longer than any rank has room for."""
     for sharers in range(2, len(line.left) - line.rank + 1):
         rank, left = line.rank, list(line.left)
         extra = profile.allreduce_seconds(index, sharers)
@@ -188,7 +199,7 @@ def _by_rows(profile: BlockProfile, index: int, batch: int, line: _Line, window:
 
 
 def _most_rows(profile: BlockProfile, index: int, rows: int, seconds: float) -> int:
-    """The most rows, up to `rows`, of a student block's step that take no longer than `seconds`."""
+    """The most rows, up to `rows`, whose step of a student block takes no longer than `seconds`."""
     low, high = 0, rows
     while low < high:
         middle = (low + high + 1) // 2

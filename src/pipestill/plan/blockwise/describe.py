@@ -1,4 +1,4 @@
-"""A blockwise plan in words: who trains what."""
+"""A blockwise plan in words: which rank trains which blocks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pipestill.schedule import Role
 
 
 def describe(plan: BlockwisePlan) -> list[str]:
-    """Say in one line for each rank what it trains.
+    """Describe each rank's work in a line.
 
-    `teacher 0-1, 2-3:1/4; student 0, 1:2/3` has a quarter of the rows of teacher blocks 2 and 3 each, and two thirds of those
-    of student block 1, counted over a window of batches. Phases are separated by `then`.
+    A rank with `teacher 0-1, 2-3:1/4; student 0, 1:2/3` runs a quarter of the rows of teacher blocks 2 and 3 each, and two thirds
+    of student block 1's, counted over a window of batches. Phases are separated by `then`.
     """
     lines = []
     for rank in range(plan.num_devices):
@@ -22,7 +22,7 @@ def describe(plan: BlockwisePlan) -> list[str]:
 
 
 def phase_titles(plan: BlockwisePlan) -> list[str]:
-    """What each phase trains, for pictures: nothing more than the plan's strategy where there is one phase."""
+    """The title of each phase's picture: what it trains, or just the plan's strategy where there is one phase."""
     on = f"{plan.strategy} on {plan.num_devices} {'device' if plan.num_devices == 1 else 'devices'}"
     if len(plan.phases) == 1:
         return [on]
@@ -36,6 +36,7 @@ def phase_titles(plan: BlockwisePlan) -> list[str]:
 
 
 def _of_rank(phase: Phase, rank: int) -> str:
+    """The blocks of both models that a rank runs in a phase."""
     structure = phase.schedule.structure
     parts = []
     for role, name in ((Role.TEACHER, "teacher"), (Role.STUDENT, "student")):
@@ -50,7 +51,7 @@ def _of_rank(phase: Phase, rank: int) -> str:
 
 
 def _listed(held: list[tuple[int, Fraction]]) -> str:
-    """Runs of blocks as `2-4`, with the part of their rows where that is not all, as in `5:1/3`."""
+    """Blocks in a row as `2-4`, with the fraction of their rows where that is not 1, as in `5:1/3`."""
     runs: list[list[tuple[int, Fraction]]] = []
     for block, rows in held:
         if runs and (block - 1, rows) == runs[-1][-1]:
@@ -61,9 +62,10 @@ def _listed(held: list[tuple[int, Fraction]]) -> str:
     for run in runs:
         (first, rows), (last, _) = run[0], run[-1]
         words.append(f"{first}-{last}" if last > first else f"{first}")
-        words[-1] += "" if rows == 1 else f":{_share(rows)}"
+        words[-1] += "" if rows == 1 else f":{_fraction(rows)}"
     return ", ".join(words)
 
 
-def _share(rows: Fraction) -> str:
+def _fraction(rows: Fraction) -> str:
+    """A fraction as such, or as a decimal where it is unwieldy."""
     return str(rows) if rows.denominator <= 32 else f"{float(rows):.3g}"

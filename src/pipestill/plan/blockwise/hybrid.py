@@ -1,6 +1,9 @@
-"""Blocks and ranks -> stages of consecutive blocks on groups of consecutive ranks, by exact search.
+"""The strategies `hybrid` and `relay`: stages of consecutive blocks on groups of consecutive ranks, by exact search.
 
-The strategies are those of Pipe-BD (Jang et al., DATE 2023), whose own search tries every candidate.
+    blocks     0  1 | 2  3  4 | 5
+    ranks       0   |  1, 2   | 3         ranks 1 and 2 share the rows of blocks 2 to 4
+
+They are those of Pipe-BD (Jang et al., DATE 2023), whose own search tries every candidate.
 """
 
 from __future__ import annotations
@@ -13,36 +16,37 @@ from itertools import combinations, pairwise
 import numpy as np
 import numpy.typing as npt
 
-from pipestill.plan.blockwise.costs import Problem, Speeds, Stage, most_rows
+from pipestill.plan.blockwise.cost_model import Problem, Speeds, Stage, most_rows
 from pipestill.schedule.blockwise.generate import AHEAD
 from pipestill.schedule.blockwise.profile import BlockProfile
 
-_Table = npt.NDArray[np.float64]  # [first block, end] of a stage
+_Table = npt.NDArray[np.float64]
+"""A value for each stage: of the blocks from `first` up to, without, `end`, at [first, end]."""
 _ROUNDING = 1 + 1e-12  # sums that differ by less are equal
 
 
 @dataclass(frozen=True, slots=True)
 class Hybrid:
-    """Stages in order, the predicted seconds of each for one batch, and how many candidates the choice was from.
-
-    `memory_bytes` is what each rank holds at most; empty when the profile does not say what blocks hold.
-    """
+    """The best stages, in order, and what the cost model says about them."""
 
     stages: tuple[Stage, ...]
     stage_seconds: tuple[float, ...]
+    """Predicted seconds of each stage for one batch."""
     num_candidates: int
+    """How many layouts the choice was from."""
     memory_bytes: tuple[int, ...] = ()
+    """The most bytes that each rank holds; empty when the profile does not say what blocks hold."""
 
     @property
     def seconds(self) -> float:
-        """Seconds of the slowest stage, which one batch takes in the steady state."""
+        """Seconds of one batch in the steady state: the slowest stage's."""
         return max(self.stage_seconds)
 
 
 def hybrid(
     profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None
 ) -> Hybrid:
-    """The stages with the least seconds on the slowest stage, over all cuts of blocks and of ranks in order.
+    """Find the stages whose slowest one takes the least seconds, among all ways to divide blocks and ranks in order.
 
     Every rank is used; a group is as slow as its slowest member. A stage that needs more than `memory_bytes` on a rank
     is no candidate. Of equally good answers the one with the fewest seconds summed over ranks, then the smallest groups and
@@ -59,7 +63,7 @@ def hybrid(
 def relay(
     profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None
 ) -> Hybrid:
-    """As `hybrid`, with one rank for every stage. With fewer blocks than ranks, the slowest of the ranks stay idle."""
+    """Find what `hybrid` does with one rank for every stage. With fewer blocks than ranks, the slowest of the ranks stay idle."""
     problem = Problem(profile, batch, devices, speeds, memory_bytes)
     num_blocks = len(profile.blocks)
     fastest = sorted(range(devices), key=lambda rank: -problem.pace[rank])[:num_blocks]
@@ -69,7 +73,7 @@ def relay(
 def exhaustive(
     profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None
 ) -> Hybrid:
-    """What `hybrid` finds, by trying each of the C(devices + blocks - 2, devices - 1) candidates: for small searches."""
+    """Find what `hybrid` does by trying each of the C(devices + blocks - 2, devices - 1) candidates, for small searches."""
     problem = Problem(profile, batch, devices, speeds, memory_bytes)
     every = list(_candidates(len(profile.blocks), devices))
     fitting = [stages for stages in every if problem.fits(stages)]
@@ -84,6 +88,7 @@ def exhaustive(
 
 
 def _candidates(num_blocks: int, num_ranks: int) -> Iterator[tuple[Stage, ...]]:
+    """Yield every way to divide blocks and ranks into stages."""
     for num_stages in range(1, min(num_blocks, num_ranks) + 1):
         for cuts in combinations(range(1, num_blocks), num_stages - 1):
             for bounds in combinations(range(1, num_ranks), num_stages - 1):
@@ -92,19 +97,20 @@ def _candidates(num_blocks: int, num_ranks: int) -> Iterator[tuple[Stage, ...]]:
 
 
 def _answer(problem: Problem, stages: tuple[Stage, ...], num_candidates: int) -> Hybrid:
+    """The stages with what the cost model says about them."""
     held = {rank: problem.bytes_of(stage) for stage in stages for rank in stage.ranks}
     memory = tuple(held.get(rank, 0) for rank in range(problem.devices)) if problem.profile.memory_known else ()
     return Hybrid(stages, tuple(map(problem.seconds_of, stages)), num_candidates, memory)
 
 
 def _search(problem: Problem, ranks: Sequence[int], largest_group: int, num_candidates: int) -> Hybrid:
-    """The best stages that use all of `ranks`, in groups of at most `largest_group`."""
+    """Find the best stages that use all of `ranks`, in groups of at most `largest_group`."""
     num_blocks = len(problem.profile.blocks)
-    shares = [_share(problem, k) for k in range(1, largest_group + 1)]
+    tables = [_cost_tables(problem, k) for k in range(1, largest_group + 1)]
     groups = [(start, end) for end in range(len(ranks) + 1) for start in range(max(0, end - largest_group), end)]
 
     def cost(start: int, end: int) -> _Table:
-        work, rest, _ = shares[end - start - 1]
+        work, rest, _ = tables[end - start - 1]
         return work / min(problem.pace[rank] for rank in ranks[start:end]) + rest
 
     def least_worst(cost: Callable[[int, int], _Table]) -> float:
@@ -117,7 +123,7 @@ def _search(problem: Problem, ranks: Sequence[int], largest_group: int, num_cand
 
     limit = least_worst(cost) * _ROUNDING
     if limit == math.inf:
-        raise problem.nothing_fits(least_worst(lambda start, end: shares[end - start - 1][2]))
+        raise problem.nothing_fits(least_worst(lambda start, end: tables[end - start - 1][2]))
     total = np.full((len(ranks) + 1, num_blocks + 1), math.inf)  # when ranks from one on hold blocks from one on
     total[-1, -1] = 0.0
 
@@ -139,13 +145,13 @@ def _search(problem: Problem, ranks: Sequence[int], largest_group: int, num_cand
     return _answer(problem, tuple(stages), num_candidates)
 
 
-def _share(problem: Problem, k: int) -> tuple[_Table, _Table, _Table]:
-    """Cost tables over [first, end) for stages on k ranks: work at speed 1, other seconds, and bytes on a rank.
+def _cost_tables(problem: Problem, k: int) -> tuple[_Table, _Table, _Table]:
+    """Cost tables over [first, end) for stages on k ranks: the terms of `stage_seconds` and `stage_memory_bytes`.
 
-    They are the terms of `stage_seconds` and `stage_memory_bytes`. The other seconds are infinite where there is no such stage
-    or it does not fit.
+    They are the seconds of work at speed 1, all other seconds (infinite where there is no such stage or it does not fit), and the
+    bytes on a rank.
     """
-    profile, rows, share = problem.profile, problem.batch / k, most_rows(problem.batch, k)
+    profile, rows, whole_rows = problem.profile, problem.batch / k, most_rows(problem.batch, k)
     blocks, num_blocks = profile.blocks, len(profile.blocks)
 
     def over_stages(values: Sequence[float], collect: np.ufunc) -> _Table:
@@ -156,11 +162,11 @@ def _share(problem: Problem, k: int) -> tuple[_Table, _Table, _Table]:
     work = over_stages([block.teacher(rows) + block.student(rows) for block in blocks], np.add)
     rest = over_stages([profile.allreduce_seconds(block, k) for block in range(num_blocks)], np.add)
     rest += [[profile.relay_seconds(first, problem.batch, k) if first else 0.0] for first in range(num_blocks)]
-    held = over_stages([b.teacher_bytes + b.state_bytes + share * b.input_bytes_per_row for b in blocks], np.add)
-    held += over_stages([share * block.activation_bytes_per_row for block in blocks], np.maximum)
-    held += [[share * block.input_bytes_per_row if first else 0] for first, block in enumerate(blocks)]
+    held = over_stages([b.teacher_bytes + b.state_bytes + whole_rows * b.input_bytes_per_row for b in blocks], np.add)
+    held += over_stages([whole_rows * block.activation_bytes_per_row for block in blocks], np.maximum)
+    held += [[whole_rows * block.input_bytes_per_row if first else 0] for first, block in enumerate(blocks)]
     waits = [1 + AHEAD] * (num_blocks - 1) + [1]
-    held[:, 1:] += [share * profile.output_bytes_per_row(block) * count for block, count in enumerate(waits)]
+    held[:, 1:] += [whole_rows * profile.output_bytes_per_row(block) * count for block, count in enumerate(waits)]
     no_stage = np.tri(num_blocks, num_blocks + 1, dtype=bool)
     held[no_stage] = math.inf
     rest[no_stage if problem.memory_bytes is None else held > problem.memory_bytes] = math.inf

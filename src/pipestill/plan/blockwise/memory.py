@@ -1,4 +1,4 @@
-"""What a schedule of blocks holds in each rank's memory at its peak."""
+"""The memory of blockwise training: what a schedule makes each rank hold at its worst moment."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pipestill.schedule.blockwise.structure import BlockwiseStructure
 
 
 def memory_bytes_of(schedule: Schedule[BlockwiseStructure], costs: BlockwiseCosts) -> tuple[int, ...]:
-    """Bytes on each rank at most, from what the profile's blocks hold.
+    """The most bytes that each rank holds, from what the profile's blocks hold.
 
-    That is the state of every block that a rank ever runs; the teacher's outputs, from their forward or the post of their
+    They are the state of every block that a rank ever runs; the teacher's outputs, from their forward or the post of their
     receive until the rank has used or sent them; `ahead` more steps of those that are relayed, which may wait for their
     receiver (where no barrier is between steps); and the activations of one student's step at a time. Samples wait on the host.
     """
@@ -23,6 +23,7 @@ def memory_bytes_of(schedule: Schedule[BlockwiseStructure], costs: BlockwiseCost
 
 
 def _state(structure: BlockwiseStructure, rank: int, costs: BlockwiseCosts) -> int:
+    """Bytes of weights, gradients and optimizer states of all blocks that a rank ever runs."""
     blocks = costs.profile.blocks
     return sum(blocks[i].teacher_bytes for i in structure.stages_of(rank, Role.TEACHER)) + sum(
         blocks[i].state_bytes for i in structure.stages_of(rank, Role.STUDENT)
@@ -76,5 +77,6 @@ def _peak(schedule: Schedule[BlockwiseStructure], rank: int, costs: BlockwiseCos
 
 
 def _rows(part: Part, batch: int) -> int:
+    """How many rows of a batch a part has."""
     rows = rows_of_part(part, batch)
     return int(rows.stop - rows.start)

@@ -1,4 +1,4 @@
-"""Plans of blockwise training: which ranks train which blocks when, and how long that should take."""
+"""A plan of blockwise training: which ranks train which blocks when, and how long that should take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cached_property
 from pipestill.arguments import mebibytes
 from pipestill.errors import PlanError, nearest
 from pipestill.plan.blockwise.balanced import balanced
-from pipestill.plan.blockwise.costs import Problem, dp_seconds, ls
+from pipestill.plan.blockwise.cost_model import Problem, dp_seconds, ls
 from pipestill.plan.blockwise.hybrid import Hybrid, hybrid, relay
 from pipestill.plan.blockwise.memory import memory_bytes_of
 from pipestill.schedule import Proof, Schedule, Trace, check
@@ -33,26 +33,40 @@ BLOCKWISE_STRATEGIES = {
 
 @dataclass(frozen=True)
 class Phase:
-    """Blocks that are trained together, over all of the data, by `ranks`; the schedule counts these from 0."""
+    """Blocks that are trained together, over all of the data.
+
+    Args:
+        ranks: the ranks that train them; the schedule counts these from 0
+        blocks: the blocks
+        schedule: which rank runs what when; `ScheduleError` where it is refused
+    """
 
     ranks: tuple[int, ...]
     blocks: tuple[int, ...]
     schedule: Schedule[BlockwiseStructure]
     proof: Proof = field(init=False, repr=False, compare=False)
-    """What the checker established about the schedule; `ScheduleError` where that cannot run."""
+    """What the checker established about the schedule."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "proof", check(self.schedule))
 
     @property
     def window(self) -> int:
-        """Batches of a step of the schedule."""
+        """The number of batches that one step of the schedule takes."""
         return self.schedule.structure.window
 
 
 @dataclass(frozen=True)
 class BlockwisePlan:
-    """Everything that fixes who does what when. A rank goes through its phases in order."""
+    """Everything that fixes which rank does what when, with its proofs and its times. A rank goes through its phases in order.
+
+    Args:
+        strategy: one of `BLOCKWISE_STRATEGIES`
+        num_devices: number of ranks
+        costs: seconds and bytes of all work
+        phases: blocks that are trained together, with their schedules
+        chosen: the stages of relay and hybrid, and their seconds in Pipe-BD's cost model; None for other strategies
+    """
 
     strategy: str
     """Name of the strategy."""
@@ -63,9 +77,8 @@ class BlockwisePlan:
     phases: tuple[Phase, ...]
     """Blocks that are trained together, with their ranks and schedule, in order."""
     chosen: Hybrid | None = None
-    """The stages of relay and hybrid, and their seconds in Pipe-BD's cost model."""
     predictions: tuple[Trace, ...] = field(init=False, repr=False, compare=False)
-    """What the simulator expects of each phase."""
+    """For each phase, its schedule's actions with the times that the simulator expects."""
 
     def __post_init__(self) -> None:
         traces = (simulate(phase.schedule, self.costs.on(phase.ranks)) for phase in self.phases)
@@ -73,7 +86,7 @@ class BlockwisePlan:
 
     @cached_property
     def memory_bytes(self) -> tuple[int, ...]:
-        """What each rank holds at most; empty where the profile does not say what blocks hold.
+        """The most bytes that each rank holds; empty where the profile does not say what blocks hold.
 
         Blocks that another phase trains are taken not to be on the device.
         """
@@ -87,14 +100,14 @@ class BlockwisePlan:
 
     @property
     def seconds_per_batch(self) -> float:
-        """Predicted time of training every block on one batch, in the steady state."""
+        """Predicted seconds of training every block on one batch, in the steady state."""
         return self.total([trace.seconds_per_step for trace in self.predictions])
 
     def total(self, seconds_per_step: Sequence[float]) -> float:
-        """Add up what one batch takes the rank that is busy longest.
+        """Seconds a batch of the rank that is busy longest.
 
         Args:
-            seconds_per_step: seconds of one step of each phase's schedule.
+            seconds_per_step: seconds of a step of each phase's schedule
         """
         busy = defaultdict[int, float](float)
         for phase, seconds in zip(self.phases, seconds_per_step, strict=True):
@@ -108,23 +121,23 @@ class BlockwisePlan:
         return self.utilisation_in(self.predictions, self.seconds_per_batch)
 
     def utilisation_in(self, traces: Sequence[Trace], seconds_per_batch: float) -> float:
-        """The fraction of the ranks' time that they are busy in a run's traces.
+        """Busy fraction of the ranks' time in traces, one of each phase, where a batch took so many seconds.
 
         Args:
-            traces: what ran when, one trace for each phase
-            seconds_per_batch: what all phases together took for one batch
+            traces: a trace of each phase
+            seconds_per_batch: seconds of training every block on one batch
         """
         busy = sum(sum(t.busy_seconds_per_step()) / p.window for t, p in zip(traces, self.phases, strict=True))
         return min(1.0, busy / (self.num_devices * seconds_per_batch)) if seconds_per_batch else 0.0
 
     @property
     def window(self) -> int:
-        """Batches of the longest step of a phase's schedule."""
+        """The most batches that one step of a phase's schedule takes."""
         return max(phase.window for phase in self.phases)
 
     @property
     def cost_model_seconds_per_batch(self) -> float | None:
-        """What Pipe-BD's cost model says; None for `balanced`, which that has no terms for."""
+        """Seconds a batch by Pipe-BD's cost model; None for `balanced`, for which that has no terms."""
         profile, batch, speeds = self.costs.profile, self.costs.batch, self.costs.speeds or None
         if self.strategy == "dp":
             return dp_seconds(profile, batch, self.num_devices, speeds=speeds)
@@ -134,13 +147,13 @@ class BlockwisePlan:
 
     @property
     def limit_seconds_per_batch(self) -> float:
-        """All work once, shared out evenly, on as many rows at a time as are cheapest: no plan can be faster."""
+        """The least seconds a batch of any plan: all work once, divided evenly, on as many rows at a time as are cheapest."""
         costs, pace = self.costs, sum(self.costs.speeds) or self.num_devices
         return sum(_least_seconds(block, costs.batch, self.num_devices) for block in costs.profile.blocks) / pace
 
 
 def _least_seconds(block: BlockTimes, batch: int, num_ranks: int) -> float:
-    """A batch through a teacher block and its student block, in parts of any size from a row or an equal share up.
+    """Seconds of a batch in a teacher block and its student block, in parts of any size from a row or an equal share up.
 
     Seconds lie on lines between measured points, and on one line a row costs least at an end of it.
     """
@@ -158,17 +171,25 @@ def make_blockwise_plan(
     memory_bytes: float | None = None,
     speeds: Sequence[float] | None = None,
 ) -> BlockwisePlan:
-    """The plan of a strategy for batches of `batch` rows, from a profile of the blocks.
+    """Make the plan of a strategy from a profile of the blocks.
 
-    `memory_bytes` limits what a rank may hold; hybrid and balanced choose accordingly. Raises `PlanError` for an unknown
-    strategy, for counts below 1, and when nothing fits.
+    Args:
+        profile: seconds and bytes of every block
+        strategy: one of `BLOCKWISE_STRATEGIES`
+        devices: number of ranks
+        batch: rows of a batch
+        memory_bytes: most bytes that a rank may hold (default: no limit); hybrid and balanced choose accordingly
+        speeds: work per second of each rank, where 1 is what the profile was measured on (default: all 1)
+
+    Raises:
+        PlanError: there is no such strategy, a count is below 1, or nothing fits
     """
     if strategy not in BLOCKWISE_STRATEGIES:
         known = ", ".join(BLOCKWISE_STRATEGIES)
         raise PlanError(
             f"no strategy '{strategy}' for blocks{nearest(strategy, BLOCKWISE_STRATEGIES)}; there are {known}"
         )
-    Problem(profile, batch, devices, speeds, memory_bytes)  # or what is wrong with it
+    Problem(profile, batch, devices, speeds, memory_bytes)  # raises what is wrong with it
     blocks, everybody = range(len(profile.blocks)), tuple(range(devices))
     costs = BlockwiseCosts(profile, batch, tuple(speeds or ()))
     chosen: Hybrid | None = None

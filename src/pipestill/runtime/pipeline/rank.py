@@ -24,7 +24,7 @@ from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.protocol import Message, Waiting, World, receive
 from pipestill.schedule import Action, Lane, Op, Role, Schedule
 from pipestill.schedule.comms import edges
-from pipestill.schedule.pipeline.forward_only import forward_only
+from pipestill.schedule.pipeline.sequential import forward_only
 from pipestill.schedule.pipeline.structure import PipelineStructure
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 from pipestill.costs import StageCosts
@@ -24,29 +25,32 @@ from pipestill.schedule.simulate import simulate
 from pipestill.schedule.trace import Trace
 
 
+@dataclass(frozen=True)
 class Candidates:
     """Rows for one structure under given costs. Each is a period that ends with what ends a step.
 
     Args:
         structure: what a step computes
         costs: seconds of each kind of work on each stage
-        stash: the most units between forward and backward on the first stage
+        first_stash: the most units between forward and backward on the first stage
         run_ahead: the most units that the teacher may be ahead of the student (None: as many as it takes)
     """
 
-    def __init__(self, structure: PipelineStructure, costs: StageCosts, stash: int, run_ahead: int | None) -> None:
-        self.structure = structure
-        self.costs = costs
-        self.run_ahead = run_ahead
-        self.warm_ups = warm_up(structure, stash)
-        """For each stage, the student's forwards before its first backward."""
-        self.stash = (stash,) * len(self.warm_ups) if structure.split else self.warm_ups
-        """For each stage, the most units between forward and backward."""
-        self.orders = self._student_orders(structure)
-        """For each stage, the order of the student's work, but for gradients of weights."""
+    structure: PipelineStructure
+    costs: StageCosts
+    first_stash: int
+    run_ahead: int | None
 
-    def _student_orders(self, structure: PipelineStructure) -> Rows:
-        return [student_order(stage, structure, ahead) for stage, ahead in enumerate(self.warm_ups)]
+    @cached_property
+    def stash(self) -> tuple[int, ...]:
+        """For each stage, the most units between forward and backward."""
+        warm_ups = warm_up(self.structure, self.first_stash)
+        return (self.first_stash,) * len(warm_ups) if self.structure.split else warm_ups
+
+    @cached_property
+    def orders(self) -> Rows:
+        """For each stage, the order of the student's work, but for gradients of weights."""
+        return _student_orders(self.structure, self.first_stash)
 
     @property
     def num_actions(self) -> int:
@@ -63,7 +67,8 @@ class Candidates:
         alone = dataclasses.replace(
             self.structure, teacher_ranks=(), momentum=False, staleness=0, student_staleness=0, split=False
         )
-        return simulate(connect("student", alone, self._student_orders(alone), self.warm_ups, run_ahead=0), self.costs)
+        orders, stash = _student_orders(alone, self.first_stash), warm_up(alone, self.first_stash)
+        return simulate(connect("student", alone, orders, stash, run_ahead=0), self.costs)
 
     def all(self, few: bool) -> Iterator[Rows]:
         """All candidates; `few`: of those that take long to find, only the best kind."""
@@ -152,3 +157,8 @@ class Candidates:
                 if action.op is Op.INPUT:
                     complete[-1].append(dataclasses.replace(action, op=Op.WEIGHT))
         return complete
+
+
+def _student_orders(structure: PipelineStructure, first_stash: int) -> Rows:
+    """For each stage, the order of 1F1B with as many forwards first as the stash allows."""
+    return [student_order(stage, structure, ahead) for stage, ahead in enumerate(warm_up(structure, first_stash))]

@@ -31,13 +31,18 @@ def action_seconds(action: Action, structure: PipelineStep, costs: StageCosts) -
 
 def transfer_seconds(action: Action, structure: PipelineStep, costs: StageCosts) -> float:
     """How long the result of `action` takes to arrive at another rank: a boundary's activations or their gradients."""
+    return costs.link.seconds(result_bytes(action, structure, costs))
+
+
+def result_bytes(action: Action, structure: PipelineStep, costs: StageCosts) -> float:
+    """Bytes of what a forward gives to the stage behind it, or a backward to the one before; 0 for other work."""
     if action.microbatch is None:
-        return costs.link.seconds(0)
+        return 0
     if action.op is Op.FORWARD:
         sizes, boundary = costs.activation_bytes if action.role is Role.STUDENT else costs.teacher_bytes, action.stage
     else:
         sizes, boundary = costs.activation_bytes, action.stage - 1
-    return costs.link.seconds(sizes[boundary] * unit_scale(action, structure, costs) if sizes else 0)
+    return sizes[boundary] * unit_scale(action, structure, costs) if sizes and boundary >= 0 else 0
 
 
 def unit_scale(action: Action, structure: PipelineStep, costs: StageCosts) -> float:

@@ -64,6 +64,7 @@ class _Rank:
     """When its last work ended."""
 
 
+@dataclass(slots=True)
 class Greedy:
     """List scheduling of one structure under given costs; `rows` gives the repeating period.
 
@@ -76,41 +77,38 @@ class Greedy:
         weights_first: whether gradients of weights have priority over the teacher's forwards
     """
 
-    def __init__(
-        self,
-        structure: PipelineStructure,
-        costs: StageCosts,
-        stash: Sequence[int],
-        run_ahead: int,
-        lead: int = 0,
-        weights_first: bool = True,
-    ) -> None:
-        self.structure = structure
-        self.stash = stash
-        self.run_ahead = run_ahead
-        self.lead = lead
-        self.weights_first = weights_first
-        table = WorkTable(structure, costs)
+    structure: PipelineStructure
+    costs: StageCosts
+    stash: Sequence[int]
+    run_ahead: int
+    lead: int = 0
+    weights_first: bool = True
+
+    def _ranks(self) -> list[_Rank]:
+        """All ranks, with everything to do."""
+        table = WorkTable(self.structure, self.costs)
         ends: dict[Action, list[float]] = {action: [] for action in table.seconds}
-        self.ranks = [_Rank({}, {}) for _ in structure.student_ranks]
+        ranks = [_Rank({}, {}) for _ in self.structure.student_ranks]
         for action, seconds in table.seconds.items():
             waits = [(ends[wait.result], wait.step, wait.transfer_seconds) for wait in table.waits[action]]
-            rank = self.ranks[structure.rank_of(action)]
+            rank = ranks[self.structure.rank_of(action)]
             rank.queues.setdefault((action.role, action.op), []).append(_Work(action, seconds, ends[action], waits))
             rank.done[action.role, action.op] = 0
+        return ranks
 
     def rows(self) -> Rows | None:
         """One period on each rank, up to what ends a step there; None where no pattern of one step has set in."""
+        ranks = self._ranks()
         soon = [0.0]  # moments at which some work ends or some result arrives
         while soon:
             now = heapq.heappop(soon)
             while soon and soon[0] <= now * (1 + _ROUNDING):
                 heapq.heappop(soon)
-            for stage, rank in enumerate(self.ranks):
+            for stage, rank in enumerate(ranks):
                 while rank.free <= now * (1 + _ROUNDING) and self._do_next(stage, rank, now, soon):
                     pass
         rows = []
-        for rank in self.ranks:
+        for rank in ranks:
             row = _period(rank.order, Op.EMA if self.structure.momentum else Op.UPDATE)
             if row is None:
                 return None

@@ -9,7 +9,7 @@ that its needs allow, also in the period before:
 
 A start time for every work, counted in its own step, has to satisfy start(v) >= start(u) + seconds(u) - w * period wherever
 v waits for u of w steps before: in needs, in memory bounds, and for neighbours on a rank. So the longest path from the second
-of two neighbours back to the first (see `slack`) tells what room there is between them. Each insertion takes the gap with the
+of two neighbours back to the first tells what room there is between them. Each insertion takes the gap with the
 most room and brings the paths up to date. (Insertion heuristics with exact slack, as in job-shop scheduling; the cyclic form is
 that of modulo scheduling, Rau 1994.)
 
@@ -26,11 +26,13 @@ import numpy.typing as npt
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.pipeline.slack import Edges, LongestPaths
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.pipeline.work import Rows, WorkTable, is_teacher_forward
 
 _ROUNDING = 1e-9
+
+Edges = list[tuple[int, float]]
+"""Nodes at the other end of edges, and the edges' weights."""
 
 
 class Bound(NamedTuple):
@@ -56,6 +58,49 @@ class _Gap(NamedTuple):
     ahead: int
     room: float
     """Seconds by which the work could be longer there."""
+
+
+class _LongestPaths:
+    """The longest paths between the nodes that are in the graph so far. `length[u, v]` is -inf where there is no path.
+
+    An edge from u to v of weight w says that v starts at least w after u. So does a path, with the sum of its weights, and the
+    longest path from u to v says what all edges together ask of the two. Where a path from u back to itself is longer than 0,
+    no start times satisfy all edges.
+    """
+
+    def __init__(self, num_nodes: int) -> None:
+        self.length: npt.NDArray[np.float64] = np.full((num_nodes, num_nodes), -np.inf)
+        np.fill_diagonal(self.length, 0.0)
+        self._inside = np.zeros(num_nodes, dtype=bool)
+
+    def start(self, num_nodes: int, edges: Iterable[tuple[int, int, float]]) -> float:
+        """Begin with the first `num_nodes` nodes and edges (from, to, weight) between them.
+
+        Returns the length of the longest path from a node back to itself.
+        """
+        length = self.length[:num_nodes, :num_nodes]
+        for start, end, weight in edges:
+            length[start, end] = max(length[start, end], weight)
+        for via in range(num_nodes):  # Floyd and Warshall
+            np.maximum(length, length[:, via, None] + length[None, via, :], out=length)
+        self._inside[:num_nodes] = True
+        return float(np.diagonal(length).max())
+
+    def add(self, node: int, before: Edges, after: Edges) -> None:
+        """Add a node with edges from nodes `before` it and to nodes `after` it, which are in the graph."""
+        length = self.length
+        into = np.max([length[:, start] + weight for start, weight in before], axis=0)
+        out = np.max([length[end, :] + weight for end, weight in after], axis=0)
+        length[:, node] = np.maximum(length[:, node], into)
+        length[node, :] = np.maximum(length[node, :], out)
+        others = np.flatnonzero(self._inside)
+        between = np.ix_(others, others)
+        length[between] = np.maximum(length[between], into[others, None] + out[None, others])
+        self._inside[node] = True
+
+    def known(self, edges: Edges) -> Edges:
+        """Those of the edges whose other end is in the graph."""
+        return [(node, weight) for node, weight in edges if self._inside[node]]
 
 
 class Weaver:
@@ -92,7 +137,7 @@ class Weaver:
         for bound in bounds:
             self._add_edge(*bound)
         self._rows = [[_Placed(self._node[action], 0) for action in order] for order in orders]
-        self._paths = LongestPaths(len(self._actions))
+        self._paths = _LongestPaths(len(self._actions))
         longest_cycle = self._paths.start(len(fixed), self._edges_between(len(fixed)))
         self.feasible = longest_cycle <= _ROUNDING * period
 

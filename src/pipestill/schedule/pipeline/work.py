@@ -51,15 +51,6 @@ class WorkTable:
                     waits.append(Wait(need.at(0), need.step, transfer, far))
 
 
-def loop_order(structure: PipelineStructure) -> Rows:
-    """Each rank's work of one step in the order of a plain loop."""
-    rows: Rows = [[] for _ in range(structure.num_ranks)]
-    for action in structure.actions():
-        if action.op is not Op.DATA:
-            rows[structure.rank_of(action)].append(action)
-    return rows
-
-
 def is_teacher_forward(action: Action) -> bool:
     """Whether an action is a forward of the teacher."""
     return action.role is Role.TEACHER and action.op is Op.FORWARD

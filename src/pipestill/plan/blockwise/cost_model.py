@@ -1,6 +1,6 @@
-"""Stages of consecutive blocks on groups of ranks, and what each way of training blocks costs in seconds and bytes.
+"""A cost model of blockwise training: seconds and bytes of stages of consecutive blocks on groups of ranks.
 
-The cost model is Pipe-BD's (Jang et al., DATE 2023).
+It is that of Pipe-BD (Jang et al., DATE 2023). Plans are searched for with it, and then timed by the simulator.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pipestill.errors import PlanError
 from pipestill.schedule.blockwise.generate import AHEAD
 from pipestill.schedule.blockwise.profile import BlockProfile
 
-Speeds = Sequence[float] | None  # of each rank: work per second, where 1 is what the profile was measured on
+Speeds = Sequence[float] | None
+"""Work per second of each rank, where 1 is what the profile was measured on; None where all are 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +34,24 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class LayerWise:
-    """The blocks that each rank trains from the sample on, and the predicted seconds of each rank for one batch."""
+    """A plan of strategy `ls`, in which each rank trains whole blocks by itself, from the sample on."""
 
     assignment: tuple[tuple[int, ...], ...]
+    """The blocks of each rank."""
     rank_seconds: tuple[float, ...]
+    """Predicted seconds of each rank for one batch."""
 
     @property
     def seconds(self) -> float:
-        """Seconds of the slowest rank for one batch."""
+        """Predicted seconds of one batch: the slowest rank's."""
         return max(self.rank_seconds)
 
 
 def stage_seconds(profile: BlockProfile, first: int, end: int, k: int, batch: int, speed: float = 1.0) -> float:
-    """Blocks [first, end) on k ranks of `speed` or more, for one batch (Pipe-BD's cost model).
+    """Seconds of one batch in blocks [first, end) on k ranks, the slowest of which does `speed` work per second.
 
-    The work of a share of batch / k rows, every student block's all-reduce, and the relay of what block `first` receives.
+    They are the work of each rank's share of batch / k rows, every student block's all-reduce, and the relay of what block
+    `first` receives.
     """
     rows = batch / k
     work = sum(block.teacher(rows) + block.student(rows) for block in profile.blocks[first:end])
@@ -59,7 +63,7 @@ def stage_memory_bytes(profile: BlockProfile, first: int, end: int, rows: int) -
     """The most bytes that a rank holds which takes `rows` rows through blocks [first, end).
 
     They are both models' state, the outputs of teacher blocks that its student blocks take (the next batch's input among
-    them), those that wait for the next stage, and the activations of the student block that has the most.
+    them), those that wait for the next stage, and the activations of one student block at a time, of the one with the most.
     """
     blocks = profile.blocks[first:end]
     state = sum(block.teacher_bytes + block.state_bytes for block in blocks)
@@ -70,22 +74,22 @@ def stage_memory_bytes(profile: BlockProfile, first: int, end: int, rows: int) -
 
 
 def dp_seconds(profile: BlockProfile, batch: int, devices: int, *, speeds: Speeds = None) -> float:
-    """One batch of every block under `dp`: for each, the teacher up to it and its step on batch / devices rows each."""
+    """Seconds of one batch of every block under `dp`: for each, the teacher up to it and its step on batch / devices rows."""
     slowest = min(Problem(profile, batch, devices, speeds).pace)
     rows = batch / devices
     prefix = accumulate(block.teacher(rows) for block in profile.blocks)
-    work = sum(taught + block.student(rows) for taught, block in zip(prefix, profile.blocks, strict=True))
+    work = sum(teacher + block.student(rows) for teacher, block in zip(prefix, profile.blocks, strict=True))
     return work / slowest + sum(profile.allreduce_seconds(block, devices) for block in range(len(profile.blocks)))
 
 
 def ls(profile: BlockProfile, batch: int, devices: int, *, speeds: Speeds = None) -> LayerWise:
-    """Whole blocks as tasks (Blakeney et al.): the longest first, each to the rank that would end it earliest.
+    """Give whole blocks to ranks as tasks, the longest first, each to the rank that would end it earliest (Blakeney et al.).
 
     A task runs the teacher up to its block and the block's step on whole batches; nothing is exchanged.
     """
     pace = Problem(profile, batch, devices, speeds).pace
     prefix = accumulate(block.teacher(batch) for block in profile.blocks)
-    tasks = [taught + block.student(batch) for taught, block in zip(prefix, profile.blocks, strict=True)]
+    tasks = [teacher + block.student(batch) for teacher, block in zip(prefix, profile.blocks, strict=True)]
     load = [0.0] * devices
     assignment: list[list[int]] = [[] for _ in range(devices)]
     for block in sorted(range(len(tasks)), key=lambda block: -tasks[block]):
@@ -98,7 +102,15 @@ def ls(profile: BlockProfile, batch: int, devices: int, *, speeds: Speeds = None
 
 @dataclass(frozen=True)
 class Problem:
-    """What a search is given."""
+    """What a plan is searched for; `PlanError` where that makes no sense, with all problems at once.
+
+    Args:
+        profile: seconds and bytes of every block
+        batch: rows of a batch
+        devices: number of ranks
+        speeds: work per second of each rank
+        memory_bytes: most bytes that a rank may hold (None: no limit)
+    """
 
     profile: BlockProfile
     batch: int
@@ -125,11 +137,11 @@ class Problem:
 
     @property
     def pace(self) -> Sequence[float]:
-        """The speed of each rank, 1 where none is given."""
+        """Work per second of each rank."""
         return (1.0,) * self.devices if self.speeds is None else self.speeds
 
     def seconds_of(self, stage: Stage) -> float:
-        """Seconds of a stage for one batch, at the speed of its slowest rank."""
+        """Seconds of one batch in a stage, whose group is as slow as its slowest rank."""
         slowest = min(self.pace[rank] for rank in stage.ranks)
         return stage_seconds(self.profile, stage.first, stage.end, len(stage.ranks), self.batch, slowest)
 
@@ -138,11 +150,11 @@ class Problem:
         return stage_memory_bytes(self.profile, stage.first, stage.end, most_rows(self.batch, len(stage.ranks)))
 
     def fits(self, stages: Sequence[Stage]) -> bool:
-        """Whether no rank of these stages holds more than the limit."""
+        """Whether no rank of the stages holds more than it may."""
         return self.memory_bytes is None or max(map(self.bytes_of, stages)) <= self.memory_bytes
 
     def nothing_fits(self, least: float) -> PlanError:
-        """The error where even the plan with the fewest bytes, `least`, is above the limit."""
+        """The error for a limit that no plan keeps, where the best one has a rank that holds `least` bytes."""
         assert self.memory_bytes is not None, "without a limit everything fits"
         return PlanError(
             f"no plan of {len(self.profile.blocks)} blocks on {self.devices} devices fits into "
@@ -152,5 +164,5 @@ class Problem:
 
 
 def most_rows(batch: int, k: int) -> int:
-    """Rows are whole: of a group's members, some hold one more."""
+    """The most rows of a batch that one of k ranks takes: rows are whole, so some take one more than others."""
     return -(-batch // k)

@@ -1,4 +1,4 @@
-"""Blockwise plans as JSON: what they were found from, so that the same plan is found again, and what came of it."""
+"""Blockwise plans as JSON: what they were found from, so that the same plan is found again, and their figures for readers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ _VERSION, _KIND = 1, "blockwise"
 
 
 def blockwise_plan_to_json(plan: BlockwisePlan, memory_bytes: float | None = None) -> dict[str, Any]:
-    """A blockwise plan as values for JSON.
+    """What a plan was found from, for `blockwise_plan_from_json`, and its figures.
 
-    `ranks` says in words who trains what, and `phases` are blocks that are trained together. Seconds are those of training
-    every block on one batch.
+    `ranks` says in words which rank trains what; `phases` are blocks that are trained together. Seconds are of training every
+    block on one batch.
+
+    Args:
+        plan: the plan
+        memory_bytes: the limit that it was found under
     """
     return {
         "version": _VERSION,
@@ -39,8 +43,8 @@ def blockwise_plan_to_json(plan: BlockwisePlan, memory_bytes: float | None = Non
     }
 
 
-def is_block_plan(text: str) -> bool:
-    """Whether a plan's JSON is of blocks, and not of pipelines."""
+def is_blockwise_plan(text: str) -> bool:
+    """Whether the JSON of a plan is that of a blockwise one, and not of a pipeline's."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError:
@@ -48,8 +52,8 @@ def is_block_plan(text: str) -> bool:
     return isinstance(data, dict) and data.get("kind") == _KIND
 
 
-def block_plan_from_json(text: str) -> BlockwisePlan:
-    """The plan that `blockwise_plan_to_json` wrote, found again; `ConfigError` says what is wrong with it."""
+def blockwise_plan_from_json(text: str) -> BlockwisePlan:
+    """Find the plan again that `blockwise_plan_to_json` wrote; `ConfigError` says what is wrong with it."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -72,4 +76,5 @@ def block_plan_from_json(text: str) -> BlockwisePlan:
 
 
 def _read(value: Any) -> Any:
+    """A value of JSON, where a sequence is a tuple."""
     return tuple(value) if isinstance(value, list) else value
