@@ -43,7 +43,7 @@ fuzz: $(STAMP)  ## the property tests on new random examples, ROUNDS times over 
 lint: $(STAMP)  ## ruff: likely bugs and style
 	$(BIN)/ruff check
 
-types: $(STAMP)  ## mypy, strict
+types: $(STAMP)  ## mypy, strict, of the package and the benchmarks
 	$(BIN)/mypy
 
 imports: $(STAMP)  ## import-linter: the arrows between modules

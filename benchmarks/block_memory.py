@@ -29,6 +29,7 @@ from pipestill.model.live_bytes import LiveBytes
 from pipestill.plan.blockwise.describe import describe
 from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.compress import Compress
+from pipestill.recipes.recipe import Recipe
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.launch import launch
@@ -39,7 +40,7 @@ from pipestill.train.trainer import Trainer
 
 BATCH = 128
 PIPELINE_STRATEGIES = ("dp", "relay", "relay-dpu", "hybrid", "balanced")
-WORKLOADS = {"six blocks alike": SixAlike(batch_size=BATCH), "compress": Compress(batch_size=BATCH)}
+WORKLOADS: dict[str, Recipe] = {"six blocks alike": SixAlike(batch_size=BATCH), "compress": Compress(batch_size=BATCH)}
 
 
 def counted(name: str, devices: int) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from pipestill import draw
-from pipestill.compare.blockwise import compare_blockwise
+from pipestill.compare.real import compare
 from pipestill.compare.virtual import VirtualOptions, compare_virtual_blockwise
 from pipestill.losses import cross_entropy
 from pipestill.model.blockwise.task import Blockwise
@@ -33,6 +33,7 @@ from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, make_blockwise_p
 from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.compress import Compress
 from pipestill.recipes.datasets import digits
+from pipestill.recipes.recipe import Recipe
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.training import Training
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -60,10 +61,10 @@ class SixAlike:
         """Build it."""
         train, test = digits(seed)
         seen = train if num_samples is None else Subset(train, range(num_samples))
-        loaders = (DataLoader(data, self.batch_size, shuffle=True, drop_last=True) for data in (seen, test))
+        loader, test_loader = (DataLoader(data, self.batch_size, shuffle=True, drop_last=True) for data in (seen, test))
         training = Training(epochs=1, optimizer=torch.optim.SGD, lr=0.01)
         return BlockwiseWorkload(
-            self.task, *loaders, cross_entropy, {}, teacher_training=training, student_training=training,
+            self.task, loader, test_loader, cross_entropy, {}, teacher_training=training, student_training=training,
             alone_training=training,
         )  # fmt: skip
 
@@ -76,7 +77,7 @@ class SixAlike:
     def _blocks(self, depth: int) -> nn.Sequential:
         blocks = []
         for block in range(6):
-            layers = [] if block else [nn.Conv2d(1, self.width, 1)]
+            layers: list[nn.Module] = [] if block else [nn.Conv2d(1, self.width, 1)]
             for _ in range(depth):
                 layers += [nn.Conv2d(self.width, self.width, 3, padding=1), nn.ReLU()]
             blocks.append(Whole(*layers))
@@ -87,7 +88,7 @@ class Whole(nn.Sequential):
     """Layers that are one block."""
 
 
-REAL = {"six blocks alike": SixAlike(), "compress": Compress(batch_size=128)}
+REAL: dict[str, Recipe] = {"six blocks alike": SixAlike(), "compress": Compress(batch_size=128)}
 
 
 def main() -> None:
@@ -115,9 +116,8 @@ def main() -> None:
         options = RunOptions(devices=2, threads=1, device="cpu")
         figures["real"] = {"where": where}
         for name, recipe in REAL.items():
-            measured = compare_blockwise(
-                recipe, options, list(BLOCKWISE_STRATEGIES), rounds=arguments.rounds, steps=arguments.steps, device_type="cpu"
-            )
+            strategies = list(BLOCKWISE_STRATEGIES)
+            measured = compare(recipe, options, strategies, rounds=arguments.rounds, steps=arguments.steps)
             figures["real"][name] = measured.figures
     file.write_text(json.dumps(figures, indent=2) + "\n")
     arguments.out.with_suffix(".md").write_text(text(figures))

@@ -35,11 +35,10 @@ PUBLISHED = {("ssl", 8): 6.42, ("ssl", 16): 12.15, ("kd", 8): 4.68}  # TSPipe, L
 def ssl(devices: int, seconds: float) -> tuple[Costs, Demands]:
     """Stages alike; every boundary carries 1 MB a microbatch and view."""
     costs = Costs.uniform(devices, seconds, seconds, 2 * seconds, weight=seconds, views=2)
-    blocks = {
-        role: tuple(replace(block, output_bytes=1_000_000) for block in getattr(costs, role))
-        for role in ("student", "teacher")
-    }
-    return replace(costs, **blocks, link=LINK), Demands(momentum=True, views=2, teacher_views=2)
+    student, teacher = (
+        tuple(replace(block, output_bytes=1_000_000) for block in blocks) for blocks in (costs.student, costs.teacher)
+    )
+    return replace(costs, student=student, teacher=teacher, link=LINK), Demands(momentum=True, views=2, teacher_views=2)
 
 
 def kd(devices: int, seconds: float) -> tuple[Costs, Demands]:
