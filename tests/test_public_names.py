@@ -40,7 +40,12 @@ def described(text: str | None) -> set[str]:
 
 
 def field_notes(kind: type) -> set[str]:
-    """The fields of a class that a text follows in its source."""
+    """The fields of a class and of those that it derives from that a text follows in the source."""
+    ours = [base for base in kind.__mro__ if base.__module__.startswith("pipestill.")]
+    return set().union(*map(_own_field_notes, ours))
+
+
+def _own_field_notes(kind: type) -> set[str]:
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(node, ast.ClassDef)
     return {

@@ -1,4 +1,4 @@
-"""Whether what a user gave is of the kind that was asked for: each function gives the problems that it finds, as text."""
+"""Checks of what users give: most functions yield the problems that they find, as text."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pipestill.errors import ConfigError, UnknownArgument, nearest
 
 
 def raise_problems(problems: Iterable[str], error: type[Exception] = ConfigError) -> None:
-    """All of them at once, where there are any."""
+    """Raise one error that lists all problems; do nothing where there are none."""
     found = list(problems)
     if found:
         raise error("; ".join(found))
 
 
 def shown(value: object) -> str:
-    """In a message, on one line: an optimizer or a model tells a page about itself."""
+    """Describe a value for a message on one short line: the text of an optimizer or a model fills a page."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def whole(name: str, value: object, least: int | None = None) -> Iterator[str]:
-    """`value` is no whole number, or less than `least`."""
+    """Yield a problem where `value` is no whole number, or is less than `least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         yield f"{name} is {shown(value)}; expected a whole number"
     elif least is not None and value < least:
@@ -37,7 +37,7 @@ def whole(name: str, value: object, least: int | None = None) -> Iterator[str]:
 def real_number(
     name: str, value: object, *, least: float | None = None, above: float | None = None, most: float | None = None
 ) -> Iterator[str]:
-    """`value` is no finite number, is less than `least`, is not above `above`, or is more than `most`."""
+    """Yield a problem where `value` is no finite number, is less than `least`, not above `above`, or more than `most`."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         yield f"{name} is {shown(value)}; expected a number"
     elif not math.isfinite(value):
@@ -51,44 +51,44 @@ def real_number(
 
 
 def one_of(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> Iterator[str]:
-    """`value` is of none of `kinds`; `expected` says what to give."""
+    """Yield a problem where `value` is of none of `kinds`; `expected` says what to give."""
     if not isinstance(value, kinds):
         yield f"{name} is {shown(value)}; expected {expected}"
 
 
 def function(name: str, value: object, expected: str) -> Iterator[str]:
-    """`value` cannot be called; `expected` says what to give."""
+    """Yield a problem where `value` cannot be called; `expected` says what to give."""
     if not callable(value):
         yield f"{name} is {shown(value)}; expected {expected}"
 
 
 def a_loss(name: str, value: object) -> Iterator[str]:
-    """`value` is no function, or a class whose objects are."""
+    """Yield a problem where `value` is no function; a class is none, but its objects may be."""
     if isinstance(value, type):
         yield f"{name} is the class {value.__name__}; expected an object of it: {value.__name__}(...)"
     yield from function(name, value, "a function")
 
 
 def listeners(value: object) -> Iterator[str]:
-    """`value` is no sequence of objects that hear of a run."""
-    heard = ("start", "step", "validation", "end")
+    """Yield a problem for everything in `value` that has not the methods of a callback."""
+    methods = ("start", "step", "validation", "end")
     if not isinstance(value, (list, tuple)):
         yield f"callbacks is {shown(value)}; expected a list of callbacks"
         return
     for one in value:
-        missing = [name for name in heard if not callable(getattr(one, name, None))]
+        missing = [name for name in methods if not callable(getattr(one, name, None))]
         if missing or isinstance(one, type):
-            yield f"callback {shown(one)} is no object with the methods {', '.join(heard)}; derive it from callbacks.Callback"
+            yield f"callback {shown(one)} is no object with the methods {', '.join(methods)}; derive it from callbacks.Callback"
 
 
 def check_extent(epochs: object, steps: object) -> None:
-    """`ConfigError` for numbers of epochs and steps that cannot be; None is no limit."""
+    """Raise `ConfigError` where a number of epochs or steps is no whole number above 0; None is no limit."""
     given = {"epochs": epochs, "steps": steps}
     raise_problems(p for name, value in given.items() if value is not None for p in whole(name, value, 1))
 
 
 def metric_problems(metrics: object) -> Iterator[str]:
-    """`metrics` is no dict of functions by name, or one has the name of what is told anyway."""
+    """Yield a problem where `metrics` is no dict of functions by name, or a name is that of the training loss."""
     if not isinstance(metrics, (Mapping, NoneType)):
         yield f"metrics is {shown(metrics)}; expected a dict of functions (output, target) by name"
         return
@@ -101,7 +101,7 @@ def metric_problems(metrics: object) -> Iterator[str]:
 def optimizing(
     optimizer: object, lr: object, options: object, param_groups: object, schedules: Mapping[str, object]
 ) -> Iterator[str]:
-    """What is wrong with an optimizer and its settings before one is made."""
+    """Yield the problems of an optimizer's class and settings that can be seen before one is made."""
     expected = (
         "a class such as torch.optim.SGD, or a function, that makes one from parameters: there is one for each stage"
     )
@@ -122,7 +122,7 @@ def optimizing(
 
 
 def checked_factor(name: str, schedule: Callable[[int], Any] | None) -> Callable[[int], float]:
-    """The schedule (default: 1 at any step), whose factors are looked at; `ConfigError` for one that cannot be."""
+    """The schedule (default: always 1), which raises `ConfigError` where a factor is no finite number of at least 0."""
 
     def factor(step: int) -> float:
         value = 1.0 if schedule is None else schedule(step)
@@ -138,7 +138,7 @@ def checked_factor(name: str, schedule: Callable[[int], Any] | None) -> Callable
 
 
 def try_first(name: str, schedule: Callable[[int], object]) -> Iterator[str]:
-    """What a function of the step does wrong at the first one."""
+    """Yield a problem where a function of the step fails at the first step."""
     try:
         schedule(0)
     except ConfigError as error:
@@ -168,71 +168,52 @@ def parse_bytes(amount: object) -> int:
 
 
 def mebibytes(num_bytes: float) -> str:
-    """An amount of memory, as messages show it."""
+    """Write an amount of memory as messages show it."""
     return f"{num_bytes / 2**20:.6g} MiB"
 
 
 # ---------------------------------------------------------------- names of arguments that other libraries have
 
-_FIT = "an argument of `fit`: trainer.fit(loader, {})"
-_OPTION = "an option of the optimizer: optimizer_options={{{}}}"
+_FAMILIAR = """
+learning_rate base_lr: called `lr` here
+max_epochs num_epochs num_train_epochs n_epochs epochs: an argument of `fit`: trainer.fit(loader, epochs=...)
+max_steps num_steps steps: an argument of `fit`: trainer.fit(loader, steps=...)
+val_dataloaders val_loader eval_dataset valid_loader validation_loader validation_data: called `validate` here, an argument of fit
+train_dataloaders train_loader train_dataset dataloader: the first argument of `fit`
+validate: an argument of `fit`: trainer.fit(loader, validate=...)
+max_grad_norm grad_clip gradient_clip_val clip_grad max_norm: called `clip_grad_norm` here
+gradient_accumulation_steps accumulate_grad_batches num_microbatches micro_batches chunks: called `microbatches` here
+batch_size per_device_train_batch_size micro_batch_size: the loader's: DataLoader(..., batch_size=...)
+device_ids num_devices gpus num_gpus world_size: called `devices` here: their number
+accelerator device_type: called `device` here: 'cpu' or 'cuda'
+profile: called `costs` here: costs=BlockProfile.load(...)
+memory_bytes max_memory memory_limit: called `memory` here: bytes, or text such as '80GB'
+scheduler lr_scheduler schedule: called `lr_schedule` here
+optim optimizers optimizer_class: called `optimizer` here: a class such as torch.optim.SGD
+optimizer_kwargs optimizer_args optim_args: called `optimizer_options` here
+weight_decay momentum betas eps nesterov: an option of the optimizer: optimizer_options={"NAME": ...}
+logging_steps log_every_n_steps log_interval: called `log_every` here
+timeout: called `timeout_seconds` here
+num_stages: called `devices` here: there is one stage on each
+partition balance: called `student_partition` here (and `teacher_partition`)
+spare_ranks: gone: give `fit` a world instead
+teacher_model: called `teacher` here
+student_model model: called `student` here
+adapters: called `output_projectors` here
+input_adapters: called `input_projectors` here
+criterion loss_fn loss_function objective: called `loss` here
+temperature alpha: the loss's: for example loss=ps.losses.SoftTarget(temperature=4.0, weight=0.1)
+ema ema_decay tau decay moving_average_decay: called `momentum` here
+cuts split_points: called `student_cuts` here (and `teacher_cuts`)
+precision fp16 bf16 amp: no argument: call `fit` inside torch.autocast, with bfloat16
+"""
+"""Names of arguments that users of other libraries write, and what to write instead."""
+
 _HINTS = {
-    **dict.fromkeys(("learning_rate", "base_lr"), "called `lr` here"),
-    **dict.fromkeys(("max_epochs", "num_epochs", "num_train_epochs", "n_epochs"), _FIT.format("epochs=...")),
-    **dict.fromkeys(("max_steps", "num_steps"), _FIT.format("steps=...")),
-    **dict.fromkeys(
-        ("val_dataloaders", "val_loader", "eval_dataset", "valid_loader", "validation_loader", "validation_data"),
-        _FIT.format("validate=...").replace("an argument", "`validate`, an argument"),
-    ),
-    **dict.fromkeys(
-        ("train_dataloaders", "train_loader", "train_dataset", "dataloader"), "the first argument of `fit`"
-    ),
-    **dict.fromkeys(("epochs", "steps", "validate"), "an argument of `fit`"),
-    **dict.fromkeys(
-        ("max_grad_norm", "grad_clip", "gradient_clip_val", "clip_grad", "max_norm"), "called `clip_grad_norm` here"
-    ),
-    **dict.fromkeys(
-        ("gradient_accumulation_steps", "accumulate_grad_batches", "num_microbatches", "micro_batches", "chunks"),
-        "called `microbatches` here: slices of a batch whose gradients add up",
-    ),
-    **dict.fromkeys(
-        ("batch_size", "per_device_train_batch_size", "micro_batch_size"),
-        "the loader's: DataLoader(..., batch_size=...); `microbatches` says how many slices a batch is cut into",
-    ),
-    **dict.fromkeys(
-        ("device_ids", "num_devices", "gpus", "num_gpus", "world_size"), "called `devices` here: their number"
-    ),
-    **dict.fromkeys(("accelerator", "device_type"), "called `device` here: 'cpu' or 'cuda'"),
-    "profile": "called `costs` here: costs=BlockProfile.load(...)",
-    **dict.fromkeys(
-        ("memory_bytes", "max_memory", "memory_limit"), "called `memory` here: bytes, or text such as '80GB'"
-    ),
-    **dict.fromkeys(("scheduler", "lr_scheduler", "schedule"), "called `lr_schedule` here"),
-    **dict.fromkeys(
-        ("optim", "optimizers", "optimizer_class"), "called `optimizer` here: a class such as torch.optim.SGD"
-    ),
-    **dict.fromkeys(("optimizer_kwargs", "optimizer_args", "optim_args"), "called `optimizer_options` here"),
-    **{name: _OPTION.format(f"'{name}': ...") for name in ("weight_decay", "momentum", "betas", "eps", "nesterov")},
-    **dict.fromkeys(("logging_steps", "log_every_n_steps", "log_interval"), "called `log_every` here"),
-    "timeout": "called `timeout_seconds` here",
-    "num_stages": "called `devices` here: there is one stage on each",
-    **dict.fromkeys(("partition", "balance"), "called `student_partition` here (and `teacher_partition`)"),
-    "spare_ranks": "gone: give `fit` a world instead",
-    "teacher_model": "called `teacher` here",
-    **dict.fromkeys(("student_model", "model"), "called `student` here"),
-    "adapters": "called `output_projectors` here",
-    "input_adapters": "called `input_projectors` here",
-    **dict.fromkeys(("criterion", "loss_fn", "loss_function", "objective"), "called `loss` here"),
-    **dict.fromkeys(
-        ("temperature", "alpha"), "the loss's: for example loss=ps.losses.SoftTarget(temperature=4.0, weight=0.1)"
-    ),
-    **dict.fromkeys(("ema", "ema_decay", "tau", "decay", "moving_average_decay"), "called `momentum` here"),
-    **dict.fromkeys(("cuts", "split_points"), "called `student_cuts` here (and `teacher_cuts`)"),
-    **dict.fromkeys(
-        ("precision", "fp16", "bf16", "amp"), "not an argument here: call `fit` inside torch.autocast, with bfloat16"
-    ),
+    name: hint
+    for names, _, hint in (line.partition(": ") for line in _FAMILIAR.strip().splitlines())
+    for name in names.split()
 }
-"""What users of other libraries write, and what to write instead."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -256,8 +237,8 @@ def hinted(called: F) -> F:
 
 
 def _instead(name: str, known: Sequence[str]) -> str:
-    """What to write in place of an unknown argument: what it is called here, the closest name, or one of all."""
-    hint = _HINTS.get(name, "")
+    """The end of a message about an unknown argument: what to write instead, the closest name, or all names."""
+    hint = _HINTS.get(name, "").replace("NAME", name)
     called = re.search("called `([a-z_]+)`", hint)
     if hint and (called is None or called[1] in known):
         return f"; it is {hint}"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -19,7 +18,6 @@ from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
 from pipestill.model.blockwise.task import Blockwise
-from pipestill.optim import Schedules
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, Phase, make_blockwise_plan
 from pipestill.runtime.blockwise.groups import process_groups
 from pipestill.runtime.blockwise.measure_all_reduce import measure_allreduces
@@ -32,10 +30,9 @@ from pipestill.runtime.transport.protocol import World
 from pipestill.runtime.world import Processes, device_of
 from pipestill.schedule import Event, Op, Trace
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
-from pipestill.train.data import split_item
-from pipestill.train.engine import CPU, REFERENCE, Figures, FirstBatch, Run, chosen_strategy
+from pipestill.train.engine import CPU, REFERENCE, Engine, FirstBatch, Run
 from pipestill.train.options import TrainerOptions
-from pipestill.train.state import RunState, State
+from pipestill.train.result import Figures
 
 _LACKS = (
     "weight_decay_schedule", "microbatches", "staleness", "student_staleness", "split_backward", "stash", "run_ahead",
@@ -44,9 +41,11 @@ _LACKS = (
 """Options of pipelines, which have no meaning where every block is trained alone."""
 
 
-class BlockwiseEngine:
+class BlockwiseEngine(Engine):
     """Trains every student block of a blockwise task alone on its teacher block, on the ranks that share them."""
 
+    strategies = BLOCKWISE_STRATEGIES
+    default_strategy = "balanced"
     validates = False
 
     def __init__(self, options: TrainerOptions) -> None:
@@ -57,10 +56,10 @@ class BlockwiseEngine:
                 *(f"{name} is for models that are trained as a whole; leave it out" for name in options.given(_LACKS)),
             ]
         )
-        self.options = options
+        super().__init__(options)
         self.task = task
-        self.strategy = chosen_strategy(options, BLOCKWISE_STRATEGIES, "balanced")
-        self._state = RunState()
+        self.num_readings = task.num_blocks if self.strategy in (REFERENCE, "dp", "ls") else 1
+        self.num_passes = task.num_blocks if self.strategy in (REFERENCE, "dp") else 1
         if isinstance(options.costs, BlockProfile) and len(options.costs.blocks) != task.num_blocks:
             raise PlanError(
                 f"the costs are of {len(options.costs.blocks)} blocks, the models have {task.num_blocks}; measure them anew"
@@ -68,29 +67,20 @@ class BlockwiseEngine:
 
     @property
     def models(self) -> list[nn.Module]:
-        beside = [module for i in range(self.task.num_blocks) for module in self.task.modules_of(i).values()]
-        return [self.task.teacher, self.task.student, *beside]
+        return [self.task.teacher, *self.changed_modules.values()]
 
     @property
-    def num_readings(self) -> int:
-        return self.task.num_blocks if self.strategy in (REFERENCE, "dp", "ls") else 1
+    def changed_modules(self) -> dict[str, nn.Module]:
+        """The student, and what is trained beside its blocks."""
+        beside = [self.task.modules_of(block) for block in range(self.task.num_blocks)]
+        return {"student": self.task.student, **{name: module for modules in beside for name, module in modules.items()}}
 
     @property
-    def num_passes(self) -> int:
-        return self.task.num_blocks if self.strategy in (REFERENCE, "dp") else 1
-
-    @cached_property
-    def _schedules(self) -> Schedules:
-        blocks = map(self.task.parameters_of, range(self.task.num_blocks))
-        return self.options.schedules({name: parameter for named in blocks for name, parameter in named.items()})
+    def trained(self) -> dict[str, nn.Parameter]:
+        named = [self.task.parameters_of(block) for block in range(self.task.num_blocks)]
+        return {name: parameter for parameters in named for name, parameter in parameters.items()}
 
     # -- before a run -------------------------------------------------------------------------------------------
-
-    def split(self, item: Any) -> tuple[Any, Any]:
-        return split_item(self.options.split_batch, item, "what the loader gave")
-
-    def function_problems(self) -> Iterator[str]:
-        return self._schedules.problems()
 
     def contracts(self, sample: tuple[Any, Any]) -> BlockwiseContracts:
         return blockwise_dry_run(self.task, sample[0])
@@ -107,9 +97,6 @@ class BlockwiseEngine:
     def splits_rows(self, plan: BlockwisePlan) -> bool:
         structures = [phase.schedule.structure for phase in plan.phases]
         return any(action.op is Op.REDUCE for structure in structures for action in structure.actions())
-
-    def plain_options(self, plan: BlockwisePlan) -> dict[str, Any]:
-        return {}
 
     def measure(self, world: World, contracts: BlockwiseContracts, first: FirstBatch) -> BlockProfile:
         """Times of every block measured on rank 0 alone, for shares of the batch, and between processes links and all-reduces."""
@@ -207,26 +194,10 @@ class BlockwiseEngine:
             metrics={"loss": math.fsum(losses.values())},
         )  # fmt: skip
 
-    def state(self) -> State:
-        """The state of all blocks and of what is trained beside them.
-
-        No optimizer is in use between runs: each is dropped as soon as its block is trained to the end.
-        """
-        return self._state.take(self._stateful)
-
-    def load_state(self, state: State) -> None:
-        self._state.give(self._stateful, state)
-
-    @property
-    def _stateful(self) -> dict[str, nn.Module]:
-        """The modules that training changes."""
-        named = (self.task.modules_of(block) for block in range(self.task.num_blocks))
-        return {"student": self.task.student, **{name: module for modules in named for name, module in modules.items()}}
-
     def _settings(self) -> TrainingSettings:
         options = self.options
         return TrainingSettings(
-            seed=options.seed, log_every=options.log_every, schedules=self._schedules,
+            seed=options.seed, log_every=options.log_every, schedules=self.schedules,
             optimizer=options.make_optimizer, timeout_seconds=options.timeout_seconds,
         )  # fmt: skip
 

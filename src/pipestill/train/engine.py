@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
 from pipestill.errors import ConfigError, PlanError, nearest
+from pipestill.optim import Schedules
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.transport.protocol import Waiting, World
-from pipestill.schedule import Trace
 from pipestill.train.callbacks import Reporter
-from pipestill.train.data import Again
+from pipestill.train.data import Again, split_item
 from pipestill.train.options import TrainerOptions
-from pipestill.train.state import State
+from pipestill.train.result import Figures
+from pipestill.train.state import RunState, State
 
 REFERENCE = "reference"
 """The strategy of every kind of training that is a plain loop on one device, without a schedule."""
@@ -56,26 +58,6 @@ class Run:
     """Is left when the run is over, or has failed."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """What an engine knows of a run that is over; see `Result`. The defaults are those of a plain loop."""
-
-    steps: int
-    samples: int
-    seconds: float
-    seconds_per_step: float
-    metrics: dict[str, float]
-    losses: dict[str, float]
-    staleness: int = 0
-    utilisation: float = 1.0
-    bubble: float = 0.0
-    predicted_seconds_per_step: float | None = None
-    limit_seconds_per_step: float | None = None
-    exact: bool | str = True
-    whole_backwards: tuple[str, ...] = ()
-    traces: tuple[Trace, ...] = ()
-
-
 class Rank(Protocol):
     """One rank of a run."""
 
@@ -91,76 +73,89 @@ class Engine(Protocol):
     (`collect`).
     """
 
+    strategies: ClassVar[Mapping[str, str]]
+    """The names of this kind's strategies, each with a line of help."""
+    default_strategy: ClassVar[str]
+    validates: ClassVar[bool]
+    """Whether the student can be validated while it is trained."""
+    num_readings: int = 1
+    """How often one pass over the data reads the loader: some strategies read it anew for every block."""
+    num_passes: int = 1
+    """How many steps callbacks are called with for each batch: some strategies train one block after the other."""
     options: TrainerOptions
     strategy: str
     """The one that was chosen, or the default of this kind of training."""
+    run_state: RunState
 
-    @property
-    def validates(self) -> bool:
-        """Whether the student can be validated while it is trained."""
+    def __init__(self, options: TrainerOptions) -> None:
+        self.options = options
+        self.run_state = RunState()
+        self.strategy = self.default_strategy if options.strategy is None else options.strategy
+        names = (REFERENCE, *self.strategies)
+        if self.strategy not in names:
+            what = f"no strategy '{self.strategy}' for {type(options.task).__name__}{nearest(self.strategy, names)}"
+            raise ConfigError(f"{what}; there are {', '.join(names)}")
+        if self.strategy == REFERENCE and options.devices > 1:
+            raise PlanError(f"strategy 'reference' runs on one device, not {options.devices}; choose another, or devices=1")
 
     @property
     def models(self) -> Sequence[nn.Module]:
         """Every module that takes part; each is given back in the mode in which it came."""
 
     @property
-    def num_readings(self) -> int:
-        """How often one pass over the data reads the loader: some strategies read it anew for every block."""
+    def changed_modules(self) -> Mapping[str, nn.Module]:
+        """The modules that training changes, by the names that their tensors have in a `State`."""
 
     @property
-    def num_passes(self) -> int:
-        """How many steps callbacks are told of for each batch: some strategies train one block after the other."""
+    def trained(self) -> dict[str, nn.Parameter]:
+        """All parameters that optimizers train, by name."""
 
-    def split(self, item: Any) -> tuple[Any, Any]:
-        """What the loader yields -> inputs and targets; `DataError` for what cannot be."""
+    @cached_property
+    def schedules(self) -> Schedules:
+        """The learning rates and weight decays of every optimizer, as they follow the step."""
+        return self.options.schedules(self.trained)
 
     def function_problems(self) -> Iterator[str]:
-        """What the user's functions of the step do wrong at the first one."""
+        """Yield the problems that the user's functions of the step have at the first one."""
+        yield from self.schedules.problems()
+
+    def split(self, item: Any) -> tuple[Any, Any]:
+        """Split what the loader yields into inputs and targets; `DataError` for what cannot be."""
+        return split_item(self.options.split_batch, item, "what the loader gave")
 
     def contracts(self, sample: tuple[Any, Any]) -> Any:
-        """What crosses each boundary, found out with a few rows; raises `UserError`s for what cannot work."""
+        """Find out what crosses each boundary with a few rows; raises `UserError`s for what cannot work."""
 
     def measure(self, world: World, contracts: Any, first: FirstBatch) -> Any:
-        """Measured costs, the same on every rank; called on all of them together."""
+        """Measure costs, the same on every rank; called on all of them together."""
 
     def assumed_costs(self, rows: int) -> Any:
-        """Costs that stand in for measured ones where only what a plan may not be is looked for."""
+        """Costs that stand in for measured ones where a plan is only checked."""
 
     def plan(self, costs: Any, rows: int, *, memory_bytes: float | None = None) -> Any:
-        """The plan for batches of so many rows; `PlanError` where there is none, or none that fits into the memory."""
+        """Make the plan for batches of so many rows; `PlanError` where there is none, or none that fits into the memory."""
 
     def splits_rows(self, plan: Any) -> bool:
         """Whether ranks share rows of what they train, so that sums of gradients are rounded in another order."""
+        return False
 
     def plain_options(self, plan: Any) -> dict[str, Any]:
         """Arguments of a trainer whose plain loop reads and writes the versions of weights that the plan declares."""
+        return {}
 
     def plain(self, run: Run) -> Figures:
         """Train by the plain loop."""
 
     def ranks(self, run: Run) -> Sequence[Rank]:
-        """The ranks that live in this process, ready to run."""
+        """Make the ranks that live in this process, ready to run, whose models are copies of those of rank 0."""
 
     def collect(self, run: Run, ranks: Sequence[Any], seconds: float) -> Figures:
         """Put the models back on the CPU, trained and whole on every process; the figures are complete on rank 0."""
 
     def state(self) -> State:
-        """What has to be kept to go on from here: between runs, or in a callback of the plain loop."""
+        """Copy what has to be kept to go on from here: between runs, or in a callback of the plain loop."""
+        return self.run_state.take(self.changed_modules)
 
     def load_state(self, state: State) -> None:
         """Put the models into a state; the next run starts with its optimizers and its step. `ModelError` for other models."""
-
-
-def chosen_strategy(options: TrainerOptions, strategies: Iterable[str], default: str) -> str:
-    """The strategy's name.
-
-    `ConfigError` for one that this kind of training lacks, `PlanError` for the plain loop on several devices.
-    """
-    name = default if options.strategy is None else options.strategy
-    names = (REFERENCE, *strategies)
-    if name not in names:
-        kind = type(options.task).__name__
-        raise ConfigError(f"no strategy '{name}' for {kind}{nearest(name, names)}; there are {', '.join(names)}")
-    if name == REFERENCE and options.devices > 1:
-        raise PlanError(f"strategy 'reference' runs on one device, not {options.devices}; choose another, or devices=1")
-    return name
+        self.run_state.give(self.changed_modules, state)

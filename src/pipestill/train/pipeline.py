@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from itertools import accumulate, pairwise
 from statistics import median
 from typing import Any
@@ -22,7 +21,6 @@ from pipestill.model.nests import rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.profile import profile, wake_seconds
 from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
-from pipestill.optim import Schedules
 from pipestill.plan import Plan, make_plan
 from pipestill.runtime.metrics import MetricMeans
 from pipestill.runtime.pipeline.plain_run import PlainRun
@@ -34,27 +32,25 @@ from pipestill.runtime.transport.protocol import World
 from pipestill.runtime.world import device_of
 from pipestill.schedule import PIPELINE_STRATEGIES, Event, Trace
 from pipestill.schedule.pipeline.structure import Demands
-from pipestill.train.data import split_item
-from pipestill.train.engine import CPU, REFERENCE, Figures, FirstBatch, Run, chosen_strategy
+from pipestill.train.engine import CPU, REFERENCE, Engine, FirstBatch, Run
 from pipestill.train.options import TrainerOptions
-from pipestill.train.state import RunState, State
+from pipestill.train.result import Figures
+from pipestill.train.state import State
 
 
-class PipelineEngine:
+class PipelineEngine(Engine):
     """Trains the student of a distillation, a momentum or a supervised task over pipeline stages, or by the plain loop."""
 
-    num_readings = 1
-    num_passes = 1
+    strategies = PIPELINE_STRATEGIES
+    default_strategy = "fill"
     validates = True
 
     def __init__(self, options: TrainerOptions) -> None:
         task: Task = options.task
         expected = "Costs (Costs.load reads a file), or None to measure them"
         raise_problems(one_of("costs", options.costs, (Costs, type(None)), expected))
-        self.options = options
+        super().__init__(options)
         self.task = task
-        self.strategy = chosen_strategy(options, PIPELINE_STRATEGIES, "fill")
-        self._state = RunState()
         clip, axis, staleness = options.clip_grad_norm, options.length_axis, options.staleness
         if clip is not None and not clip > 0:
             raise ConfigError(f"clip_grad_norm is {clip}; expected more than 0, or none")
@@ -89,20 +85,25 @@ class PipelineEngine:
         """Those whose layers run in train mode."""
         return self._models if teacher_trains(self.task) else [self.task.student_blocks]
 
-    @cached_property
-    def _schedules(self) -> Schedules:
-        return self.options.schedules({n: p for n, p in self.task.student.named_parameters() if p.requires_grad})
+    @property
+    def changed_modules(self) -> dict[str, nn.Module]:
+        beside = {"loss": self.task.loss, "teacher": self.task.teacher if isinstance(self.task, Momentum) else None}
+        return {"student": self.task.student, **{name: m for name, m in beside.items() if isinstance(m, nn.Module)}}
+
+    @property
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.task.student.named_parameters() if p.requires_grad}
 
     # -- before a run -------------------------------------------------------------------------------------------
 
     def split(self, item: Any) -> tuple[Any, Any]:
         """What the loader yields as inputs, whose views are all there, and targets."""
-        inputs, targets = split_item(self.options.split_batch, item, "what the loader gave")
+        inputs, targets = super().split(item)
         check_views(self.task, inputs)
         return inputs, targets
 
     def function_problems(self) -> Iterator[str]:
-        yield from self._schedules.problems()
+        yield from super().function_problems()
         if isinstance(self.task, Momentum):
             yield from try_first("momentum", self.task.momentum_at)
 
@@ -134,9 +135,6 @@ class PipelineEngine:
         )  # fmt: skip
         self.task.student_blocks.check_ties(ranges(plan.student_partition))
         return plan
-
-    def splits_rows(self, plan: Plan) -> bool:
-        return False
 
     def plain_options(self, plan: Plan) -> dict[str, Any]:
         structure = plan.schedule.structure
@@ -203,9 +201,9 @@ class PipelineEngine:
     def ranks(self, run: Run) -> list[PipelineRank]:
         """The ranks of this process, whose models are copies of those of rank 0."""
         self._check_validation(run)
-        if self._state.first_step:
-            raise PlanError(f"only 'reference' can go on from step {self._state.first_step} so far, not '{self.strategy}'")
-        self._state.start()
+        if self.run_state.first_step:
+            raise PlanError(f"only 'reference' can go on from step {self.run_state.first_step} so far, not '{self.strategy}'")
+        self.run_state.start()
         world, plan, main = run.world, run.plan, run.world.is_main
         for model in self._models:
             forms = world.broadcast(model.forms_of(range(len(model))) if main else None)
@@ -257,7 +255,7 @@ class PipelineEngine:
             ranks[0].recorder.interruptions(),
         )
         steps, samples = run.data.counts()
-        self._state.end(world.broadcast(steps if world.is_main else None))
+        self.run_state.end(world.broadcast(steps if world.is_main else None))
         staleness = plan.proof.staleness
         return Figures(
             steps=steps, samples=samples, seconds=seconds,
@@ -270,7 +268,7 @@ class PipelineEngine:
 
     def plain(self, run: Run) -> Figures:
         self._check_validation(run)
-        first_step = self._state.start(run.data)
+        first_step = self.run_state.start(run.data)
         device = device_of(0, self.options.device_type)
         for model in self._models:
             move(model, range(len(model)), device)
@@ -285,7 +283,7 @@ class PipelineEngine:
             move(model, range(len(model)), CPU)
         self._loss_state()  # back on the CPU, like the models
         steps, samples = run.data.counts()
-        self._state.end(steps)
+        self.run_state.end(steps)
         return Figures(
             steps=steps, samples=samples, seconds=loop.moments[-1] - loop.moments[0],
             seconds_per_step=median(b - a for a, b in pairwise(loop.moments)), staleness=staleness, exact=_exact(staleness),
@@ -300,29 +298,16 @@ class PipelineEngine:
     def _settings(self, run: Run) -> PipelineSettings:
         options = self.options
         return PipelineSettings(
-            seed=options.seed, log_every=options.log_every, schedules=self._schedules,
-            optimizer=self._state.remembering(options.make_optimizer), timeout_seconds=options.timeout_seconds,
+            seed=options.seed, log_every=options.log_every, schedules=self.schedules,
+            optimizer=self.run_state.remembering(options.make_optimizer), timeout_seconds=options.timeout_seconds,
             metrics=options.metrics or {}, validate=run.validates, largest_norm=options.clip_grad_norm,
             norms=run.cleanup.enter_context(batch_norms(options.batch_norm, self._training_models)),
         )  # fmt: skip
 
-    # -- what a checkpoint holds -----------------------------------------------------------------------------------
-
-    @property
-    def _stateful(self) -> dict[str, nn.Module]:
-        """The modules that training changes."""
-        loss = self.task.loss
-        modules = {"student": self.task.student, "loss": loss if isinstance(loss, nn.Module) else None}
-        modules["teacher"] = self.task.teacher if isinstance(self.task, Momentum) else None
-        return {name: module for name, module in modules.items() if module is not None}
-
-    def state(self) -> State:
-        return self._state.take(self._stateful)
-
     def load_state(self, state: State) -> None:
         if state.step and (self.options.staleness or self.options.student_staleness):
             raise PlanError("a run with a staleness cannot go on from a state so far: the step before is not part of it")
-        self._state.give(self._stateful, state)
+        super().load_state(state)
 
     def _whole_backwards(self, contracts: PipelineContracts) -> tuple[str, ...]:
         """The blocks whose backward is not split, and why."""

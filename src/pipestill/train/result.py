@@ -12,19 +12,13 @@ import torch
 from pipestill.schedule import Trace
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run did, of any kind of task. Complete on the process of rank 0 only.
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What the engine of a kind of training knows of a run that is over. The defaults are those of a plain loop.
 
     Times are wall-clock seconds; a step is one update of the student, or of every block of it where blocks are trained alone.
     """
 
-    strategy: str
-    """Name of the strategy."""
-    devices: int
-    """Number of ranks."""
-    backend: str
-    """What moved tensors between the ranks, such as "shared memory", "nccl" or "in-process cpu"."""
     steps: int
     """Steps that were trained."""
     samples: int
@@ -33,30 +27,42 @@ class Result:
     """From the first step to the last, validations included."""
     seconds_per_step: float
     """Median of the steady state."""
-    utilisation: float
-    """Busy share of rank-time in the steady state, 0 to 1."""
-    bubble: float
+    utilisation: float = 1.0
+    """Busy fraction of rank-time in the steady state, 0 to 1."""
+    bubble: float = 0.0
     """1 - utilisation."""
-    predicted_seconds_per_step: float | None
+    predicted_seconds_per_step: float | None = None
     """What the plan expected; None for `reference`, which has no plan."""
-    limit_seconds_per_step: float | None
+    limit_seconds_per_step: float | None = None
     """No schedule of this partition can be faster; None for `reference`."""
-    staleness: int
+    staleness: int = 0
     """Updates by which the weights that a step reads may be old; 0 is exact."""
-    exact: bool | str
+    exact: bool | str = True
     """True where weights equal those of the plain loop bit by bit, else the reason why not."""
-    peak_memory_bytes: list[int]
-    """By rank: most that CUDA's allocator held, or resident memory of the process on the CPU."""
     metrics: dict[str, float]
     """The last logged loss ("loss"), and the metrics of the last validation."""
     losses: dict[str, float]
     """The last logged loss by part; where blocks are trained alone, by the name of the block."""
     whole_backwards: tuple[str, ...] = ()
     """Blocks whose backward stayed whole where `split_backward` was asked for, and why."""
-    plan: Any = field(repr=False, default=None)
-    """The `Plan`, or the `BlockwisePlan` where blocks are trained alone; None for `reference`."""
     traces: tuple[Trace, ...] = field(repr=False, default=())
     """What each rank did when: one trace, or one for each phase where blocks are trained alone; none for `reference`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Figures):
+    """What a run did, of any kind of task. Complete on the process of rank 0 only."""
+
+    strategy: str
+    """Name of the strategy."""
+    devices: int
+    """Number of ranks."""
+    backend: str
+    """What moved tensors between the ranks, such as "shared memory", "nccl" or "in-process cpu"."""
+    peak_memory_bytes: list[int]
+    """By rank: most that CUDA's allocator held, or resident memory of the process on the CPU."""
+    plan: Any = field(repr=False, default=None)
+    """The `Plan`, or the `BlockwisePlan` where blocks are trained alone; None for `reference`."""
 
     @property
     def trace(self) -> Trace | None:
