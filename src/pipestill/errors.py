@@ -1,4 +1,4 @@
-"""Every exception that Pipestill raises on purpose.
+"""The exceptions that Pipestill raises on purpose.
 
 PipestillError                  status 1: something went wrong while running
 |-- UserError (ValueError)      status 2: what was asked for cannot be done; the message says what to change

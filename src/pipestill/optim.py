@@ -27,7 +27,7 @@ def make_optimizer(
     options: Mapping[str, Any],
     param_groups: Callable[[dict[str, nn.Parameter]], list[dict[str, Any]]] | None,
 ) -> torch.optim.Optimizer:
-    """The optimizer of a stage's (or a block's) named parameters.
+    """Make the optimizer of the named parameters of a stage or a block.
 
     `ConfigError` where it cannot be made, cannot be used by a pipeline, or would train other parameters than these.
     """
@@ -108,7 +108,7 @@ class Schedules:
         self.lr_factor = checked_factor("lr_schedule", None if self.factory else cast(Schedule | None, lr_schedule))
 
     def rates(self, optimizer: torch.optim.Optimizer) -> Rates:
-        """The rates of one optimizer's groups."""
+        """Attach the schedules to one optimizer."""
         return Rates(optimizer, self)
 
     def lr_at(self, step: int) -> float:
@@ -121,7 +121,7 @@ class Schedules:
         return self._lrs[step]
 
     def problems(self) -> Iterator[str]:
-        """What is wrong with the functions at the first step."""
+        """Yield the problems of the functions at the first step."""
         yield from try_first("lr_schedule", self.lr_factor)
         yield from try_first("weight_decay_schedule", self.decay_factor)
 
@@ -175,7 +175,7 @@ def _makes_schedulers(schedule: Any, probe: Callable[[], torch.optim.Optimizer])
 
 
 def _scheduler(factory: SchedulerFactory, optimizer: torch.optim.Optimizer) -> LRScheduler:
-    """The scheduler of an optimizer; `ConfigError` where there can be none that follows the step."""
+    """Make the scheduler of an optimizer; `ConfigError` where it is none, or does not follow the step alone."""
     try:
         made = factory(optimizer)
     except Exception as error:
@@ -210,7 +210,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

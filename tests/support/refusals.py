@@ -73,6 +73,7 @@ CASES: list[Callable[[], None]] = [
 
 
 def main() -> None:
+    torch.manual_seed(0)
     for number, case in enumerate(CASES):
         try:
             case()

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from support import refusals
+from support.blocks import profile_of
 from support.cases import CASES, Average, distilled, linears, supervised
 from support.fits import Listener, unit_costs
 from support.models import CLASSES, Stream, vectors
@@ -35,8 +37,18 @@ def trainer(of: Any = None, **options: Any) -> ps.Trainer:
     return ps.Trainer(of, **{**defaults, **options})
 
 
+def blockwise(**options: Any) -> ps.Trainer:
+    models = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    return ps.Trainer(ps.Blockwise(*models), **{"costs": profile_of(2), "device": "cpu", "timeout_seconds": 20.0, **options})
+
+
+KINDS: dict[str, Callable[..., ps.Trainer]] = {"pipeline": trainer, "blockwise": blockwise}
+EVERY_ENGINE = [("pipeline", "reference", 1), ("pipeline", "fill", 2), ("blockwise", "reference", 1), ("blockwise", "relay", 2)]
+NAN = [(torch.full((4, 4), float("nan")), torch.zeros(4, dtype=torch.int64))]
+
+
 class Diary(Callback):
-    """Everything that a callback hears, in order."""
+    """Every call of a callback, in order."""
 
     def __init__(self) -> None:
         self.entries: list[Any] = []
@@ -110,25 +122,76 @@ def test_metrics_are_means_over_all_rows(strategy: str, devices: int) -> None:
     assert result.metrics == {"loss": result.metrics["loss"], **reported}
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("reference", 1), ("fill", 3)])
-def test_what_a_result_says(strategy: str, devices: int) -> None:
-    result = trainer(strategy=strategy, devices=devices).fit(vectors((6, 6, 5)), epochs=4)
+@pytest.mark.parametrize(("kind", "strategy", "devices"), EVERY_ENGINE)
+def test_what_a_result_says(kind: str, strategy: str, devices: int) -> None:
+    """The same names for every kind of task; callbacks count from 1."""
+    diary = Diary()
+    made = KINDS[kind](strategy=strategy, devices=devices, callbacks=[diary], log_every=4)
+    result = made.fit(vectors((6, 6, 5)), epochs=4, description="words")
     summary = result.summary()
     json.dumps(summary)
-    assert (result.strategy, result.devices, result.steps, result.samples, result.staleness) == (
-        strategy,
-        devices,
-        12,
-        68,
-        0,
-    )
+    assert (result.strategy, result.devices, result.steps, result.samples) == (strategy, devices, 12, 68)
+    assert (result.staleness, result.exact, result.whole_backwards) == (0, True, ())
     assert result.seconds > 0 and result.seconds_per_step > 0
     assert 0 <= result.utilisation <= 1
     assert result.bubble == pytest.approx(1 - result.utilisation)
     assert len(result.peak_memory_bytes) == devices
     assert set(summary["versions"]) == {"pipestill", "torch", "python"}
     assert summary["samples_per_second"] == pytest.approx(68 / result.seconds)
-    assert (result.plan is None) == (result.trace is None) == (strategy == "reference")
+    assert summary.keys() >= {"seconds_per_step", "predicted_seconds_per_step", "limit_seconds_per_step", "metrics", "losses"}
+    assert list(result.losses) == {"pipeline": ["soft_target", "cross_entropy"], "blockwise": ["0", "1"]}[kind]
+    assert result.metrics["loss"] == pytest.approx(sum(result.losses.values()))
+    alone = strategy == "reference"
+    assert (result.plan is None) == (result.trace is None) == (result.traces == ()) == alone
+    assert (result.predicted_seconds_per_step is None) == (result.limit_seconds_per_step is None) == alone
+    assert diary.entries[0] == ("start", "words", 12 * made.engine.num_passes)
+    assert diary.entries[-1] == "end"
+    assert {entry[0] for entry in diary.entries[1:-1]} == {"step"}
+    assert max(entry[1:] for entry in diary.entries[1:-1]) == (12, 4)
+
+
+@pytest.mark.parametrize(("kind", "strategy", "devices"), EVERY_ENGINE)
+@pytest.mark.parametrize("train", [True, False])
+def test_models_are_given_back_in_the_modes_in_which_they_came(kind: str, strategy: str, devices: int, train: bool) -> None:
+    """Each module by itself, also where the run has failed."""
+    made = KINDS[kind](strategy=strategy, devices=devices)
+    models = (made.task.teacher, made.task.student)
+    for model in models:
+        model.train(train)[1].train(not train)
+    before = [module.training for model in models for module in model.modules()]
+    made.fit(vectors((6, 6)))
+    assert [module.training for model in models for module in model.modules()] == before
+    with pytest.raises(TrainingError):
+        made.fit(NAN)
+    assert [module.training for model in models for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_set_on_a_trainer_after_it_was_made(kind: str) -> None:
+    made = KINDS[kind]()
+    assert made.strategy == {"pipeline": "fill", "blockwise": "balanced"}[kind]
+    for name in ("costs", "split_batch", "strategy", "engine", "spare_ranks"):
+        with pytest.raises(AttributeError):
+            setattr(made, name, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_and_costs_are_those_of_a_run(kind: str) -> None:
+    """What `measure` gives may be given, and `plan` gives what `fit` follows; neither trains."""
+    data = vectors((6, 6))
+    made = KINDS[kind](costs=KINDS[kind](costs=None, devices=2).measure(data), devices=2)
+    before = [p.detach().clone() for p in made.student.parameters()]
+    plan = made.plan(data)
+    assert all(torch.equal(a, b) for a, b in zip(before, made.student.parameters(), strict=True))
+    assert (plan, plan.num_devices) == (made.fit(data).plan, 2)
+    assert KINDS[kind](strategy="reference").plan(data) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_that_no_plan_fits_into_is_refused_before_training(kind: str) -> None:
+    with pytest.raises(PlanError, match="more than the 9.53674e-05 MiB|fits into 9.53674e-05 MiB a rank"):
+        KINDS[kind](costs=None, devices=2, memory="100B").fit(vectors((6, 6)))
+    assert KINDS[kind](costs=None, devices=2, memory="1GB").fit(vectors((6, 6))).steps == 2
 
 
 @pytest.mark.parametrize("strategy", ["reference", "fill"])
@@ -191,8 +254,6 @@ def test_the_student_keeps_its_names_and_its_place() -> None:
 
 def test_no_thread_is_left() -> None:
     trainer(devices=2).fit(vectors((6,) * 3), validate=vectors((6,) * 20))
-    with pytest.raises(TrainingError):
-        trainer().fit([(torch.full((4, 4), float("nan")), torch.zeros(4, dtype=torch.int64))] * 20)
     assert not [thread for thread in threading.enumerate() if thread.name == "pipestill-reader"]
 
 
@@ -218,19 +279,61 @@ def test_metrics_that_are_not_tensors_and_metrics_that_fail(strategy: str, devic
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("kind", "options", "error", "message"),
     [
-        ({"strategy": "fil"}, ConfigError, "no strategy 'fil' .*did you mean 'fill'.*reference"),
-        ({"devices": 0}, PlanError, "devices is 0; expected at least 1"),
-        ({"microbatches": 0}, PlanError, "microbatches is 0"),
-        ({"log_every": 0}, PlanError, "log_every is 0"),
-        ({"strategy": "reference", "devices": 2}, PlanError, "'reference' runs on one device, not 2"),
-        ({"device": "tpu"}, DeviceError, "no device type 'tpu'; expected cpu or cuda"),
+        ("pipeline", {"strategy": "fil"}, ConfigError, "no strategy 'fil' for Distillation.*did you mean 'fill'.*reference"),
+        ("pipeline", {"strategy": "hybrid"}, ConfigError, "no strategy 'hybrid' for Distillation; there are reference, seq"),
+        ("pipeline", {"microbatches": 0}, PlanError, "microbatches is 0"),
+        ("pipeline", {"costs": profile_of(2)}, ConfigError, "costs is BlockProfile.*; expected Costs"),
+        ("pipeline", {"student_staleness": 1}, PlanError, "student_staleness is of 'reference', to emulate 'async'"),
+        ("pipeline", {"strategy": "reference", "student_staleness": 2}, PlanError, "student_staleness is 2; expected 0 or 1"),
+        ("blockwise", {"strategy": "relais"}, ConfigError, "no strategy 'relais' for Blockwise.*'relay'"),
+        ("blockwise", {"strategy": "fill"}, ConfigError, "no strategy 'fill' for Blockwise"),
+        ("blockwise", {"costs": profile_of(3)}, PlanError, "the costs are of 3 blocks, the models have 2"),
+        ("blockwise", {"microbatches": 2, "metrics": {}}, ConfigError, "microbatches is for models .*; metrics is for models"),
+        *(
+            (kind, *rest)
+            for kind in ("pipeline", "blockwise")
+            for rest in (
+                ({"devices": 0}, PlanError, "devices is 0; expected at least 1"),
+                ({"log_every": 0}, PlanError, "log_every is 0"),
+                ({"strategy": "reference", "devices": 2}, PlanError, "'reference' runs on one device, not 2"),
+                ({"device": "tpu"}, DeviceError, "no device type 'tpu'; expected cpu or cuda"),
+                ({"memory": "much"}, ConfigError, "expected memory such as 80GB"),
+            )
+        ),
     ],
-)
-def test_options_that_make_no_sense(options: dict[str, Any], error: type[Exception], message: str) -> None:
+)  # fmt: skip
+def test_options_that_make_no_sense(kind: str, options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        trainer(**options)
+        KINDS[kind](**options)
+
+
+def test_blockwise_training_has_no_validation() -> None:
+    with pytest.raises(ConfigError, match="Blockwise has no validation while it trains"):
+        blockwise().fit(vectors((6,)), validate=vectors((6,)))
+
+
+@pytest.mark.parametrize(("kind", "strategy", "devices"), EVERY_ENGINE)
+def test_loaders_that_give_nothing_or_fail(kind: str, strategy: str, devices: int) -> None:
+    """Callbacks are called at the end all the same, and no thread is left."""
+
+    def broken() -> Any:
+        yield from vectors((6,))
+        raise OSError("gone")
+
+    diary = Diary()
+    made = KINDS[kind](strategy=strategy, devices=devices, callbacks=[diary], log_every=1)
+    with pytest.raises(DataError, match="the loader gave no batch in epoch 0"):
+        made.fit([])
+    assert diary.entries == ["end"]
+    if made.engine.num_readings == 1:
+        with pytest.raises(LoaderError, match="the loader failed: OSError: gone"):
+            made.fit(broken())
+        assert diary.entries[-1] == "end"
+    with pytest.raises(TrainingError):
+        made.fit(NAN * 20)
+    assert not [thread for thread in threading.enumerate() if thread.name == "pipestill-reader"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
@@ -315,17 +418,6 @@ def test_an_empty_validation_is_refused(devices: int) -> None:
         trainer(devices=devices).fit(GOOD, validate=[])
 
 
-def test_callbacks_hear_the_end_of_a_run_that_fails() -> None:
-    def broken() -> Any:
-        yield from vectors((6,))
-        raise OSError("gone")
-
-    diary = Diary()
-    with pytest.raises(LoaderError, match="the loader failed: OSError: gone"):
-        trainer(devices=2, callbacks=[diary], log_every=1).fit(broken())
-    assert diary.entries[-1] == "end"
-
-
 def test_a_boundary_that_changes_during_training_is_refused() -> None:
     """Shapes that vary from batch to batch cannot cross: the receiver has to know them beforehand."""
     data = [(torch.randn(4, 3, 4), torch.zeros(4, dtype=torch.int64)), (torch.randn(4, 7, 4), torch.zeros(4).long())]
@@ -348,17 +440,18 @@ def test_preflight_finds_what_fit_would() -> None:
         trainer().preflight([(torch.zeros(3, 5), torch.zeros(3).long())])
 
 
-def test_preflight_refuses_the_same_without_assertions() -> None:
+def test_preflight_refuses_the_same_without_assertions(capsys: pytest.CaptureFixture[str]) -> None:
     """`python -O` leaves assertions out: nothing that checks what a user gave may be one, or be made by one."""
-    said = []
-    for flags in ([], ["-O"]):
-        command = [sys.executable, *flags, "-m", "support.refusals"]
-        path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path})
-        said.append(done.stdout.splitlines())
-    assert said[0] == said[1]
-    assert [line.split(" ", 1)[1] for line in said[0][:3]] == ["accepted"] * 3
-    assert all("Error " in line for line in said[0][3:])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command, environment = [sys.executable, "-O", "-m", "support.refusals"], {**os.environ, "PYTHONPATH": path}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as without:
+        refusals.main()
+        said = capsys.readouterr().out
+        assert without.communicate()[0] == said
+    lines = [line.split(" ", 1)[1] for line in said.splitlines()]
+    assert lines[:3] == ["accepted"] * 3
+    assert all("Error " in line for line in lines[3:])
+    assert without.returncode == 0
 
 
 def test_average_is_what_it_should_be() -> None:

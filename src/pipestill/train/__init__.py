@@ -1,1 +1,1 @@
-"""The trainer, its data, and what a run tells."""
+"""The trainer, its engines, the reader of its data, and the reports and results of a run."""

@@ -1,4 +1,4 @@
-"""The engine of blockwise distillation: every student block alone, over any number of devices."""
+"""The engine of blockwise training: every student block is trained alone, on any number of devices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -99,7 +99,7 @@ class BlockwiseEngine(Engine):
         return any(action.op is Op.REDUCE for structure in structures for action in structure.actions())
 
     def measure(self, world: World, contracts: BlockwiseContracts, first: FirstBatch) -> BlockProfile:
-        """Times of every block measured on rank 0 alone, for shares of the batch, and between processes links and all-reduces."""
+        """Measure every block on rank 0 alone, for shares of a batch, and the links and all-reduces between processes."""
         device = device_of(world.ranks[0], self.options.device_type)
         link = measure_link(world, 0.0, device)
         inputs = first.whole.inputs if first.whole is not None else None
@@ -119,7 +119,6 @@ class BlockwiseEngine(Engine):
     # -- a run --------------------------------------------------------------------------------------------------
 
     def ranks(self, run: Run) -> list[BlockwiseRank]:
-        """The ranks of this process, whose models are copies of those of rank 0."""
         world, plan, task, options = run.world, run.plan, self.task, self.options
         every = range(task.num_blocks)
         for tensors in (task.teacher_blocks.tensors_of(every), *map(task.tensors_of, every)):
@@ -135,24 +134,23 @@ class BlockwiseEngine(Engine):
         ]  # fmt: skip
 
     def collect(self, run: Run, ranks: Sequence[BlockwiseRank], seconds: float) -> Figures:
-        """Put everything back on the CPU, and every block on every process as it is where it was trained last."""
         self._gather_blocks(run.world, ranks)
-        told = run.world.gather([(rank.events, rank.losses, rank.batches, rank.samples) for rank in ranks])
+        reports = run.world.gather([_Report(rank.events, rank.losses, rank.batches, rank.samples) for rank in ranks])
         plan: BlockwisePlan = run.plan
-        trained_by = {number: rank for rank, (events, *_) in enumerate(told) for number in events}
+        trained_by = {number: rank for rank, report in enumerate(reports) for number in report.events}
         done = [
             replace(phase, ranks=(trained_by.get(i, phase.ranks[0]),)) if len(phase.ranks) == 1 else phase
             for i, phase in enumerate(plan.phases)
         ]
-        steps, samples = max(((batches, samples) for _, _, batches, samples in told), default=(0, 0))
-        traces = [_trace(phase, i, [events for events, *_ in told]) for i, phase in enumerate(plan.phases)]
+        steps, samples = max(((report.batches, report.samples) for report in reports), default=(0, 0))
+        traces = [_trace(phase, i, reports) for i, phase in enumerate(plan.phases)]
         spans = [
             trace.median_seconds_per_step or seconds * phase.window / max(steps, 1) / len(plan.phases)
             for trace, phase in zip(traces, plan.phases, strict=True)
         ]
         per_step = replace(plan, phases=tuple(done)).total(spans)  # a rank may have taken over the task of another
         utilisation = plan.utilisation_in(traces, per_step)
-        losses = self._named({block: loss for _, mine, _, _ in told for block, loss in mine.items()})
+        losses = self._named({block: loss for report in reports for block, loss in report.losses.items()})
         return Figures(
             steps=steps, samples=samples, seconds=seconds, seconds_per_step=per_step, utilisation=utilisation,
             bubble=1.0 - utilisation, predicted_seconds_per_step=plan.seconds_per_batch,
@@ -162,6 +160,7 @@ class BlockwiseEngine(Engine):
         )  # fmt: skip
 
     def _gather_blocks(self, world: World, ranks: Sequence[BlockwiseRank]) -> None:
+        """Copy every block to every process from the rank that trained it last, and put all models on the CPU."""
         task = self.task
         gathered = world.gather([rank.worker.trained for rank in ranks])
         trained = world.broadcast(gathered or None)
@@ -180,7 +179,7 @@ class BlockwiseEngine(Engine):
         move(task.teacher_blocks, range(task.num_blocks), CPU)
 
     def plain(self, run: Run) -> Figures:
-        """Each block by a plain loop over all of the data, one after the other; no schedule at all."""
+        """Train one block after the other by a plain loop, each over all of the data."""
         start = time.perf_counter()
         trained = blockwise_reference(
             self.task, run.contracts, run.data, settings=self._settings(), listener=run.reporter,
@@ -206,7 +205,18 @@ class BlockwiseEngine(Engine):
         return {block.name: losses.get(i, math.nan) for i, block in enumerate(self.task.student_blocks.blocks)}
 
 
-def _trace(phase: Phase, number: int, events: Sequence[dict[int, list[Event]]]) -> Trace:
-    """What all ranks did in a phase, from what each tells of its phases."""
-    mine = sorted((event for of_rank in events for event in of_rank.get(number, ())), key=lambda event: event.start)
+class _Report(NamedTuple):
+    """What one rank knows of a run that is over."""
+
+    events: dict[int, list[Event]]
+    """By the number of the phase."""
+    losses: dict[int, float]
+    """The last logged loss of each block whose phase this rank reported."""
+    batches: int
+    samples: int
+
+
+def _trace(phase: Phase, number: int, reports: Sequence[_Report]) -> Trace:
+    """The trace of one phase, from the events of all its ranks."""
+    mine = sorted((event for report in reports for event in report.events.get(number, ())), key=lambda event: event.start)
     return Trace(len(phase.ranks), tuple(mine), by_block=True, batches_per_step=phase.window)

@@ -1,4 +1,4 @@
-"""Callbacks, which are told of a run: a metrics file, a terminal, a log, and your own."""
+"""Callbacks, which follow a run while it goes on: a metrics file, a terminal, a log, and your own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Callback", "JsonLines", "Terminal"]
 
 
 class Callback:
-    """Is told of a run, on rank 0. Does nothing: override the methods that you want. Steps and epochs count from 1."""
+    """Follows a run, on rank 0. Its methods do nothing: override those that you want. Steps and epochs count from 1."""
 
     def start(self, description: str, total_steps: int | None) -> None:
         """Training begins.
@@ -48,7 +48,7 @@ class Callback:
 
 
 class Reporter:
-    """Tells every callback of a run, and remembers the last values."""
+    """Calls every callback of a run, and remembers the last values."""
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.callbacks = callbacks
@@ -79,7 +79,7 @@ class Reporter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Tell all callbacks of the end. A callback that fails here is reported only where the run itself has not failed."""
+        """Call the `end` of all callbacks. One that fails here is reported only where the run itself has not failed."""
         failures = []
         for callback in self.callbacks:
             try:

@@ -1,4 +1,4 @@
-"""Reads the user's loader in the background, epoch after epoch, as batches that a schedule can run."""
+"""Reading the user's loader in the background, epoch after epoch, as batches that a schedule can run."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class LoaderError(PipestillError):
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    """A pair is (inputs, targets); anything else is inputs without targets."""
+    """Take a pair for (inputs, targets), and anything else for inputs without targets."""
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
     return batch, None
 
 
 def split_item(split_batch: SplitBatch, item: Any, what: str) -> tuple[Any, Any]:
-    """(inputs, targets) of what a loader yields, made by the user's function; `DataError` for anything else."""
+    """Split what a loader yields into inputs and targets with the user's function; `DataError` where that gives no pair."""
     pair = split_batch(item)
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"split_batch made {describe(pair)} of {what}; expected a pair (inputs, targets)")
@@ -46,7 +46,7 @@ def split_item(split_batch: SplitBatch, item: Any, what: str) -> tuple[Any, Any]
 
 
 def check_loader(loader: object, passes: int | None, name: str = "the loader") -> None:
-    """`DataError` for what is no loader, or cannot be read `passes` times (None: until something else ends it)."""
+    """Raise `DataError` for what is no loader, or cannot be read `passes` times (None: any number of times)."""
     if not isinstance(loader, Iterable) and not hasattr(type(loader), "__getitem__"):
         raise DataError(f"{name} is {shown(loader)}; expected an iterable of batches, such as a DataLoader or a list")
     if passes is not None and passes > 1 and isinstance(loader, (Generator, map, filter, zip, enumerate)):
@@ -57,7 +57,7 @@ def check_loader(loader: object, passes: int | None, name: str = "the loader") -
 
 
 def form_of(value: Any) -> tuple[Any, ...]:
-    """What all batches of a loader have in common: the structure of a nest, and the type of everything in it."""
+    """The form that all batches of a loader share: the structure of a nest, and the type of everything in it."""
     leaves, spec = pytree.tree_flatten(value)
     return spec, *((leaf.dtype, leaf.layout) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
 
@@ -66,8 +66,8 @@ class Reader:
     """An iterator of `Batch`es over `epochs` passes of `loader`, cut off after `steps`, read ahead by a thread.
 
     The thread draws random numbers from a generator seeded by (seed, epoch), so that shuffling and augmentation are
-    the same on every run and independent of the models. A loader's sampler is told the epoch where it has
-    `set_epoch`. `length_axis`: batches may differ in the size of that axis. An exception in the loader is raised here as
+    the same on every run and independent of the models. A sampler's `set_epoch` is called, where it has
+    one. `length_axis`: batches may differ in the size of that axis. An exception in the loader is raised here as
     `LoaderError`; waiting for a batch has a deadline.
     """
 
@@ -83,8 +83,13 @@ class Reader:
         timeout_seconds: float = 600.0,
         ahead: int = 2,
     ) -> None:
-        self.loader, self.epochs, self.steps, self.seed = loader, epochs, steps, seed
-        self.split_batch, self.length_axis, self.timeout_seconds = split_batch, length_axis, timeout_seconds
+        self.loader = loader
+        self.epochs = epochs
+        self.steps = steps
+        self.seed = seed
+        self.split_batch = split_batch
+        self.length_axis = length_axis
+        self.timeout_seconds = timeout_seconds
         self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._peeked: Batch | None = None
@@ -114,7 +119,7 @@ class Reader:
         return batch
 
     def _receive(self) -> Batch:
-        """The next batch of the thread; `StopIteration` after the last."""
+        """Wait for the next batch of the thread; `StopIteration` after the last."""
         if self._ended:
             raise StopIteration
         try:
@@ -163,7 +168,7 @@ class Reader:
         return False
 
     def _batches(self) -> Iterator[Batch]:
-        """Each batch once it is known whether another follows in its epoch."""
+        """Yield each batch once it is known whether another follows in its epoch."""
         count = 0
         epoch = 0
         while (self.epochs is None or epoch < self.epochs) and (self.steps is None or count < self.steps):
@@ -202,7 +207,7 @@ class Reader:
                 yield batch
 
     def _check_like_first(self, batch: Batch, index: int) -> None:
-        """Models and boundaries are made for one kind of batch: of another, some may drop a part and train on."""
+        """Raise `DataError` where a batch has another form than the first: a part of it might be dropped in silence."""
         for name, value in (("inputs", batch.inputs), ("targets", batch.targets)):
             form = form_of(value)
             first, shown = self._first.setdefault(name, (form, describe(value)))

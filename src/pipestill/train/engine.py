@@ -1,4 +1,4 @@
-"""What a trainer needs of a kind of training: an `Engine` for each."""
+"""An `Engine` is what a trainer needs of one kind of training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class FirstBatch:
-    """What all ranks know of the first batch."""
+    """The facts about the first batch that all ranks have."""
 
     rows: int
     sample: tuple[Any, Any]
@@ -40,7 +40,7 @@ class FirstBatch:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of `Trainer.fit`: what an engine trains with."""
+    """One call of `Trainer.fit`: everything that an engine trains with."""
 
     world: World
     contracts: Any
@@ -53,9 +53,9 @@ class Run:
     """The validation data likewise, on rank 0 only."""
     validates: bool
     reporter: Reporter
-    """Tells the callbacks, on rank 0; silent elsewhere."""
+    """Calls the callbacks, on rank 0; elsewhere it has none."""
     cleanup: ExitStack
-    """Is left when the run is over, or has failed."""
+    """Closes what the engine has opened, when the run is over or has failed."""
 
 
 class Rank(Protocol):

@@ -1,4 +1,4 @@
-"""What a trainer is given, as one value that its engine reads."""
+"""The arguments of a trainer, as one value that its engine reads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ _SIZES = "blocks of each stage, such as [3, 3]"
 
 @dataclass(frozen=True, eq=False)
 class TrainerOptions:
-    """The arguments of a `Trainer`, which documents them, and what follows from them. What all kinds of task have is checked."""
+    """The arguments of a `Trainer`, which documents them, and what follows from them.
+
+    What is the same for all kinds of task is checked here, the rest by the engine.
+    """
 
     task: Any
     _: KW_ONLY
@@ -100,7 +103,7 @@ class TrainerOptions:
         yield from metric_problems(self.metrics)
 
     def given(self, names: Sequence[str]) -> list[str]:
-        """Those of some options that have another value than their default."""
+        """Select those of some options that have another value than their default."""
         defaults = {field.name: field.default for field in fields(self)}
         return [name for name in names if getattr(self, name) != defaults[name]]
 
@@ -111,11 +114,11 @@ class TrainerOptions:
 
     @cached_property
     def memory_bytes(self) -> int | None:
-        """What a device may hold at most; None is no limit."""
+        """Most bytes that a device may hold; None is no limit."""
         return None if self.memory is None else parse_bytes(self.memory)
 
     def schedules(self, trained: dict[str, nn.Parameter]) -> Schedules:
-        """How the rates of optimizers follow the step; `trained` is everything that they train, by name."""
+        """Make the schedules of the optimizers' rates; `trained` is everything that they train, by name."""
         return Schedules(self.lr, self.lr_schedule, self.weight_decay_schedule, lambda: self.make_optimizer(trained))
 
     def make_optimizer(self, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:

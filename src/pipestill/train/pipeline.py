@@ -82,7 +82,7 @@ class PipelineEngine(Engine):
 
     @property
     def _training_models(self) -> list[BlockModel]:
-        """Those whose layers run in train mode."""
+        """The models whose layers run in train mode."""
         return self._models if teacher_trains(self.task) else [self.task.student_blocks]
 
     @property
@@ -97,7 +97,7 @@ class PipelineEngine(Engine):
     # -- before a run -------------------------------------------------------------------------------------------
 
     def split(self, item: Any) -> tuple[Any, Any]:
-        """What the loader yields as inputs, whose views are all there, and targets."""
+        """Split what the loader yields; `DataError` also where a view of the inputs is missing."""
         inputs, targets = super().split(item)
         check_views(self.task, inputs)
         return inputs, targets
@@ -119,7 +119,7 @@ class PipelineEngine(Engine):
         )
 
     def plan(self, costs: Costs, rows: int = 0, *, memory_bytes: float | None = None) -> Plan:
-        """The plan; `rows` of a batch do not matter to it, for costs are of a microbatch."""
+        """Make the plan. It does not depend on the rows of a batch: the costs are those of a microbatch."""
         num_blocks = (len(self.task.student_blocks), len(self.task.teacher_blocks or ()))
         if (len(costs.student), len(costs.teacher)) != num_blocks:
             raise PlanError(
@@ -146,7 +146,7 @@ class PipelineEngine(Engine):
 
     @property
     def demands(self) -> Demands:
-        """What the task and the clipping ask of the schedule."""
+        """The demands of the task and of the clipping on the schedule."""
         return dataclasses.replace(self.task.demands, clip=self.options.clip_grad_norm is not None)
 
     def measure(self, world: World, contracts: PipelineContracts, first: FirstBatch) -> Costs:
@@ -182,9 +182,9 @@ class PipelineEngine(Engine):
         return world.broadcast(alone and alone.with_surroundings(link, interference))
 
     def measure_link(self, world: World, few: tuple[Any, Any], rows: int, microbatch_seconds: float) -> Link:
-        """Measure the links between ranks; called on all ranks together.
+        """Measure the links between ranks; called on all of them together.
 
-        On CPUs they are measured with actions as long as those of such a microbatch are on average.
+        On CPUs a link depends on the length of the actions around it: `microbatch_seconds` gives their average.
         """
         device = device_of(world.ranks[0], self.options.device_type)
         if device.type != "cpu":
@@ -199,7 +199,6 @@ class PipelineEngine(Engine):
     # -- a run --------------------------------------------------------------------------------------------------
 
     def ranks(self, run: Run) -> list[PipelineRank]:
-        """The ranks of this process, whose models are copies of those of rank 0."""
         self._check_validation(run)
         if self.run_state.first_step:
             raise PlanError(f"only 'reference' can go on from step {self.run_state.first_step} so far, not '{self.strategy}'")
@@ -233,7 +232,6 @@ class PipelineEngine(Engine):
         )  # fmt: skip
 
     def collect(self, run: Run, ranks: Sequence[PipelineRank], seconds: float) -> Figures:
-        """Put both models back on the CPU, and every stage's trained weights on every process."""
         world, plan = run.world, run.plan
         for rank in ranks:
             rank.recorder.events()  # on CUDA: until all work is done
@@ -291,7 +289,7 @@ class PipelineEngine(Engine):
         )  # fmt: skip
 
     def _loss_state(self) -> list[Tensor]:
-        """What a loss that is a module holds, such as running means; on the CPU."""
+        """The tensors of a loss that is a module, such as running means; on the CPU."""
         loss = self.task.loss
         return list(loss.to(CPU).state_dict(keep_vars=True).values()) if isinstance(loss, nn.Module) else []
 

@@ -1,4 +1,4 @@
-"""What a run did, as a value."""
+"""The result of a run, as a value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipestill.schedule import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What the engine of a kind of training knows of a run that is over. The defaults are those of a plain loop.
+    """The figures that an engine knows of a run that is over. The defaults are those of a plain loop.
 
     Times are wall-clock seconds; a step is one update of the student, or of every block of it where blocks are trained alone.
     """
@@ -51,7 +51,7 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Figures):
-    """What a run did, of any kind of task. Complete on the process of rank 0 only."""
+    """The result of a run, for any kind of task. It is complete on the process of rank 0 only."""
 
     strategy: str
     """Name of the strategy."""
@@ -76,5 +76,5 @@ class Result(Figures):
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of what a run's results depend on, by name."""
+    """The versions of the packages that a run's results depend on, by name."""
     return {"pipestill": version("pipestill"), "torch": torch.__version__, "python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""A run's directory: what a run leaves behind, never half-written and never over something else."""
+"""The directory of a run: its files are never half-written, and never replace those of another run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipestill.errors import ConfigError
 
 
 class RunDirectory:
-    """The files of one run; see the design's list."""
+    """The files of one run; the reference lists them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,7 +36,7 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str) -> RunDirectory:
-        """An existing run; `ConfigError` when there is none."""
+        """Open the directory of a finished run; `ConfigError` where there is none."""
         if not Path(path, "summary.json").is_file():
             raise ConfigError(f"'{path}' is no finished run: it has no summary.json; pass the directory of one")
         return cls(Path(path))
@@ -45,7 +45,7 @@ class RunDirectory:
         return self.path / name
 
     def inner(self, name: str) -> RunDirectory:
-        """A directory of the same kind inside, for a run that is part of this one."""
+        """Make a directory of the same kind inside, for a training that is part of this run."""
         (self.path / name).mkdir(exist_ok=True)
         return RunDirectory(self.path / name)
 
@@ -66,7 +66,7 @@ class RunDirectory:
         self.write(name, json.dumps(value, indent=2) + "\n")
 
     def read_json(self, name: str) -> Any:
-        """`ConfigError` when the file is missing or broken."""
+        """Read a JSON file; `ConfigError` where it is missing or broken."""
         try:
             return json.loads((self.path / name).read_text())
         except (OSError, json.JSONDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What has to be kept of a training to go on from it: taken from models and optimizers, and put back, in this one place."""
+"""The state of a training, from which it can go on: taken from models and optimizers, and put back, in this one place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OptimizerState = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds, as far as this process trains it. Everything is a copy on the CPU.
+    """The content of a checkpoint, as far as this process trains it. Everything is a copy on the CPU.
 
     Names are those of the unsplit models, so a state fits every strategy and every number of devices. The state of random
     numbers is not part of it: they follow from the seed and the step.
@@ -60,7 +60,7 @@ def load_modules(modules: Mapping[str, nn.Module], state: State) -> None:
 
 
 def _strangers(modules: Mapping[str, nn.Module], owners: Mapping[str, nn.Module], state: State) -> Iterator[str]:
-    """How a state differs from what modules have; `owners` are all modules inside them by name."""
+    """Yield how a state differs from modules; `owners` are all modules inside them by name."""
     mine = _parameters(modules)
     missing = [*(mine.keys() - state.parameters.keys()), *(_buffers(modules).keys() - state.buffers.keys())]
     unknown = [name for name in state.parameters if name not in mine]
@@ -120,7 +120,7 @@ class RunState:
                 fields |= {key: value.cpu() for key, value in fields.items() if isinstance(value, Tensor)}
 
     def take(self, modules: Mapping[str, nn.Module]) -> State:
-        """Copy what a checkpoint holds now."""
+        """Copy the state as it is now."""
         steps = self._data.counts()[0] if self._data else self._steps
         fields = dict(self._loaded)
         for trained in self._optimizers:
@@ -159,7 +159,7 @@ def load_optimizer_state(
 
 
 def _placed(key: str, value: Any, parameter: nn.Parameter, counts_on_device: bool) -> Any:
-    """A copy of a field where the optimizer expects it: beside the parameter, and numbers of steps mostly on the CPU."""
+    """Copy a field to where the optimizer expects it: beside the parameter, and numbers of steps mostly on the CPU."""
     if not isinstance(value, Tensor):
         return value
     stays = key == "step" and not counts_on_device
@@ -179,7 +179,7 @@ def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU."""
+    """Copy tensors to the CPU."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 

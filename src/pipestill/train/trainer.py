@@ -99,7 +99,7 @@ class Trainer(TrainerOptions):
             (rows, tokens); all tensors of a batch that have this axis share its size. Default: all batches have the same sizes.
         seed: seeds the data's order, and dropout. Initial weights are those of the models on rank 0.
         log_every: steps from one call of the callbacks' `step` to the next; the last step of an epoch is logged too.
-        callbacks: `Callback`s that are told of the run, on rank 0.
+        callbacks: `Callback`s that follow the run, on rank 0.
         timeout_seconds: deadline of every wait, for a batch or for another rank.
 
     Raises:
@@ -163,7 +163,7 @@ class Trainer(TrainerOptions):
         if validate is not None:
             if not self.engine.validates:
                 raise ConfigError(
-                    f"{type(self.task).__name__} has no validation, for its blocks are trained alone; leave out validate, and "
+                    f"{type(self.task).__name__} has no validation while it trains; leave out validate, and "
                     "evaluate the student afterwards"
                 )
             check_loader(validate, passes, "the validation loader")
@@ -184,7 +184,7 @@ class Trainer(TrainerOptions):
             return self._train(run)
 
     def _train(self, run: Run) -> Result:
-        """Do the run, by the plain loop or on the ranks of its world."""
+        """Train, by the plain loop or on the ranks of the run's world, and make the result."""
         world = run.world
         devices = [device_of(rank, self.device_type) for rank in world.ranks]
         for device in devices:
@@ -257,7 +257,7 @@ class Trainer(TrainerOptions):
             return self._plan(world, self.engine.contracts(first.sample), first)
 
     def _plan(self, world: World, contracts: Any, first: FirstBatch) -> Any:
-        """The same plan on every rank, from the costs that were given, or measured here."""
+        """Make the same plan on every rank, from the costs that were given, or that are measured here."""
         costs = world.broadcast(self.costs or self.engine.measure(world, contracts, first))
         return self.engine.plan(costs, first.rows, memory_bytes=self.memory_bytes)
 
@@ -275,7 +275,7 @@ class Trainer(TrainerOptions):
         )  # fmt: skip
 
     def _first(self, world: World, data: Again) -> FirstBatch:
-        """Look at the first batch on rank 0, and tell all ranks what they need to know of it."""
+        """Look at the first batch on rank 0, and send what all ranks need to know of it."""
         batch = data.peek() if world.is_main else None
         few = world.broadcast(sample(batch) if batch else None)
         return FirstBatch(world.broadcast(batch.rows if batch else None), few, batch)
