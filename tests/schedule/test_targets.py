@@ -1,4 +1,4 @@
-"""How good schedules have to be: PAPERS.md, section 3, at free communication, in the steady state."""
+"""How good schedules have to be: docs/schedules.md and docs/filling.md, at free communication, in the steady state."""
 
 from functools import cache
 from typing import Any

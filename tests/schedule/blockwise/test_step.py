@@ -23,7 +23,7 @@ def two_groups(first: int, second: int) -> BlockwiseStructure:
 @pytest.mark.parametrize("second", range(1, 6))
 @pytest.mark.parametrize("first", range(1, 6))
 def test_relays_between_groups_of_any_two_sizes_are_the_identity_on_rows(first: int, second: int) -> None:
-    """Source i of k sends destination j of m the rows [iB/k, (i+1)B/k) ∩ [jB/m, (j+1)B/m) (PAPERS.md, 2.1)."""
+    """Source i of k sends destination j of m the rows [iB/k, (i+1)B/k) ∩ [jB/m, (j+1)B/m) (Pipe-BD, Jang et al. 2023)."""
     structure = two_groups(first, second)
     for batch in range(31):
         for unit, share in enumerate(structure.teacher[1]):

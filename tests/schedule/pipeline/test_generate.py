@@ -253,7 +253,7 @@ def test_sequential_keeps_one_device_busy(n: int, m: int, s: list[float]) -> Non
 @given(*sizes, st.floats(0.1, 1.0), seconds, seconds)
 @settings(max_examples=8, deadline=None)
 def test_step_of_an_exact_momentum_teacher(strategy: str, n: int, m: int, share: float, f: float, b: float) -> None:
-    """M (t + f + b) + (n - 1) (max(t, f) + b) for whole backwards: PAPERS.md, section 3. Teacher first is as good as any."""
+    """M (t + f + b) + (n - 1) (max(t, f) + b) for whole backwards (docs/filling.md). Teacher first is as good as any."""
     t, m = share * f, min(m, 6)
     costs = uniform(n, t, f, b)
     trace = simulate(generate(strategy, n, m, momentum=True, costs=costs), costs)
@@ -263,7 +263,7 @@ def test_step_of_an_exact_momentum_teacher(strategy: str, n: int, m: int, share:
 @given(st.integers(1, 4), st.integers(1, 8), st.sampled_from([1.0, 2.0, 3.0]))
 @settings(max_examples=15, deadline=None)
 def test_fill_reaches_the_limit_of_equal_stages(n: int, m: int, b: float) -> None:
-    """Nothing but the work of a rank, or the student's own path, bounds a step (PAPERS.md, section 3).
+    """Nothing but the work of a rank, or the student's own path, bounds a step (docs/schedules.md).
 
     Where a teacher's forwards do not divide the gaps evenly, a step takes a little longer.
     """
@@ -282,7 +282,7 @@ def test_fill_where_a_student_alone_idles() -> None:
 @pytest.mark.parametrize("strategy", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(("n", "m", "utilisation"), [(4, 8, 0.780), (8, 16, 0.753), (8, 8, 0.604)])
 def test_teacher_first_figures(strategy: str, n: int, m: int, utilisation: float) -> None:
-    """The rows `teacher first` of PAPERS.md, section 3, which another simulator computed."""
+    """The figures of teacher first, which another simulator computed too."""
     assert simulate(generate(strategy, n, m), uniform(n, 1, 1, 2)).utilisation == pytest.approx(utilisation, abs=6e-4)
 
 
