@@ -82,13 +82,13 @@ def _help(command: str, groups: Sequence[type], defaults: Mapping[str, Any]) -> 
     width = min(shutil.get_terminal_size().columns, 110)
     lines = textwrap.wrap(f"usage: pipestill {command} [--KEY VALUE ...]", width, subsequent_indent="  ")
     for group in groups:
-        about, _, described = inspect.cleandoc(group.__doc__ or "").partition("Args:")
+        about = inspect.cleandoc(group.__doc__ or "").partition("Args:")[0]
         summary, *more = (" ".join(paragraph.split()) for paragraph in about.strip().split("\n\n"))
         for paragraph in [summary, *more] if hasattr(group, "name") else []:
             lines += ["", *textwrap.wrap(paragraph, width)]
         heading = "The recipe's own keys" if hasattr(group, "name") else summary.rstrip(".")
         lines += ["", f"{heading}:"]
-        meanings = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE))
+        meanings = meanings_of(group)
         hints = _hints([group])
         for field in dataclasses.fields(group):
             if len(groups) > 1 and meanings[field.name].startswith("without a recipe"):
@@ -100,6 +100,15 @@ def _help(command: str, groups: Sequence[type], defaults: Mapping[str, Any]) -> 
     lines += _entry("  --print_config", "print all keys with their values as YAML, and do nothing else", width)
     lines += _entry("  -h, --help", "print this help", width)
     return "\n".join(lines)
+
+
+def meanings_of(group: type) -> dict[str, str]:
+    """What each field of a dataclass means, from its docstring and those of the classes that it derives from."""
+    meanings: dict[str, str] = {}
+    for one in reversed(group.__mro__):
+        described = inspect.cleandoc(one.__doc__ or "").partition("Args:")[2]
+        meanings |= re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, re.MULTILINE)
+    return meanings
 
 
 def _shown_values(hint: Any, usual: Any) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,26 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipestill import losses
-from pipestill.errors import ConfigError
-from pipestill.lr_schedules import cosine
+from pipestill.lr_schedules import LrSchedule, cosine
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
-from pipestill.recipes.augment import Photographs, Scans, View, view_loader
+from pipestill.recipes.augment import Photographs, Scans, View
 from pipestill.recipes.byol import cnn
 from pipestill.recipes.datasets import Images
-from pipestill.recipes.evaluate_features import FeatureQuality
-from pipestill.recipes.momentum import MomentumWorkload
 from pipestill.recipes.recipe import filled
-from pipestill.recipes.self_supervised import (
-    Chain,
-    encoder_of,
-    images_of,
-    problems_of,
-    rising,
-    seeded,
-    training_of,
-)
-from pipestill.recipes.training import warmed_up, without_decay
+from pipestill.recipes.self_supervised import Chain, SelfSupervised, patch_problems, rising, seeded
+from pipestill.recipes.training import OPTIMIZERS, Training, without_decay
 from pipestill.recipes.vit import VIT_B, VIT_S, ViTShape, vit
 
 MODELS = {"vit-t": ViTShape(48, 3, 3, 2, 2.0), "vit-s": VIT_S, "vit-b": VIT_B}
@@ -58,16 +46,18 @@ _LR_OF_256 = 5e-4  # of published configurations, for 256 samples of an update
 
 
 @dataclass(frozen=True)
-class Dino:
+class Dino(SelfSupervised):
     """Learn features of images by making small views of them agree with large ones, without labels (Caron et al. 2021).
 
     The teacher sees the two large views of each image only. What is not given is the preset's, shown by --print_config.
 
     Args:
         preset: form of the data, sizes and rates: digits, or those of the paper for imagenet
-        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with one folder of images for each class; or
-            noise, to measure speed (default for digits: those that ship inside scikit-learn)
         image_size: pixels of the two large views, in height and in width
+        weight_decay: decoupled decay of weights at the start; biases and norms have none
+        lr: highest learning rate of AdamW; after the warm-up it falls along a cosine (default for imagenet: 5e-4 for each 256
+            samples of a batch)
+        dropout: fraction of channels (cnn) or of values (transformer) that the student drops
         local_size: pixels of the small views, in height and in width
         local_views: number of small views of each image
         model: the encoder: a plain CNN (see width and depth), or a Vision Transformer: vit-t with patches of 2 x 2 pixels, the
@@ -83,26 +73,14 @@ class Dino:
         warm_up_temperature: temperature that divides the teacher's outputs at the start
         temperature: temperature that divides the teacher's outputs from temperature_epochs on; it rises evenly until then
         temperature_epochs: epochs in which the teacher's temperature rises
-        dropout: fraction of channels (cnn) or of values (transformer) that the student drops
-        momentum: momentum m of the teacher's moving average at the start; it rises to 1 along a cosine
         center_momentum: fraction of the teacher's center that each batch keeps
-        batch_size: samples of one update
-        epochs: passes over the data
-        warm_up_epochs: epochs at the start in which the learning rate rises evenly
-        lr: highest learning rate of AdamW; after the warm-up it falls along a cosine (default for imagenet: 5e-4 for each 256
-            samples of a batch)
-        weight_decay: decoupled decay of weights at the start; biases and norms have none
         final_weight_decay: decoupled decay of weights at the end, to which it rises along a cosine
-        workers: processes that read images and make views of them, beside those that train
     """
 
     name: ClassVar[str] = "dino"
-    run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"microbatches": 2})
 
-    # None stands for the preset's value, which replaces it at once.
     preset: Literal["digits", "imagenet"] = "digits"
-    data: str | None = None
-    image_size: int = None  # type: ignore[assignment]
+    weight_decay: float = 0.04
     local_size: int = None  # type: ignore[assignment]
     local_views: int = None  # type: ignore[assignment]
     model: Literal["cnn", "vit-t", "vit-s", "vit-b"] = None  # type: ignore[assignment]
@@ -116,64 +94,39 @@ class Dino:
     warm_up_temperature: float = 0.04
     temperature: float = None  # type: ignore[assignment]
     temperature_epochs: int = None  # type: ignore[assignment]
-    dropout: float = 0.0
-    momentum: float = None  # type: ignore[assignment]
     center_momentum: float = 0.9
-    batch_size: int = None  # type: ignore[assignment]
-    epochs: int = None  # type: ignore[assignment]
-    warm_up_epochs: int = None  # type: ignore[assignment]
-    lr: float = None  # type: ignore[assignment]
-    weight_decay: float = 0.04
     final_weight_decay: float = 0.4
-    workers: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` with everything that cannot be."""
+        """Raise `ConfigError` with everything that cannot be."""
         shape = MODELS.get(self.model or PRESETS[self.preset]["model"])
         filled(self, {"depth": shape.depth} if shape else {})
         filled(self, PRESETS[self.preset])
         filled(self, {"depth": 3, "lr": _LR_OF_256 * self.batch_size / 256})
-        least = {
-            "image_size": 8, "local_size": 1, "local_views": 0, "width": 1, "depth": 1, "hidden": 1, "bottleneck": 1,
-            "prototypes": 2, "temperature_epochs": 0, "batch_size": 2, "epochs": 1, "warm_up_epochs": 0, "workers": 0,
-        }  # fmt: skip
-        shares = ("dropout", "momentum", "center_momentum")
-        positive = ("lr", "student_temperature", "warm_up_temperature", "temperature")
-        problems = problems_of(self, least, shares, positive)
-        patch = shape.patch if shape else 1
-        problems += [
-            f"{name} is {getattr(self, name)}, no multiple of the patches of {patch} pixels of {self.model}"
-            for name in ("image_size", "local_size")
-            if getattr(self, name) % patch
-        ]
+        problems = patch_problems(self, ("image_size", "local_size"), shape.patch if shape else 1)
         if self.final_weight_decay < 0 or (self.final_weight_decay and not self.weight_decay):
             problems.append(
                 f"final_weight_decay is {self.final_weight_decay}; expected 0 or more, and 0 where weight_decay is"
             )
-        if problems:
-            raise ConfigError("; ".join(problems))
-
-    def workload(self, seed: int, num_samples: int | None = None) -> MomentumWorkload:
-        """The task, the data and how it is trained. Raises `DataError` for data that is missing or broken."""
-        preset = PRESETS[self.preset]
-        form = (preset["channels"], self.image_size, preset["classes"])
-        images = images_of(self.data, self.preset, form, self.batch_size, seed)
-        loader = view_loader(
-            images, self._views(images), self.batch_size, num_samples=num_samples, workers=self.workers
-        )
-        grown = self.final_weight_decay / self.weight_decay if self.weight_decay else 1.0
-        return MomentumWorkload(
-            build=lambda: self._task(images, seed, len(loader)),
-            evaluate=FeatureQuality(images, encoder_of, workers=self.workers),
-            train_loader=loader,
-            student_training=training_of(
-                self.epochs, "adamw", self.lr, self.weight_decay, 0.0,
-                lr_schedule=warmed_up(cosine, self.warm_up_epochs / self.epochs),
-                weight_decay_schedule=partial(cosine, end=grown), param_groups=without_decay,
-            ),
+        ones = ("local_size", "width", "depth", "hidden", "bottleneck")
+        self.check(
+            {**dict.fromkeys(ones, 1), "local_views": 0, "prototypes": 2, "temperature_epochs": 0},
+            fractions=("center_momentum",), above_0=("student_temperature", "warm_up_temperature", "temperature"), more=problems,
         )  # fmt: skip
 
-    def _views(self, images: Images) -> list[View]:
+    def form(self) -> tuple[int, int]:
+        return PRESETS[self.preset]["channels"], PRESETS[self.preset]["classes"]
+
+    def training(self, schedule: Callable[[int], LrSchedule]) -> Training:
+        """How the student is trained: by AdamW, with a weight decay that grows."""
+        grown = self.final_weight_decay / self.weight_decay if self.weight_decay else 1.0
+        options = {"weight_decay": self.weight_decay}
+        return Training(
+            self.epochs, OPTIMIZERS["adamw"], self.lr, options, schedule, without_decay, partial(cosine, end=grown)
+        )
+
+    def views(self, images: Images) -> list[View]:
+        """Two large views, and small ones."""
         if images.channels == 1:
             large, small = Scans(images.size), Scans(self.local_size, window=(0.6, 0.8), moved=0.3)
             return [large, large, *(small for _ in range(self.local_views))]
@@ -184,7 +137,8 @@ class Dino:
             *(Photographs(self.local_size, small_share, blurred=0.5) for _ in range(self.local_views)),
         ]
 
-    def _task(self, images: Images, seed: int, steps_per_epoch: int) -> Momentum:
+    def task(self, images: Images, seed: int, steps_per_epoch: int) -> Momentum:
+        """Build a fresh task: teacher and student of one form."""
         encoder, features = self._encoder(images, derive(seed, "student"))
         sizes = (features, self.hidden, self.bottleneck, self.prototypes)
         head = seeded(derive(seed, "head"), lambda: Head(*sizes, norm=self.head_norm))

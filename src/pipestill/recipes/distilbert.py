@@ -20,6 +20,7 @@ from pipestill.lr_schedules import linear
 from pipestill.model.seeding import derive
 from pipestill.recipes import language
 from pipestill.recipes.distillation import DistillationWorkload
+from pipestill.recipes.image_recipe import problems_of
 from pipestill.recipes.language import Sizes
 from pipestill.recipes.text import (
     ByLengthSampler,
@@ -167,17 +168,8 @@ class DistilBert:
             "vocab_size": 100, "max_length": 8, "layers": 1, "student_layers": 1, "hidden_size": 2, "heads": 1,
             "intermediate_size": 1, "batch_size": 1, "epochs": 1, "teacher_epochs": 1,
         }  # fmt: skip
-        problems = [
-            f"{name} is {getattr(self, name)}; expected at least {count}"
-            for name, count in least.items()
-            if getattr(self, name) is not None and getattr(self, name) < count
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}; expected more than 0"
-            for name in ("temperature", "lr", "teacher_lr")
-            if not getattr(self, name) > 0
-        ]
         weights = ("soft_target_weight", "cross_entropy_weight", "cosine_weight")
+        problems = problems_of(self, least, ("dropout", "warm_up"), ("temperature", "lr", "teacher_lr"))
         problems += [
             f"{name} is {getattr(self, name)}; expected 0 or more"
             for name in (*weights, "weight_decay")
@@ -185,11 +177,6 @@ class DistilBert:
         ]
         if not any(getattr(self, name) for name in weights):
             problems.append(f"{', '.join(weights)} are all 0; expected one that is more")
-        problems += [
-            f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1"
-            for name in ("dropout", "warm_up")
-            if not 0.0 <= getattr(self, name) < 1.0
-        ]
         if not 0.0 < self.mask_probability < 1.0:
             problems.append(f"mask_probability is {self.mask_probability}; expected more than 0 and less than 1")
         if self.hidden_size and self.heads and self.heads > 0 and self.hidden_size % self.heads:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -27,8 +25,8 @@ from pipestill.recipes.architecture_search import (
     weights_and_alphas,
 )
 from pipestill.recipes.blockwise import BlockwiseWorkload
-from pipestill.recipes.compress import BLOCK_LOSSES
-from pipestill.recipes.datasets import Images, choose_images
+from pipestill.recipes.blockwise_recipe import BLOCK_LOSSES, BlockwiseRecipe, listed
+from pipestill.recipes.datasets import Images
 from pipestill.recipes.recipe import filled
 from pipestill.recipes.run_options import Numbers
 from pipestill.recipes.supernet import (
@@ -100,18 +98,18 @@ al., DATE 2023). The stem, the head and the teacher's cells are those of MobileN
 
 
 @dataclass(frozen=True)
-class Nas:
+class Nas(BlockwiseRecipe):
     """Search for a network: each cell of the student chooses between convolutions of several sizes, block by block.
 
-    Each block of the student learns alone to give what the teacher's gives, along one random path a batch; on held-out data
-    it learns how likely its paths should be. The most likely ones make the network, which is then, unless fine_tuning_epochs
-    is 0, distilled end to end. What is not given is the preset's, shown by --print_config.
+    Each block of the student is trained alone to give what the teacher's block gives, along one random path a batch; on held-out
+    data it is trained how likely its paths should be. The most likely ones make the network, which is then, unless
+    fine_tuning_epochs is 0, distilled end to end. What is not given is the preset's, shown by --print_config.
 
     Args:
         preset: form of the data, sizes and epochs: digits, or Pipe-BD's configurations for cifar10 and imagenet
-        data: a directory of CIFAR-10's python files, or of 'train' and 'val', each with one folder of images for each class; or
-            noise, to measure speed (default for digits: those that ship inside scikit-learn)
-        image_size: pixels to which images from folders are resized, in height and in width
+        weight_decay: L2 penalty of weights
+        temperature: temperature T that softens logits in the loss of the last block and in the fine-tuning
+        lr: learning rate of the blocks' weights (SGD, Nesterov) at the start; each rate but alpha_lr falls along a cosine
         widths: channels of each block
         teacher_cells: MBConvs (k3e6) in each block of the teacher
         cells: places to fill in each block of the student
@@ -121,36 +119,18 @@ class Nas:
         head: channels of the last convolution, before the classifier
         kernels: sizes of convolutions to choose from, all odd
         expansions: factors on the channels inside an MBConv to choose from
-        block_loss: loss of each block but the last: mean squared error, mean squared error relative to the teacher's outputs, or
-            1 - cosine
-        temperature: temperature T that softens logits in the loss of the last block and in the fine-tuning
         flops_weight: weight of a block's expected FLOPs, as a fraction of the most it could have, in the loss of its paths
         held_out: fraction of the training data on which paths are trained, and weights are not
         every: batches for the weights before each batch for the paths
         warm_up: fraction of the epochs before paths are trained
-        batch_size: samples of one update
-        epochs: passes over the data for the student's blocks
-        teacher_epochs: passes over the data for the teacher
-        fine_tuning_epochs: passes over the data end to end, after the blocks; 0 for none. The network without a teacher is
-            trained for epochs and fine_tuning_epochs together
-        lr: learning rate of the blocks' weights (SGD, Nesterov) at the start; each learning rate but alpha_lr falls along a
-            cosine
         alpha_lr: constant learning rate of the paths (Adam)
-        teacher_lr: learning rate of the teacher, and of the network without a teacher, at the start
-        fine_tuning_lr: learning rate of the fine-tuning at the start
-        sgd_momentum: momentum of SGD itself
-        weight_decay: L2 penalty of weights
-        augment: train on images that are shifted and mirrored at random, and on random parts of those from folders
-        workers: processes that read images, beside those that train
     """
 
     name: ClassVar[str] = "nas"
-    run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"strategy": "balanced", "microbatches": 2})
+    page: ClassVar[str] = "docs/architecture-search.md"
 
-    # None stands for the preset's value, which replaces it at once.
     preset: Literal["digits", "cifar10", "imagenet"] = "digits"
-    data: str | None = None
-    image_size: int = None  # type: ignore[assignment]
+    weight_decay: float = 5e-4
     widths: Numbers = None  # type: ignore[assignment]
     teacher_cells: Numbers = None  # type: ignore[assignment]
     cells: Numbers = None  # type: ignore[assignment]
@@ -160,76 +140,46 @@ class Nas:
     head: int = None  # type: ignore[assignment]
     kernels: Numbers = None  # type: ignore[assignment]
     expansions: Numbers = None  # type: ignore[assignment]
-    block_loss: Literal["mse", "normalised", "cosine"] = "mse"
-    temperature: float = 1.0
     flops_weight: float = None  # type: ignore[assignment]
     held_out: float = 0.2
     every: int = 5
     warm_up: float = 0.25
-    batch_size: int = None  # type: ignore[assignment]
-    epochs: int = None  # type: ignore[assignment]
-    teacher_epochs: int = None  # type: ignore[assignment]
-    fine_tuning_epochs: int = None  # type: ignore[assignment]
-    lr: float = None  # type: ignore[assignment]
     alpha_lr: float = None  # type: ignore[assignment]
-    teacher_lr: float = 0.05
-    fine_tuning_lr: float = 0.02
-    sgd_momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: bool = None  # type: ignore[assignment]
-    workers: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` with everything that cannot be."""
+        """Raise `ConfigError` with everything that cannot be."""
         filled(self, vars(PRESETS[self.preset]))
-        if problems := self._problems():
-            raise ConfigError("; ".join(problems))
+        least = {"image_size": 4, "stem_stride": 1, "head": 1, "every": 1, "flops_weight": 0}
+        self.check(least, fractions=("warm_up",), above_0=("alpha_lr",), more=self._problems())
 
     def _problems(self) -> list[str]:
-        least = {
-            "image_size": 4, "stem_stride": 1, "head": 1, "every": 1, "batch_size": 2, "epochs": 1, "teacher_epochs": 1,
-            "fine_tuning_epochs": 0, "workers": 0, "flops_weight": 0, "weight_decay": 0,
-        }  # fmt: skip
-        problems = [
-            f"{name} is {getattr(self, name)}; expected at least {count}"
-            for name, count in least.items()
-            if getattr(self, name) < count
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}; expected more than 0"
-            for name in ("temperature", "lr", "alpha_lr", "teacher_lr", "fine_tuning_lr")
-            if not getattr(self, name) > 0
-        ]
-        problems += [
-            f"{name} is {getattr(self, name)}; expected 0 or more, and less than 1"
-            for name in ("sgd_momentum", "warm_up")
-            if not 0.0 <= getattr(self, name) < 1.0
-        ]
+        problems = []
         if not 0.0 < self.held_out < 1.0:
             problems.append(f"held_out is {self.held_out}; expected more than 0 and less than 1")
         lists = ("widths", "teacher_cells", "cells", "strides", "stem", "kernels", "expansions")
         problems += [
-            f"{name} is {_listed(getattr(self, name))}; expected numbers of at least 1"
+            f"{name} is {listed(getattr(self, name))}; expected numbers of at least 1"
             for name in lists
             if not getattr(self, name) or min(getattr(self, name)) < 1
         ]
         problems += [
-            f"{name} is {_listed(getattr(self, name))}, of {len(getattr(self, name))} blocks; widths has {len(self.widths)}"
+            f"{name} is {listed(getattr(self, name))}, of {len(getattr(self, name))} blocks; widths has {len(self.widths)}"
             for name in ("teacher_cells", "cells", "strides")
             if len(getattr(self, name)) != len(self.widths)
         ]
         if len(self.stem) != 2:
-            problems.append(f"stem is {_listed(self.stem)}; expected two numbers, such as 32,16")
+            problems.append(f"stem is {listed(self.stem)}; expected two numbers, such as 32,16")
         if any(kernel % 2 == 0 for kernel in self.kernels):
-            problems.append(f"kernels is {_listed(self.kernels)}; expected odd numbers")
+            problems.append(f"kernels is {listed(self.kernels)}; expected odd numbers")
         for name in ("kernels", "expansions"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
-                problems.append(f"{name} is {_listed(getattr(self, name))}; expected each number once")
+                problems.append(f"{name} is {listed(getattr(self, name))}; expected each number once")
         if len(self.kernels) * len(self.expansions) == 1:
             problems.append("kernels and expansions leave one path in each cell; give two numbers of one of them")
-        if self.preset == "digits" and self.data is None and self.image_size != 8:
-            problems.append(f"image_size is {self.image_size}; the digits are 8 x 8, so give --data, or leave it out")
         return problems
+
+    def form(self) -> tuple[int, int]:
+        return PRESETS[self.preset].channels, PRESETS[self.preset].num_classes
 
     def workload(self, seed: int, num_samples: int | None = None) -> BlockwiseWorkload:
         """The task, the data and how it is trained. Raises `DataError` for data that is missing or broken.
@@ -250,21 +200,11 @@ class Nas:
         warm_up = 0 if few else int(self.epochs * self.warm_up)
         steps = SearchSteps(len(weights), min(self.every, len(weights)), warm_up)
         search = {"alpha_lr": self.alpha_lr, "momentum": self.sgd_momentum, "weight_decay": self.weight_decay}
-        plain = (torch.optim.SGD, {"momentum": self.sgd_momentum, "weight_decay": self.weight_decay})
-        tuning = Training(self.fine_tuning_epochs, plain[0], self.fine_tuning_lr, plain[1], cosine)
         return BlockwiseWorkload(
             build=partial(self.task, images, steps, seed),
             train_loader=train,
             validation_loader=test,
-            supervised_loss=losses.cross_entropy,
-            metrics={"accuracy": losses.accuracy},
-            teacher_training=Training(self.teacher_epochs, plain[0], self.teacher_lr, plain[1], cosine),
             student_training=Training(self.epochs, Alternating, self.lr, search, cosine, weights_and_alphas),
-            alone_training=Training(
-                self.epochs + self.fine_tuning_epochs, plain[0], self.teacher_lr, plain[1], cosine
-            ),
-            fine_tuning=tuning if self.fine_tuning_epochs else None,
-            fine_tuning_loss=losses.SoftTarget(self.temperature, weight=1.0),
             block_loader=Interleaved(weights, paths, steps),
             derive=_derived,
             fresh=lambda found: self.network(cast(Network, found).paths, images, derive(seed, "alone")),
@@ -272,6 +212,7 @@ class Nas:
                 derived(_supernet(task), random_paths(_supernet(task), derive(seed, i))) for i in range(_RANDOM_PATHS)
             ]},
             describe=partial(self.describe, images),
+            **self.of_whole_models(self.temperature),
         )  # fmt: skip
 
     def _loaders(self, images: Images, rows: Any) -> tuple[Any, Any]:
@@ -313,14 +254,6 @@ class Nas:
             "parameters": {name: num_parameters(model) for name, model in models.items()},
         }}  # fmt: skip
 
-    def images(self, seed: int) -> Images:
-        """The images to learn from."""
-        preset = PRESETS[self.preset]
-        return choose_images(
-            self.data, self.preset, (preset.channels, self.image_size, preset.num_classes), batch_size=self.batch_size,
-            augment=self.augment, seed=seed, page="docs/architecture-search.md",
-        )  # fmt: skip
-
 
 def _supernet(task: Blockwise) -> nn.Sequential:
     return cast(nn.Sequential, task.student)
@@ -328,7 +261,3 @@ def _supernet(task: Blockwise) -> nn.Sequential:
 
 def _derived(task: Blockwise) -> nn.Module:
     return derived(_supernet(task), best_paths(_supernet(task)))
-
-
-def _listed(numbers: Numbers) -> str:
-    return ",".join(map(str, numbers)) or "empty"

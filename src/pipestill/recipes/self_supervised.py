@@ -1,10 +1,13 @@
-"""What the recipes with a momentum teacher share: models in a row, perceptrons, the teacher's momentum, their data."""
+"""What recipes with a momentum teacher share: models in a row, perceptrons, the teacher's momentum, options and workload."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +15,18 @@ from torch import Tensor, nn
 from pipestill.lr_schedules import LrSchedule, cosine
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
-from pipestill.recipes.datasets import Images, choose_images
-from pipestill.recipes.training import OPTIMIZERS, Training
-
-PAGE = "docs/momentum.md"
+from pipestill.model.seeding import derive
+from pipestill.model.tasks import Momentum
+from pipestill.recipes.augment import Photographs, Scans, View, view_loader
+from pipestill.recipes.datasets import Images
+from pipestill.recipes.evaluate_features import FeatureQuality
+from pipestill.recipes.image_recipe import ImageRecipe
+from pipestill.recipes.momentum import MomentumWorkload
+from pipestill.recipes.training import OPTIMIZERS, Training, warmed_up
 
 
 class Chain(nn.Module):
-    """Models one after the other. Each is cut where it says itself, and is one block where it says nothing."""
+    """Models one after the other, each with the blocks that it declares, or one block where it declares none."""
 
     def __init__(self, **parts: nn.Module) -> None:
         super().__init__()
@@ -68,51 +75,116 @@ def rising(start: float, total_steps: int) -> LrSchedule:
     return cosine(total_steps, start=start, end=1.0)
 
 
+def patch_problems(recipe: Any, names: Sequence[str], patch: int) -> list[str]:
+    """What is wrong with sizes that have to be multiples of a Vision Transformer's patches."""
+    return [
+        f"{name} is {getattr(recipe, name)}, no multiple of the patches of {patch} pixels of {recipe.model}"
+        for name in names
+        if getattr(recipe, name) % patch
+    ]
+
+
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` gives with its random numbers from `seed`."""
+    """Build a module with random numbers from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
 
 
 def encoder_of(network: Any) -> Callable[[Tensor], Tensor]:
-    """The part of a chain whose features are of use; what is behind it is there to be trained through."""
+    """The part of a chain whose features are used; what is behind it is there for the training only."""
     encoder: Callable[[Tensor], Tensor] = network.encoder
     return encoder
 
 
-def images_of(data: str | None, preset: str, form: tuple[int, int, int], batch_size: int, seed: int) -> Images:
-    """What a preset learns from, in the form (channels, size, classes)."""
-    return choose_images(data, preset, form, batch_size=batch_size, augment=False, seed=seed, page=PAGE)
+@dataclass(frozen=True)
+class SelfSupervised(ImageRecipe):
+    """Options of every recipe with a momentum teacher, and the workload that follows from them.
+
+    Args:
+        image_size: pixels to which views of photographs are resized, in height and in width
+        epochs: passes over the data
+        warm_up_epochs: epochs at the start in which the learning rate rises evenly
+        lr: highest learning rate; after the warm-up it falls along a cosine
+        momentum: momentum m of the teacher's moving average at the start; it rises to 1 along a cosine
+        dropout: fraction of values that the student's layers drop
+        workers: processes that read images and make views of them, beside those that train
+    """
+
+    run_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({"microbatches": 2})
+    page: ClassVar[str] = "docs/momentum.md"
+
+    warm_up_epochs: int = None  # type: ignore[assignment]
+    lr: float = None  # type: ignore[assignment]
+    momentum: float = None  # type: ignore[assignment]
+    dropout: float = 0.0
+
+    def check(self, least: Mapping[str, float], **others: Any) -> None:
+        """Raise `ConfigError` with everything that is wrong with the options; see `ImageRecipe.check`."""
+        too_many = self.warm_up_epochs > self.epochs
+        more = [f"warm_up_epochs is {self.warm_up_epochs}, more than the {self.epochs} epochs"] if too_many else []
+        others["fractions"] = ("dropout", "momentum", *others.get("fractions", ()))
+        others["above_0"] = ("lr", *others.get("above_0", ()))
+        super().check({"warm_up_epochs": 0, **least}, **{**others, "more": [*others.get("more", ()), *more]})
+
+    def workload(self, seed: int, num_samples: int | None = None) -> MomentumWorkload:
+        """Build task, data and training. Raises `DataError` for data that is missing or broken."""
+        images = self.read_images(seed)
+        loader = view_loader(
+            images, self.views(images), self.batch_size, num_samples=num_samples, workers=self.workers
+        )
+        return MomentumWorkload(
+            build=lambda: self.task(images, seed, len(loader)),
+            evaluate=FeatureQuality(images, encoder_of, workers=self.workers),
+            train_loader=loader,
+            student_training=self.training(warmed_up(cosine, self.warm_up_epochs / self.epochs)),
+        )
+
+    def views(self, images: Images) -> Sequence[View]:
+        """The views of each image."""
+        raise NotImplementedError
+
+    def task(self, images: Images, seed: int, steps_per_epoch: int) -> Momentum:
+        """Build a fresh task."""
+        raise NotImplementedError
+
+    def training(self, schedule: Callable[[int], LrSchedule]) -> Training:
+        """How the student is trained, with a schedule of the learning rate."""
+        raise NotImplementedError
 
 
-def training_of(
-    epochs: int, optimizer: str, lr: float, weight_decay: float, sgd_momentum: float, **schedules: Any
-) -> Training:
-    """How the student is trained. AdamW has no momentum of that name."""
-    options = {"weight_decay": weight_decay} | ({} if optimizer == "adamw" else {"momentum": sgd_momentum})
-    return Training(epochs, OPTIMIZERS[optimizer], lr, options, **schedules)
+@dataclass(frozen=True)
+class TwoViews(SelfSupervised):
+    """Options of recipes that compare two views of each image by a projector and a predictor.
 
+    Args:
+        projection: outputs of the projector and of the predictor
+        hidden: units in the hidden layers of the projector and of the predictor
+        optimizer: optimizer of the student
+        sgd_momentum: momentum of SGD and LARS themselves
+    """
 
-def problems_of(recipe: Any, least: dict[str, int], shares: Sequence[str], positive: Sequence[str]) -> list[str]:
-    """What is wrong with options: counts of at least so many, numbers from 0 to below 1, and those above 0."""
-    problems = [
-        f"{name} is {getattr(recipe, name)}; expected at least {count}"
-        for name, count in least.items()
-        if getattr(recipe, name) < count
-    ]
-    problems += [
-        f"{name} is {getattr(recipe, name)}; expected 0 or more, and less than 1"
-        for name in shares
-        if not 0.0 <= getattr(recipe, name) < 1.0
-    ]
-    problems += [
-        f"{name} is {getattr(recipe, name)}; expected more than 0" for name in positive if not getattr(recipe, name) > 0
-    ]
-    if recipe.weight_decay < 0:
-        problems.append(f"weight_decay is {recipe.weight_decay}; expected 0 or more")
-    if recipe.warm_up_epochs > recipe.epochs:
-        problems.append(f"warm_up_epochs is {recipe.warm_up_epochs}, more than the {recipe.epochs} epochs")
-    if recipe.preset == "digits" and recipe.data is None and recipe.image_size != 8:
-        problems.append(f"image_size is {recipe.image_size}; the digits are 8 x 8, so give --data, or leave it out")
-    return problems
+    projection: int = None  # type: ignore[assignment]
+    hidden: int = None  # type: ignore[assignment]
+    optimizer: Literal["sgd", "adamw", "lars"] = None  # type: ignore[assignment]
+    sgd_momentum: float = 0.9
+
+    def views(self, images: Images) -> Sequence[View]:
+        """BYOL's two views, which differ in blur and solarising where images are photographs."""
+        if images.channels == 1:
+            return Scans(images.size), Scans(images.size)
+        return Photographs(images.size, blurred=1.0), Photographs(images.size, blurred=0.1, solarised=0.2)
+
+    def training(self, schedule: Callable[[int], LrSchedule]) -> Training:
+        """How the student is trained. AdamW has no momentum of that name."""
+        options = {"weight_decay": self.weight_decay}
+        options |= {} if self.optimizer == "adamw" else {"momentum": self.sgd_momentum}
+        return Training(self.epochs, OPTIMIZERS[self.optimizer], self.lr, options, schedule)
+
+    def pair(self, encoder: nn.Module, seed: int, sizes: Sequence[int], last_norm: bool = False) -> tuple[Chain, Chain]:
+        """Teacher and student: an encoder, a projector of these sizes, and the student's predictor."""
+        projector = seeded(derive(seed, "projector"), lambda: Perceptron(sizes, last_norm))
+        of_predictor = (self.projection, self.hidden, self.projection)
+        predictor = seeded(derive(seed, "predictor"), lambda: Perceptron(of_predictor, last_norm))
+        teacher = Chain(encoder=copy.deepcopy(encoder), projector=copy.deepcopy(projector))
+        return teacher, Chain(encoder=encoder, projector=projector, predictor=predictor)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pipestill import lr_schedules
-from pipestill.errors import ConfigError, nearest
+from pipestill.errors import nearest
 from pipestill.losses import SoftTarget as SoftTargetLoss
 from pipestill.losses import accuracy, cross_entropy
 from pipestill.model.families.load import LIBRARIES, load_model
 from pipestill.model.seeding import derive
-from pipestill.recipes.datasets import Images, choose_images, digits
+from pipestill.recipes.datasets import Images, digits
 from pipestill.recipes.distillation import DistillationWorkload
+from pipestill.recipes.image_recipe import ImageRecipe
 from pipestill.recipes.networks import RESNETS, network
 from pipestill.recipes.recipe import filled
 from pipestill.recipes.training import OPTIMIZERS, Training
@@ -66,7 +67,7 @@ _CNN_SIZES = {"teacher_width": 32, "teacher_depth": 4, "student_width": 3, "stud
 
 
 @dataclass(frozen=True)
-class SoftTarget:
+class SoftTarget(ImageRecipe):
     """Distil an image classifier into another by its softened logits.
 
     What is not given is the preset's, shown by --print_config.
@@ -74,10 +75,7 @@ class SoftTarget:
     Args:
         preset: form of the data, models and how they are trained: digits, or TSPipe's benchmark on ImageNet or on a list of 100
             of its classes
-        data: a directory of 'train' and 'val', each with one folder of images for each class, or of CIFAR-10's python files; or
-            noise, to measure speed (default for digits: those that ship inside scikit-learn)
         classes: a file with the name of a folder of images in each line: only these classes are read, in this order
-        image_size: pixels to which images from folders are resized, in height and in width
         teacher_model: the teacher: cnn, vit-s, vit-b, vit-l, resnet18, 34, 50, 101 or 152, or a name from timm or torchvision,
             such as timm:vit_large_patch16_224 (with random weights: nothing is downloaded)
         student_model: the student, by a name as for teacher_model
@@ -92,7 +90,6 @@ class SoftTarget:
         dropout: fraction of channels or units that the student's cnn or vit drops while it trains
         temperature: temperature T that softens the logits of both models
         weight: weight of the soft-target term beside the cross entropy
-        batch_size: samples of one update
         epochs: passes over the data for the student, with and without a teacher
         teacher_epochs: passes over the data for the teacher; with 0, and without --teacher, its weights stay random
         optimizer: optimizer of both models
@@ -103,16 +100,13 @@ class SoftTarget:
         nesterov: let SGD's momentum be Nesterov's
         weight_decay: L2 penalty (SGD) or decoupled weight decay (AdamW)
         augment: train on images that are shifted and mirrored at random, and on random parts of those from folders
-        workers: processes that read images, beside those that train
     """
 
     name: ClassVar[str] = "soft-target"
+    page: ClassVar[str] = "docs/published.md"
 
-    # None stands for the preset's value, which replaces it at once.
     preset: Literal["digits", "imagenet100", "imagenet"] = "digits"
-    data: str | None = None
     classes: str | None = None
-    image_size: int = None  # type: ignore[assignment]
     teacher_model: str = None  # type: ignore[assignment]
     student_model: str = None  # type: ignore[assignment]
     teacher_width: int | None = None
@@ -122,8 +116,6 @@ class SoftTarget:
     dropout: float = 0.0
     temperature: float = 4.0
     weight: float = None  # type: ignore[assignment]
-    batch_size: int = None  # type: ignore[assignment]
-    epochs: int = None  # type: ignore[assignment]
     teacher_epochs: int = None  # type: ignore[assignment]
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
@@ -133,30 +125,21 @@ class SoftTarget:
     nesterov: bool = None  # type: ignore[assignment]
     weight_decay: float = 1e-4
     augment: bool = None  # type: ignore[assignment]
-    workers: int = 0
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` with everything that cannot be."""
+        """Raise `ConfigError` with everything that cannot be."""
         filled(self, vars(PRESETS[self.preset]))
         for name, size in _CNN_SIZES.items():
             if getattr(self, name) is None and getattr(self, f"{name.partition('_')[0]}_model") == CNN:
                 object.__setattr__(self, name, size)
-        if problems := self._problems():
-            raise ConfigError("; ".join(problems))
+        least = {
+            "teacher_width": 1, "student_width": 1, "batch_size": 1, "teacher_epochs": 0,
+            "teacher_depth": 2 if self.teacher_model == CNN else 1, "student_depth": 2 if self.student_model == CNN else 1,
+        }  # fmt: skip
+        self.check(least, fractions=("dropout",), more=self._problems())
 
     def _problems(self) -> list[str]:
-        least = {
-            "image_size": 8, "teacher_width": 1, "student_width": 1, "batch_size": 1, "epochs": 1, "teacher_epochs": 0,
-            "workers": 0, "teacher_depth": 2 if self.teacher_model == CNN else 1,
-            "student_depth": 2 if self.student_model == CNN else 1,
-        }  # fmt: skip
-        problems = [
-            f"{name} is {getattr(self, name)}; expected at least {count}"
-            for name, count in least.items()
-            if getattr(self, name) is not None and getattr(self, name) < count
-        ]
-        if not 0.0 <= self.dropout < 1.0:
-            problems.append(f"dropout is {self.dropout}; expected 0 or more, and less than 1")
+        problems = []
         for role in ("teacher", "student"):
             model = getattr(self, f"{role}_model")
             foreign = model.partition(":")[0] in LIBRARIES and ":" in model
@@ -174,8 +157,6 @@ class SoftTarget:
             problems.append(
                 f"dropout is for a cnn or a vit, and the student_model is '{self.student_model}'; leave it out"
             )
-        if self.preset == "digits" and self.data is None and self.image_size != 8:
-            problems.append(f"image_size is {self.image_size}; the digits are 8 x 8, so give --data, or leave it out")
         return problems
 
     def workload(self, seed: int, num_samples: int | None = None) -> DistillationWorkload:
@@ -206,15 +187,12 @@ class SoftTarget:
             teacher_origin=None if self.teacher_epochs else untrained,
         )
 
+    def form(self) -> tuple[int, int]:
+        return 1 if self.preset == "digits" else 3, PRESETS[self.preset].num_classes
+
     def images(self, seed: int) -> Images:
-        """What is learnt from."""
-        preset = PRESETS[self.preset]
-        channels = 1 if self.preset == "digits" else 3
-        return choose_images(
-            self.data, self.preset, (channels, self.image_size, preset.num_classes), batch_size=self.batch_size,
-            augment=self.augment, seed=seed, page="docs/published.md",
-            classes=self.classes,
-        )  # fmt: skip
+        """Open what is learnt from."""
+        return self.read_images(seed, augment=self.augment, only=self.classes)
 
     def model(self, role: str, channels: int, size: int, num_classes: int, seed: int) -> nn.Module:
         """Teacher or student for images (rows, channels, size, size) -> logits (rows, num_classes)."""
