@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -164,13 +165,11 @@ def _makes_schedulers(schedule: Any, probe: Callable[[], torch.optim.Optimizer])
     made = schedule.func if isinstance(schedule, partial) else schedule
     if isinstance(made, type):
         return issubclass(made, LRScheduler)
-    try:
+    with suppress(Exception):
         schedule(0)
-    except Exception:
-        try:
-            return isinstance(schedule(probe()), LRScheduler)
-        except Exception:
-            return False
+        return False
+    with suppress(Exception):
+        return isinstance(schedule(probe()), LRScheduler)
     return False
 
 

@@ -411,7 +411,7 @@ def test_what_cannot_run_is_refused(
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, float("nan")])
 def test_a_norm_to_clip_to_is_positive(clip: float) -> None:
-    with pytest.raises(UserError, match="clip_grad_norm is .*; expected (more than 0, or none|a finite number)"):
+    with pytest.raises(UserError, match="clip_grad_norm is .*; expected (more than 0|a finite number)"):
         ps.Trainer(pair(), clip_grad_norm=clip)
 
 

@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sized
 from contextlib import ExitStack, closing, suppress
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, 
 from pipestill.model.seeding import OwnGenerator, derive
 from pipestill.runtime.batch import Batch
 
+_AHEAD = 2  # batches that are read and not taken yet
 _CLOSE_SECONDS = 1.0
 
 SplitBatch = Callable[[Any], tuple[Any, Any]]
@@ -62,6 +63,7 @@ def form_of(value: Any) -> tuple[Any, ...]:
     return spec, *((leaf.dtype, leaf.layout) if isinstance(leaf, Tensor) else type(leaf) for leaf in leaves)
 
 
+@dataclass(eq=False)
 class Reader:
     """An iterator of `Batch`es over `epochs` passes of `loader`, cut off after `steps`, read ahead by a thread.
 
@@ -71,32 +73,23 @@ class Reader:
     `LoaderError`; waiting for a batch has a deadline.
     """
 
-    def __init__(
-        self,
-        loader: Iterable[Any],
-        *,
-        epochs: int | None,
-        steps: int | None,
-        seed: int,
-        split_batch: SplitBatch = inputs_and_targets,
-        length_axis: int | None = None,
-        timeout_seconds: float = 600.0,
-        ahead: int = 2,
-    ) -> None:
-        self.loader = loader
-        self.epochs = epochs
-        self.steps = steps
-        self.seed = seed
-        self.split_batch = split_batch
-        self.length_axis = length_axis
-        self.timeout_seconds = timeout_seconds
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=ahead)
+    loader: Iterable[Any]
+    _: KW_ONLY
+    epochs: int | None
+    steps: int | None
+    seed: int
+    split_batch: SplitBatch = inputs_and_targets
+    length_axis: int | None = None
+    timeout_seconds: float = 600.0
+    num_batches: int = field(default=0, init=False)
+    """How many batches were handed out; one that was only looked at is not counted."""
+    num_samples: int = field(default=0, init=False)
+    """The rows of these batches."""
+
+    def __post_init__(self) -> None:
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=_AHEAD)
         self._stop = threading.Event()
         self._peeked: Batch | None = None
-        self.num_batches = 0
-        """How many batches were handed out; one that was only looked at is not counted."""
-        self.num_samples = 0
-        """The rows of these batches."""
         self._ended = False
         self._first: dict[str, tuple[Any, str]] = {}
         self._thread = threading.Thread(target=self._work, name="pipestill-reader", daemon=True)
@@ -218,17 +211,17 @@ class Reader:
                 )
 
 
-class Again:
-    """Reads the same data each time it is called, and closes its readers with `readers`.
+@dataclass(eq=False)
+class DataOpener:
+    """Opens the same data each time it is called, and closes its readers with `readers`.
 
     The reader that was opened to look at the first batch is what the first call gives: some data can be read once only.
     """
 
-    def __init__(self, readers: ExitStack, make: Callable[[], Reader]) -> None:
-        self.readers = readers
-        self.make = make
-        self._waiting: Reader | None = None
-        self._last: Reader | None = None
+    readers: ExitStack
+    make: Callable[[], Reader]
+    _waiting: Reader | None = None
+    _last: Reader | None = None
 
     def peek(self) -> Batch:
         """The first batch."""

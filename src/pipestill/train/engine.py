@@ -16,7 +16,7 @@ from pipestill.optim import Schedules
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.transport.protocol import Waiting, World
 from pipestill.train.callbacks import Reporter
-from pipestill.train.data import Again, split_item
+from pipestill.train.data import DataOpener, split_item
 from pipestill.train.options import TrainerOptions
 from pipestill.train.result import Figures
 from pipestill.train.state import RunState, State
@@ -47,9 +47,9 @@ class Run:
     """What the engine's `contracts` gave."""
     plan: Any
     """What the engine's `plan` gave; None for the plain loop."""
-    data: Again
+    data: DataOpener
     """Each call reads the training data anew."""
-    validation: Again | None
+    validation: DataOpener | None
     """The validation data likewise, on rank 0 only."""
     validates: bool
     reporter: Reporter

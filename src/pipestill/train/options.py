@@ -94,7 +94,7 @@ class TrainerOptions:
                 yield from whole(name, getattr(self, name))
         yield from whole("student_staleness", self.student_staleness)
         if self.clip_grad_norm is not None and self.clip_grad_norm != float("inf"):
-            yield from real_number("clip_grad_norm", self.clip_grad_norm)
+            yield from real_number("clip_grad_norm", self.clip_grad_norm, above=0)
         yield from one_of("split_backward", self.split_backward, bool, "True or False")
         if self.stash is not None and not isinstance(self.stash, str):
             yield from whole("stash", self.stash)

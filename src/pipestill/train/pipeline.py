@@ -30,7 +30,7 @@ from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.links import measure_link
 from pipestill.runtime.transport.protocol import World
 from pipestill.runtime.world import device_of
-from pipestill.schedule import PIPELINE_STRATEGIES, Event, Trace
+from pipestill.schedule import PIPELINE_STRATEGIES, Trace
 from pipestill.schedule.pipeline.structure import Demands
 from pipestill.train.engine import CPU, REFERENCE, Engine, FirstBatch, Run
 from pipestill.train.options import TrainerOptions
@@ -51,9 +51,7 @@ class PipelineEngine(Engine):
         raise_problems(one_of("costs", options.costs, (Costs, type(None)), expected))
         super().__init__(options)
         self.task = task
-        clip, axis, staleness = options.clip_grad_norm, options.length_axis, options.staleness
-        if clip is not None and not clip > 0:
-            raise ConfigError(f"clip_grad_norm is {clip}; expected more than 0, or none")
+        axis, staleness = options.length_axis, options.staleness
         if axis is not None and axis < 1:
             raise ConfigError(f"length_axis is {axis}; expected 1 or more, for axis 0 counts samples")
         if staleness not in (None, 0, 1):
@@ -249,7 +247,7 @@ class PipelineEngine(Engine):
         events = world.gather([rank.recorder.events() for rank in ranks])
         trace = Trace(
             plan.num_devices,
-            tuple(sorted((e for mine in events for e in mine), key=_start)),
+            tuple(sorted((e for mine in events for e in mine), key=lambda event: event.start)),
             ranks[0].recorder.interruptions(),
         )
         steps, samples = run.data.counts()
@@ -321,7 +319,3 @@ def _losses(run: Run) -> dict[str, float]:
     """The parts of the last logged loss."""
     logged = run.reporter.logged
     return {name: logged.get(name, logged["loss"]) for name in run.contracts.loss_parts} if logged else {}
-
-
-def _start(event: Event) -> float:
-    return event.start

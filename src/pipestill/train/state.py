@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipestill.arguments import raise_problems
 from pipestill.errors import ModelError
 from pipestill.optim import OptimizerFactory
-from pipestill.train.data import Again
+from pipestill.train.data import DataOpener
 
 OptimizerState = dict[str, dict[str, Any]]
 """What an optimizer keeps of each parameter, by the parameter's name and the name of the field."""
@@ -72,24 +72,24 @@ def _strangers(modules: Mapping[str, nn.Module], owners: Mapping[str, nn.Module]
             yield f"'{name}' is {_form(state.parameters[name])} in the state, expected {_form(mine[name])}"
 
 
+@dataclass(eq=False)
 class RunState:
     """The optimizers and the steps of the last run in this process, and what the next run starts from."""
 
-    def __init__(self) -> None:
-        self.first_step = 0
-        """The number of the next run's first step."""
-        self._loaded: OptimizerState = {}
-        """Fields of optimizers that the next run starts from."""
-        self._optimizers: list[tuple[dict[str, nn.Parameter], torch.optim.Optimizer]] = []
-        """Each with the parameters that it trains, by name."""
-        self._steps_before = 0
-        """Steps that were made before the last run began."""
-        self._steps = 0
-        """Steps of the last run, once it is over."""
-        self._data: Again | None = None
-        """What a run of the plain loop reads, while it is under way."""
+    first_step: int = 0
+    """The number of the next run's first step."""
+    _loaded: OptimizerState = field(default_factory=dict)
+    """Fields of optimizers that the next run starts from."""
+    _optimizers: list[tuple[dict[str, nn.Parameter], torch.optim.Optimizer]] = field(default_factory=list)
+    """Each with the parameters that it trains, by name."""
+    _steps_before: int = 0
+    """Steps that were made before the last run began."""
+    _steps: int = 0
+    """Steps of the last run, once it is over."""
+    _data: DataOpener | None = None
+    """What a run of the plain loop reads, while it is under way."""
 
-    def start(self, data: Again | None = None) -> int:
+    def start(self, data: DataOpener | None = None) -> int:
         """Begin a run, and give the number of its first step; the run after it begins anew."""
         self._optimizers.clear()
         self._data = data

@@ -21,7 +21,7 @@ from pipestill.runtime.world import OneProcess, device_of, join_world
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.train.blockwise import BlockwiseEngine
 from pipestill.train.callbacks import Reporter
-from pipestill.train.data import Again, Reader, SplitBatch, check_loader, sample, total_steps
+from pipestill.train.data import DataOpener, Reader, SplitBatch, check_loader, sample, total_steps
 from pipestill.train.engine import REFERENCE, Engine, FirstBatch, Run
 from pipestill.train.options import TrainerOptions
 from pipestill.train.pipeline import PipelineEngine
@@ -171,7 +171,7 @@ class Trainer(TrainerOptions):
         world = self._world(world)
         with Reporter(self.callbacks if world.is_main else ()) as reporter, ExitStack() as cleanup:
             cleanup.enter_context(_modes_kept(self.engine.models))
-            data = Again(cleanup, lambda: self._reader(loader, epochs, steps))
+            data = DataOpener(cleanup, lambda: self._reader(loader, epochs, steps))
             first = self._first(world, data)
             contracts = self.engine.contracts(first.sample)
             plan = None if self.strategy == REFERENCE else self._plan(world, contracts, first)
@@ -179,7 +179,7 @@ class Trainer(TrainerOptions):
             reporter.start(description, None if total is None else total * self.engine.num_passes)
             validation = None
             if validate is not None and world.is_main:
-                validation = Again(cleanup, lambda: self._reader(validate, 1, None, self.split_batch))
+                validation = DataOpener(cleanup, lambda: self._reader(validate, 1, None, self.split_batch))
             run = Run(world, contracts, plan, data, validation, validate is not None, reporter, cleanup)
             return self._train(run)
 
@@ -213,15 +213,13 @@ class Trainer(TrainerOptions):
         """
         check_loader(loader, 1)
         raise_problems(self.engine.function_problems())
-        with ExitStack() as cleanup:
-            first = self._first(OneProcess(1), Again(cleanup, lambda: self._reader(loader, 1, 1)))
-            self.engine.contracts(first.sample)
-            if self.strategy == REFERENCE:
-                return
-            if self.costs is None:  # what blocks hold in memory is not known before they are measured
-                self.engine.plan(self.engine.assumed_costs(first.rows), first.rows)
-            else:
-                self.engine.plan(self.costs, first.rows, memory_bytes=self.memory_bytes)
+        first, _ = self._look(OneProcess(1), loader)
+        if self.strategy == REFERENCE:
+            return
+        if self.costs is None:  # what blocks hold in memory is not known before they are measured
+            self.engine.plan(self.engine.assumed_costs(first.rows), first.rows)
+        else:
+            self.engine.plan(self.costs, first.rows, memory_bytes=self.memory_bytes)
 
     def measure(self, loader: Iterable[Any], *, world: World | None = None) -> Costs | BlockProfile:
         """Measure what `fit` would before it plans; called on all ranks together.
@@ -234,10 +232,9 @@ class Trainer(TrainerOptions):
             the costs of all blocks and of the links between ranks, to be given to trainers as `costs`.
         """
         world = self._world(world)
-        with ExitStack() as cleanup:
-            first = self._first(world, Again(cleanup, lambda: self._reader(loader, 1, 1)))
-            measured: Costs | BlockProfile = self.engine.measure(world, self.engine.contracts(first.sample), first)
-            return measured
+        first, contracts = self._look(world, loader)
+        measured: Costs | BlockProfile = self.engine.measure(world, contracts, first)
+        return measured
 
     def plan(self, loader: Iterable[Any], *, world: World | None = None) -> Any:
         """Make the plan that `fit` would follow; called on all ranks together.
@@ -252,9 +249,8 @@ class Trainer(TrainerOptions):
         if self.strategy == REFERENCE:
             return None
         world = self._world(world)
-        with ExitStack() as cleanup:
-            first = self._first(world, Again(cleanup, lambda: self._reader(loader, 1, 1)))
-            return self._plan(world, self.engine.contracts(first.sample), first)
+        first, contracts = self._look(world, loader)
+        return self._plan(world, contracts, first)
 
     def _plan(self, world: World, contracts: Any, first: FirstBatch) -> Any:
         """Make the same plan on every rank, from the costs that were given, or that are measured here."""
@@ -274,7 +270,13 @@ class Trainer(TrainerOptions):
             length_axis=self.length_axis, timeout_seconds=self.timeout_seconds,
         )  # fmt: skip
 
-    def _first(self, world: World, data: Again) -> FirstBatch:
+    def _look(self, world: World, loader: Iterable[Any]) -> tuple[FirstBatch, Any]:
+        """Look at the first batch of a loader, and find out what crosses boundaries."""
+        with ExitStack() as cleanup:
+            first = self._first(world, DataOpener(cleanup, lambda: self._reader(loader, 1, 1)))
+        return first, self.engine.contracts(first.sample)
+
+    def _first(self, world: World, data: DataOpener) -> FirstBatch:
         """Look at the first batch on rank 0, and send what all ranks need to know of it."""
         batch = data.peek() if world.is_main else None
         few = world.broadcast(sample(batch) if batch else None)
