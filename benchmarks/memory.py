@@ -39,7 +39,7 @@ from pipestill.model.blocks import ranges
 from pipestill.model.boundary import detached, start_of
 from pipestill.model.split import SplitBlock
 from pipestill.recipes.soft_target import CLASSES, cnn
-from pipestill.runtime.memory import peak_bytes, reset_peak
+from pipestill.runtime.record import peak_bytes, reset_peak
 from pipestill.schedule import Op, Role, Trace
 
 FIRST = "gpipe"  # all forwards first: what the others are compared with

@@ -14,7 +14,7 @@ from pipestill.compare.bench import Bench, Round
 from pipestill.compare.figures import PlainLoop, calibrated
 from pipestill.compare.variants import PEERS
 from pipestill.costs import Costs, Link
-from pipestill.runtime.memory import peak_bytes, reset_peak
+from pipestill.runtime.record import peak_bytes, reset_peak
 from pipestill.runtime.world import device_of
 from pipestill.schedule.simulate import simulate
 from pipestill.train.engine import REFERENCE

@@ -17,7 +17,7 @@ from pipestill.errors import ConfigError
 from pipestill.plan import Plan, make_plan
 from pipestill.plan.blockwise.describe import describe
 from pipestill.plan.blockwise.plan import BlockwisePlan, make_blockwise_plan
-from pipestill.runtime.blockwise.groups import process_groups
+from pipestill.runtime.blockwise.rank import process_groups
 from pipestill.runtime.blockwise.virtual import run_virtual_blockwise
 from pipestill.runtime.launch import launch
 from pipestill.runtime.pipeline.virtual import run_virtual_pipeline

@@ -10,7 +10,7 @@ from torch import nn
 
 from pipestill.losses import Metric
 from pipestill.model.nests import num_rows, to_device
-from pipestill.runtime.metrics import MetricMeans
+from pipestill.runtime.reports import MetricMeans
 
 
 def evaluate(

@@ -1,11 +1,13 @@
-"""Records when each action really started and ended."""
+"""Records when each action really started and ended, and the peak memory of a rank."""
 
 from __future__ import annotations
 
+import resource
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -75,3 +77,23 @@ def _cuda_event(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+def reset_peak(device: torch.device) -> None:
+    """Start measuring anew, where the system can: CUDA's allocator always, resident memory on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # only Linux has it, and a sandbox may forbid it: then the peak is the process's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak of CUDA's allocator, or of the process's resident memory on CPU, since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,17 +1,18 @@
-"""What a run reports while it trains: who listens, what a logged step says, and when a loss is refused."""
+"""What a run reports while it trains: who listens, what a logged step and a validation say, and when a loss is refused."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from pipestill.errors import TrainingError
-from pipestill.runtime.log_clock import Lap, LogClock
+from pipestill.errors import ConfigError, TrainingError
+from pipestill.losses import Metric
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.transport.protocol import Message, Transport, receive
 from pipestill.schedule import Action, Lane, Op, Role
@@ -25,6 +26,45 @@ class RunListener(Protocol):
 
     def validation(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
         """The metrics of a validation after a step."""
+
+
+class Lap(NamedTuple):
+    """The time between two logged steps, and the steps and samples that were trained in it."""
+
+    seconds: float
+    steps: int
+    rows: int
+
+    def values(self, bubble: float) -> dict[str, float]:
+        """What a logged step says of the time: seconds of a step, samples a second, and the ranks' idle fraction."""
+        return {"seconds": self.seconds / self.steps, "samples_per_second": self.rows / self.seconds, "bubble": bubble}
+
+
+class LogClock:
+    """Counts time, steps and samples since the last logged step, on the rank that reports."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._steps = 0
+        self._rows = 0
+
+    def count(self, rows: int, steps: int = 1) -> None:
+        """Count trained steps and their samples."""
+        self._steps += steps
+        self._rows += rows
+
+    def lap(self) -> Lap:
+        """Everything since the last lap; the next one starts now."""
+        now = time.perf_counter()
+        lap = Lap(now - self._start, self._steps, self._rows)
+        self._start = now
+        self._steps = 0
+        self._rows = 0
+        return lap
+
+    def skip(self) -> None:
+        """Start the time anew, so that what has just happened (a validation, say) does not count."""
+        self._start = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -122,3 +162,35 @@ def check_finite_blocks(losses: Mapping[int, float], step: int) -> None:
         raise TrainingError(
             f"the loss is not finite by batch {step + 1} ({', '.join(wrong)}); lower the learning rate, or look at the data"
         )
+
+
+class MetricMeans:
+    """Adds up metrics, weighted by rows, and gives their means.
+
+    `sums` holds one float64 for each metric and, last, the number of rows; it travels between ranks.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self.metrics = metrics
+        self.sums = torch.zeros(len(metrics) + 1, dtype=torch.float64)
+
+    def add(self, output: Any, target: Any, rows: int) -> None:
+        """Add every metric of the outputs and targets of `rows` rows; `ConfigError` where one is no scalar."""
+        values = [self._scalar(name, metric(output, target)) for name, metric in self.metrics.items()]
+        self.sums += torch.stack([*values, torch.ones((), dtype=torch.float64)]) * rows
+
+    @staticmethod
+    def _scalar(name: str, value: Any) -> Tensor:
+        if not isinstance(value, Tensor):
+            try:
+                value = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                raise ConfigError(f"metric '{name}' gave {value!r}; expected a scalar") from None
+        if value.dim():
+            raise ConfigError(f"metric '{name}' gave a tensor of shape {tuple(value.shape)}; expected a scalar")
+        scalar: Tensor = value.detach().double().cpu()
+        return scalar
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over all rows that were added."""
+        return dict(zip(self.metrics, (self.sums[:-1] / self.sums[-1]).tolist(), strict=True))

@@ -15,7 +15,7 @@ from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.tasks import Distillation, Momentum, Supervised
-from pipestill.runtime.memory import peak_bytes, reset_peak
+from pipestill.runtime.record import peak_bytes, reset_peak
 from pipestill.runtime.transport.protocol import World
 from pipestill.runtime.world import OneProcess, device_of, join_world
 from pipestill.schedule.blockwise.profile import BlockProfile

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import distinct_tensors, rows_of, to_device
-from pipestill.runtime.blockwise.windows import Window, header_length
+from pipestill.runtime.batch import Window, header_length
 from pipestill.runtime.mailbox import Forms, Mailbox
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.step_data import StepData

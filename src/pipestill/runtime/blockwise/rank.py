@@ -1,8 +1,8 @@
-"""One rank of a blockwise run: its phases in order, and what it reports of them."""
+"""One rank of a blockwise run: its phases in order, what it reports of them, and the groups of ranks that it is in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,17 +11,38 @@ import torch.distributed as dist
 from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.task import Blockwise
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
-from pipestill.runtime.batch import Batch
+from pipestill.runtime.batch import Batch, Window, windows
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor
-from pipestill.runtime.blockwise.groups import plan_edges
-from pipestill.runtime.blockwise.windows import Window, windows
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.reports import RunListener, StepReports, check_finite_blocks, logged_blocks
 from pipestill.runtime.settings import TrainingSettings
 from pipestill.runtime.transport.protocol import Waiting, World
 from pipestill.runtime.world import OneProcess
-from pipestill.schedule import Event, Role
+from pipestill.schedule import Event, Lane, Op, Role
+from pipestill.schedule.comms import edges
+
+Groups = dict[tuple[int, ...], dist.ProcessGroup]
+
+
+def plan_edges(plan: BlockwisePlan) -> set[tuple[int, int, Lane]]:
+    """Every directed edge and lane of all phases of a plan, between ranks as the world counts them."""
+    return {
+        (phase.ranks[source], phase.ranks[destination], lane)
+        for phase in plan.phases
+        for source, destination, lane in edges(phase.schedule.structure)
+    }
+
+
+def process_groups(plans: Iterable[BlockwisePlan]) -> Groups:
+    """A process group for every set of ranks that share batches of a block, made on all ranks in the same order."""
+    shared = set[tuple[int, ...]]()
+    for phase in (phase for plan in plans for phase in plan.phases):
+        structure = phase.schedule.structure
+        for action in structure.actions():
+            if action.op is Op.REDUCE:
+                shared.add(tuple(phase.ranks[structure.rank_of(a)] for a in structure.sharers(action)))
+    return {ranks: dist.new_group(list(ranks)) for ranks in sorted(shared)}
 
 
 @dataclass(eq=False)
@@ -40,7 +61,7 @@ class BlockwiseRank:
     settings: TrainingSettings
     device: torch.device
     world: World
-    groups: dict[tuple[int, ...], dist.ProcessGroup] | None
+    groups: Groups | None
     read: Callable[[], Iterator[Batch]]
     listener: RunListener | None
     run_name: str

@@ -13,9 +13,8 @@ from pipestill.model.blockwise.task import Blockwise
 from pipestill.model.nests import to_device
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
-from pipestill.runtime.log_clock import LogClock
 from pipestill.runtime.pipeline.stage import move
-from pipestill.runtime.reports import RunListener, check_finite_blocks, logged_blocks
+from pipestill.runtime.reports import LogClock, RunListener, check_finite_blocks, logged_blocks
 from pipestill.runtime.settings import TrainingSettings
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.contracts import observe
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
+from pipestill.runtime.batch import windows
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor
-from pipestill.runtime.blockwise.groups import Groups, plan_edges
-from pipestill.runtime.blockwise.windows import windows
+from pipestill.runtime.blockwise.rank import Groups, plan_edges
 from pipestill.runtime.transport.protocol import Message, Transport
 from pipestill.runtime.transport.virtual import (
     EventsBySegment,

@@ -12,12 +12,10 @@ import torch
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.tasks import Task
 from pipestill.runtime.batch import Batch
-from pipestill.runtime.log_clock import LogClock
-from pipestill.runtime.metrics import MetricMeans
 from pipestill.runtime.pipeline.rank import RankZero, logged_momentum
 from pipestill.runtime.pipeline.reference import Reference, evaluate
 from pipestill.runtime.pipeline.stage import gradient_squares
-from pipestill.runtime.reports import check_finite, logged_values
+from pipestill.runtime.reports import LogClock, MetricMeans, check_finite, logged_values
 from pipestill.runtime.settings import PipelineSettings
 
 

@@ -14,12 +14,10 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.tasks import Momentum, Task
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
-from pipestill.runtime.metrics import MetricMeans
-from pipestill.runtime.pipeline.boundaries import Boundaries
-from pipestill.runtime.pipeline.executor import PipelineExecutor, UpdateRules
+from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor, UpdateRules
 from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.reports import RunListener, StepReports, check_finite, logged_values
+from pipestill.runtime.reports import MetricMeans, RunListener, StepReports, check_finite, logged_values
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.protocol import Message, Waiting, World, receive
 from pipestill.schedule import Action, Lane, Op, Role, Schedule

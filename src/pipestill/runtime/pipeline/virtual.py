@@ -12,8 +12,7 @@ from pipestill.costs import StageCosts
 from pipestill.model.contracts import observe
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.plan import Plan
-from pipestill.runtime.pipeline.boundaries import Boundaries
-from pipestill.runtime.pipeline.executor import PipelineExecutor, UpdateRules
+from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor, UpdateRules
 from pipestill.runtime.transport.protocol import Message
 from pipestill.runtime.transport.virtual import (
     EventsBySegment,
