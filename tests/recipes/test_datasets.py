@@ -172,7 +172,7 @@ def test_what_is_no_data_set_is_said(tmp_path: Path) -> None:
 def test_missing_pillow_is_said_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tree(tmp_path)
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ConfigError, match=r"read with Pillow.*pip install 'pipestill\[images\]'"):
+    with pytest.raises(ConfigError, match=r"read with Pillow.*pip install pillow"):
         open_images(path, 16, augment=False)
 
 

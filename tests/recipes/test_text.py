@@ -126,7 +126,7 @@ def test_saved_datasets(found: Any, message: str, tmp_path: Path, monkeypatch: p
     else:
         assert text.open_text(str(tmp_path), 0) == Corpus(f"'{tmp_path}'", ("a", "b"), ("c",))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'pipestill\[datasets\]'"):
+    with pytest.raises(ConfigError, match=r"pip install datasets"):
         text.open_text(str(tmp_path), 0)
 
 

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from pipestill import draw
 from pipestill.cli.figures import FigureTable, milliseconds, say, show_line, shown_bytes
+from pipestill.cli.kinds import SearchReport
 from pipestill.cli.pipelines import NOT_MEASURED, block_name, shown_link
-from pipestill.cli.planner import Knobs, MoreKnobs, SearchReport
 from pipestill.plan.blockwise.describe import describe, phase_titles
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
 from pipestill.plan.blockwise.plan_json import blockwise_plan_to_json
@@ -25,6 +25,8 @@ from pipestill.schedule import Trace
 from pipestill.schedule.blockwise.profile import BlockProfile
 
 if TYPE_CHECKING:
+    from pipestill.cli.simulate import SimulateOptions
+    from pipestill.cli.without_recipe import PlanningOptions
     from pipestill.compare.figures import Comparison
     from pipestill.compare.virtual import VirtualOptions  # which loads torch
 
@@ -40,10 +42,12 @@ class BlockwiseReport:
 
     @property
     def title(self) -> str:
+        """The plan in a few words."""
         return f"{self.plan.strategy}, {self.plan.num_devices} devices"
 
     @property
     def trace_files(self) -> list[str]:
+        """Names of the trace files in the directory of a run with this plan, one for each phase."""
         return trace_names(len(self.plan.phases))
 
     def figures(self) -> dict[str, Any]:
@@ -64,12 +68,14 @@ class BlockwiseReport:
         }
 
     def picture(self, path: Path, title: str, num_steps: int | None, unit: draw.Unit) -> None:
+        """Draw what is predicted."""
         plan = self.plan
         titles = [title] if len(plan.phases) == 1 else phase_titles(plan)
         steps = (1 if plan.window > 1 else 2) if num_steps is None else num_steps
         draw.picture(plan.predictions, path, titles=titles, num_steps=steps)
 
     def tell(self, console: Console, title: str, unit: draw.Unit, schedule: bool) -> None:
+        """Print what is predicted, and the schedule too where it is asked for."""
         plan = self.plan
         for phase, trace, name in zip(plan.phases, plan.predictions, phase_titles(plan), strict=True):
             if len(plan.phases) > 1:
@@ -101,14 +107,17 @@ class BlockwiseReport:
         return lines
 
     def run_picture(self, traces: Sequence[Trace], path: Path, num_steps: int) -> None:
+        """Draw what happened in a run, beside what was predicted."""
         draw_blocks(self.plan, traces, path, num_steps)
 
     def run_figures(self, traces: Sequence[Trace], summary: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+        """What happened in a run, for JSON, from its traces, its summary.json and the files of the traces."""
         names = ("seconds_per_step", "utilisation", "bubble")
         figures = {name: summary[name] for name in names}
         return {**figures, "ranks": describe(self.plan), "perfetto": [str(file) for file in files]}
 
     def tell_run(self, console: Console, figures: dict[str, Any]) -> None:
+        """Print what happened in a run, from the figures."""
         for rank, words in enumerate(figures["ranks"]):
             say(console, f"rank {rank}: {words}")
         say(
@@ -129,15 +138,18 @@ class BlockwisePlanner:
 
     @property
     def num_blocks(self) -> str:
+        """How many blocks the profile is of, in words."""
         return f"{len(self.profile.blocks)} blocks"
 
-    def make(self, options: MoreKnobs) -> BlockwiseReport:
+    def make(self, options: SimulateOptions) -> BlockwiseReport:
+        """Plan one strategy (default: balanced)."""
         return BlockwiseReport(make_blockwise_plan(
             self.profile, strategy=options.strategy or "balanced", devices=options.devices, batch=self.batch,
             memory_bytes=options.memory,
         ))  # fmt: skip
 
-    def search(self, options: Knobs, progress: Callable[[str], object]) -> SearchReport:
+    def search(self, options: PlanningOptions, progress: Callable[[str], object]) -> SearchReport:
+        """Plan every strategy, or only the one that the options name."""
         found = search_blockwise(
             self.profile,
             devices=options.devices,
@@ -188,15 +200,18 @@ class BlockwisePlanner:
         )
 
     def save(self, path: str) -> None:
+        """Write the profile to a file."""
         self.profile.save(path)
 
     def figures(self, microbatches: int) -> dict[str, Any]:
+        """The profile, for JSON."""
         profile = self.profile
         return {
             "batch": profile.batch, "blocks": [asdict(block) for block in profile.blocks], "link": profile.link.to_json(),
         }  # fmt: skip
 
     def tell(self, console: Console, devices: int) -> None:
+        """Print the profile, which was measured with so many processes."""
         profile = self.profile
         most = max(block.relative_standard_error for block in profile.blocks)
         say(
@@ -235,6 +250,7 @@ class BlockwisePlanner:
         yield table
 
     def compare(self, options: VirtualOptions, microbatches: int) -> Comparison:
+        """Compare strategies on virtual devices, which wait for as long as the profile says."""
         from pipestill.compare.virtual import compare_virtual_blockwise
 
         return compare_virtual_blockwise(self.profile, options, batch=self.batch)

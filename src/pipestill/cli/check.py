@@ -12,7 +12,7 @@ from rich.console import Console
 from pipestill.busy import Busy
 from pipestill.cli.costs import built
 from pipestill.cli.figures import counted, say
-from pipestill.cli.options import Helped, parse, recipe_and_rest, refuse
+from pipestill.cli.options import parse, recipe_and_rest, refuse
 from pipestill.errors import ConfigError
 from pipestill.recipes.run import check_options
 from pipestill.recipes.run_options import Kind, RunOptions
@@ -39,11 +39,8 @@ class CheckOptions:
 
 def run(words: list[str]) -> int:
     """Run the command; status 1 when the weights differ."""
-    try:
-        kind, defaults, rest = recipe_and_rest("check", words)
-        recipe, options, wanted = parse(f"check {kind.name}", rest, kind, RunOptions, CheckOptions, defaults=defaults)
-    except Helped:
-        return 0
+    kind, defaults, rest = recipe_and_rest("check", words)
+    recipe, options, wanted = parse(f"check {kind.name}", rest, kind, RunOptions, CheckOptions, defaults=defaults)
     refuse(rest, ("teacher",), "is not read by 'check': any teacher proves it, and this one is as it was initialised")
     if wanted.steps < 1:
         raise ConfigError(f"steps is {wanted.steps}; expected at least 1")

@@ -9,19 +9,18 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 from pipestill import draw
 from pipestill.busy import Busy
 from pipestill.cli.comparison import show
-from pipestill.cli.costs import built, pipeline_of_recipe, planner_of, planner_of_file
+from pipestill.cli.costs import Planner, built, pipeline_of_recipe, planner_of, planner_of_file
 from pipestill.cli.figures import counted
 from pipestill.cli.files import check_drawable
-from pipestill.cli.options import Helped, given_keys, parse, recipe_and_rest, refuse
-from pipestill.cli.planner import FOREIGN, OF_TASKS, WHY_FOREIGN, Planner
-from pipestill.cli.without_recipe import demands_of, uniform
+from pipestill.cli.kinds import FOREIGN, OF_TASKS, WHY_FOREIGN
+from pipestill.cli.options import given_keys, parse, recipe_and_rest, refuse
+from pipestill.cli.without_recipe import CostsOptions, demands_of, uniform
 from pipestill.compare.figures import Comparison
 from pipestill.compare.real import compare
 from pipestill.compare.virtual import VirtualOptions
@@ -33,23 +32,15 @@ from pipestill.train.engine import REFERENCE
 
 
 @dataclass(frozen=True)
-class VirtualCompareOptions:
+class VirtualCompareOptions(CostsOptions):
     """What is compared on virtual devices.
 
     Args:
         virtual: compare on devices that wait for as long as the costs say, instead of computing
-        devices: pipeline stages or ranks that train blocks, each one process
-        microbatches: slices of a batch
         strategies: names with commas between them, among them fill+split (split backwards), fill+stale (staleness 1) and
             fill+split+all (stash all); speedups are over the first one
-        costs: a file of costs, or a CSV of blocks for dp, ls, relay, relay-dpu, hybrid and balanced
-        batch: rows of a batch, with a CSV of blocks (default: the most that was measured)
         uniform: without a recipe: T,F,BI,BW in seconds: the time that every stage takes for a teacher forward, a student forward,
             its input gradient and its weight gradient
-        teacher: without a recipe: the teacher is frozen, a moving average (ema), or none for a student alone
-        views: without a recipe: views of each sample, all seen by both models
-        batch_loss: without a recipe: the loss takes the whole batch at once
-        clip: without a recipe: gradients are clipped by their global norm
         rounds: number of times that each strategy is measured, in turn
         steps: updates in each measurement, at least 6
         timeout_seconds: deadline of every wait, in seconds
@@ -58,16 +49,8 @@ class VirtualCompareOptions:
     """
 
     virtual: bool = True
-    devices: int = 2
-    microbatches: int = 8
     strategies: str = "sequential,gpipe,1f1b,fill"
-    costs: str | None = None
-    batch: int | None = None
     uniform: str | None = None
-    teacher: Literal["frozen", "ema", "none"] = "frozen"
-    views: int = 1
-    batch_loss: bool = False
-    clip: bool = False
     rounds: int = 3
     steps: int = 12
     timeout_seconds: float = 600.0
@@ -100,13 +83,10 @@ def run(words: list[str]) -> int:
     """Run the command."""
     if any(word.replace("_", "-").startswith("--virtual") for word in words):
         return run_on_virtual_devices(words)
-    try:
-        kind, defaults, rest = recipe_and_rest("compare", words)
-        recipe, options, wanted = parse(
-            f"compare {kind.name}", rest, kind, RunOptions, CompareOptions, defaults=defaults
-        )
-    except Helped:
-        return 0
+    kind, defaults, rest = recipe_and_rest("compare", words)
+    recipe, options, wanted = parse(
+        f"compare {kind.name}", rest, kind, RunOptions, CompareOptions, defaults=defaults
+    )
     refuse(rest, ("strategy",), "names one; 'compare' takes several: --strategies a,b,c")
     refuse(rest, ("teacher",), "is not read by 'compare': how well a teacher does takes no time")
     choose_device_type(options.device, options.devices)  # or what is wrong with it
@@ -124,17 +104,14 @@ def run(words: list[str]) -> int:
 def run_on_virtual_devices(words: list[str]) -> int:
     """Run the command with `--virtual`."""
     source = words[0] if words and not words[0].startswith("--") else None
-    try:
-        if source is not None:
-            refuse(words, ("uniform", *OF_TASKS), "is for stages without a recipe; leave it out")
-            planner, wanted = pipeline_of_recipe("compare", words, VirtualCompareOptions)
-        else:
-            (wanted,) = parse("compare --virtual", words, VirtualCompareOptions)
-            if (wanted.uniform is None) == (wanted.costs is None):
-                raise ConfigError("'compare --virtual' needs a recipe, --costs FILE, or --uniform T,F,BI,BW in seconds")
-            planner = _planner(wanted)
-    except Helped:
-        return 0
+    if source is not None:
+        refuse(words, ("uniform", *OF_TASKS), "is for stages without a recipe; leave it out")
+        planner, wanted = pipeline_of_recipe("compare", words, VirtualCompareOptions)
+    else:
+        (wanted,) = parse("compare --virtual", words, VirtualCompareOptions)
+        if (wanted.uniform is None) == (wanted.costs is None):
+            raise ConfigError("'compare --virtual' needs a recipe, --costs FILE, or --uniform T,F,BI,BW in seconds")
+        planner = _planner(wanted)
     refuse(words, [key for key in FOREIGN[planner.kind] if key != "uniform"], WHY_FOREIGN[planner.kind])
     if not wanted.virtual:
         raise ConfigError("virtual is false; leave --virtual out to compare on real devices")

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipestill.busy import Busy
 from pipestill.cli.blockwise import BlockwisePlanner, BlockwiseReport
+from pipestill.cli.kinds import FOREIGN, WHAT, WHY_FOREIGN
 from pipestill.cli.options import parse, recipe_and_rest, refuse
 from pipestill.cli.pipelines import PipelinePlanner, PipelineReport
-from pipestill.cli.planner import FOREIGN, WHAT, WHY_FOREIGN, Planner, PlanReport
-from pipestill.cli.without_recipe import TaskShape, demands_of
+from pipestill.cli.without_recipe import CostsOptions, demands_of
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError, nearest
 from pipestill.plan import Plan
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 # Modules that load torch are imported inside functions, where a recipe is there: `simulate --uniform` answers at once.
 
 T = TypeVar("T")
+Planner = PipelinePlanner | BlockwisePlanner
+"""Costs of either kind, with what commands do with them. Both classes have the same methods, documented at the first."""
+PlanReport = PipelineReport | BlockwiseReport
+"""A plan of either kind, with what commands show of it."""
 _PLANNERS: dict[Kind, tuple[str, ...]] = {
     "pipeline": PipelinePlanner.strategies, "blockwise": BlockwisePlanner.strategies,
 }  # fmt: skip
@@ -68,7 +72,7 @@ def planner_of(costs: Costs | BlockProfile, demands: Demands | None = None, batc
     return PipelinePlanner(costs, demands or Demands())
 
 
-def planner_of_file(file: str, shape: TaskShape, batch: int | None = None) -> Planner:
+def planner_of_file(file: str, shape: CostsOptions, batch: int | None = None) -> Planner:
     """Make the planner of a file of costs without a recipe, whose task has a given shape."""
     costs = read_costs(file)
     return planner_of(costs, batch=batch) if isinstance(costs, BlockProfile) else planner_of(*demands_of(costs, shape))

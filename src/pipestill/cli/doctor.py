@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.console import Console
 from rich.table import Table
 
-from pipestill.cli.options import Helped, parse
+from pipestill.cli.options import parse
 from pipestill.cli.recipes import missing_packages
 from pipestill.recipes import RECIPES
 
@@ -42,10 +42,7 @@ class Finding:
 
 def run(words: list[str]) -> int:
     """Run the command; status 1 when something would keep a run from working."""
-    try:
-        (options,) = parse("doctor", words, DoctorOptions)
-    except Helped:
-        return 0
+    (options,) = parse("doctor", words, DoctorOptions)
     findings = [*_software(), *_hardware(), _launch(), *_recipes()]
     bad = any(f.state == "bad" for f in findings)
     if options.json:
@@ -68,7 +65,7 @@ def _package(name: str) -> Finding:
     try:
         return Finding(name, "ok", version(name))
     except PackageNotFoundError:
-        return Finding(name, "bad", "not installed", f"pip install {name}")
+        return Finding(name, "bad", "not installed", install(name))
 
 
 def _hardware() -> list[Finding]:
@@ -121,8 +118,11 @@ def _recipes() -> list[Finding]:
     findings = []
     for name, entry in RECIPES.items():
         missing = missing_packages(entry.needs)
-        remedy = f"{sys.executable} -m pip install {' '.join(missing)}" if missing else ""
-        findings.append(
-            Finding(f"recipe {name}", "warn" if missing else "ok", "ready" if not missing else "lacks data", remedy)
-        )
+        state, found = ("warn", f"lacks {', '.join(missing)}") if missing else ("ok", "ready")
+        findings.append(Finding(f"recipe {name}", state, found, install(*missing) if missing else ""))
     return findings
+
+
+def install(*packages: str) -> str:
+    """The command that installs packages for the Python that runs this."""
+    return f"{sys.executable} -m pip install {' '.join(packages)}"

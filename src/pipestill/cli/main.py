@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     try:
         return _dispatch(words)
+    except SystemExit as done:  # after help
+        return int(done.code or 0)
     except RankFailure as failure:
         print(failure.detail, end="", file=sys.stderr)
         return _complain(failure, failure.status)

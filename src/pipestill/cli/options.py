@@ -25,10 +25,6 @@ if TYPE_CHECKING:
     from pipestill.recipes.recipe import Recipe
 
 
-class Helped(Exception):
-    """Help or a configuration was printed; there is nothing else to do."""
-
-
 register_type(Numbers, serializer=list, deserializer=Numbers.parse, deserializer_exceptions=(ValueError,))
 register_type(NumBytes, serializer=int, deserializer=NumBytes.parse, deserializer_exceptions=(ValueError,))
 
@@ -159,7 +155,7 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
     defaults = {**own, **(defaults or {})}
     if "--help" in words or "-h" in words:
         print(_help(command, groups, defaults))
-        raise Helped
+        raise SystemExit(0)
     _refuse_unknown([w[2:].split("=")[0] for w in words if w.startswith("--")], [*known, "print_config"])
     _refuse_unknown([*defaults], known)
     wants_print = "--print_config" in words
@@ -172,7 +168,7 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
         merged = {k: list(v) if isinstance(v, Numbers) else v for i in instances for k, v in vars_of(i).items()}
         name = [("recipe", i.name) for i in instances if hasattr(i, "name")]
         yaml.safe_dump(dict(name) | merged, sys.stdout, sort_keys=False)
-        raise Helped
+        raise SystemExit(0)
     return instances
 
 
@@ -258,7 +254,7 @@ def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe
                 f"'pipestill {command} {next(iter(RECIPES))} --help' lists the keys. A config.yaml holds a line\n"
                 "'recipe: NAME' and any of those keys; the command line wins over it."
             )
-            raise Helped
+            raise SystemExit(0)
         raise ConfigError(
             f"'{command}' needs a recipe or a config.yaml first, as in 'pipestill {command} {next(iter(RECIPES))}'; "
             "'pipestill recipes' lists what there is"

@@ -13,7 +13,7 @@ from rich.text import Text
 from pipestill import draw
 from pipestill.cli.figures import FigureTable, listed, milliseconds, say, show_line, shown_bytes
 from pipestill.cli.files import write_json
-from pipestill.cli.planner import Knobs, MoreKnobs, SearchReport
+from pipestill.cli.kinds import SearchReport
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.plan import Plan, make_plan
 from pipestill.plan.search import Considered, Search, search_pipelines
@@ -23,6 +23,8 @@ from pipestill.schedule import PIPELINE_STRATEGIES, Trace
 from pipestill.schedule.pipeline.structure import Demands
 
 if TYPE_CHECKING:
+    from pipestill.cli.simulate import SimulateOptions
+    from pipestill.cli.without_recipe import PlanningOptions
     from pipestill.compare.figures import Comparison
     from pipestill.compare.virtual import VirtualOptions  # which loads torch
 
@@ -37,6 +39,7 @@ class PipelineReport:
 
     @property
     def title(self) -> str:
+        """The plan in a few words."""
         plan = self.plan
         knobs = [f"stash {plan.stash}"] if plan.stash is not None else []
         knobs += ["split backward"] if plan.split_backward else []
@@ -45,9 +48,11 @@ class PipelineReport:
 
     @property
     def trace_files(self) -> list[str]:
+        """Names of the trace files in the directory of a run with this plan."""
         return trace_names()
 
     def figures(self) -> dict[str, Any]:
+        """What is predicted, for JSON."""
         plan, trace = self.plan, self.plan.prediction
         return {
             "strategy": plan.strategy,
@@ -67,11 +72,13 @@ class PipelineReport:
         }
 
     def picture(self, path: Path, title: str, num_steps: int | None, unit: draw.Unit) -> None:
+        """Draw what is predicted."""
         draw.picture(
             [self.plan.prediction], path, titles=[title], num_steps=2 if num_steps is None else num_steps, unit=unit
         )
 
     def tell(self, console: Console, title: str, unit: draw.Unit, schedule: bool) -> None:
+        """Print what is predicted, and the schedule too where it is asked for."""
         plan, trace = self.plan, self.plan.prediction
         if schedule:
             show_line(console, draw.schedule_table(plan.schedule))
@@ -106,9 +113,11 @@ class PipelineReport:
         return table
 
     def run_picture(self, traces: Sequence[Trace], path: Path, num_steps: int) -> None:
+        """Draw what happened in a run, beside what was predicted."""
         draw_pipeline(self.plan, traces[0], path, num_steps)
 
     def run_figures(self, traces: Sequence[Trace], summary: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+        """What happened in a run, for JSON, from its traces, its summary.json and the files of the traces."""
         (trace,) = traces
         return {
             "seconds_per_step": trace.median_seconds_per_step,
@@ -119,6 +128,7 @@ class PipelineReport:
         }
 
     def tell_run(self, console: Console, figures: dict[str, Any]) -> None:
+        """Print what happened in a run, from the figures."""
         say(
             console,
             f"{figures['seconds_per_step'] * 1e3:.1f} ms a step, utilisation {figures['utilisation']:.1%}, "
@@ -146,16 +156,19 @@ class PipelinePlanner:
 
     @property
     def num_blocks(self) -> str:
+        """How many blocks the costs are of, in words."""
         return f"{len(self.costs.student)} student and {len(self.costs.teacher)} teacher blocks"
 
-    def make(self, options: MoreKnobs) -> PipelineReport:
+    def make(self, options: SimulateOptions) -> PipelineReport:
+        """Plan one strategy (default: fill)."""
         return PipelineReport(make_plan(
             self.costs, devices=options.devices, strategy=options.strategy or "fill", microbatches=options.microbatches,
             run_ahead=options.run_ahead, staleness=options.staleness, split_backward=options.split_backward,
             stash=options.stash, demands=self.demands, memory_bytes=options.memory,
         ))  # fmt: skip
 
-    def search(self, options: Knobs, progress: Callable[[str], object]) -> SearchReport:
+    def search(self, options: PlanningOptions, progress: Callable[[str], object]) -> SearchReport:
+        """Plan every strategy, or every variant of the one that the options name; `progress` hears what is planned."""
         found = search_pipelines(
             self.costs, self.demands, devices=options.devices, microbatches=options.microbatches,
             staleness=options.staleness, strategy=options.strategy, memory_bytes=options.memory, progress=progress,
@@ -203,12 +216,15 @@ class PipelinePlanner:
         )
 
     def save(self, path: str) -> None:
+        """Write the costs to a file."""
         write_json(path, self.costs.to_json())
 
     def figures(self, microbatches: int) -> dict[str, Any]:
+        """The costs, for JSON; they are of one of so many microbatches."""
         return {"microbatches": microbatches, "costs": self.costs.to_json()}
 
     def tell(self, console: Console, devices: int) -> None:
+        """Print the costs, which were measured with so many processes."""
         costs = self.costs
         computed = costs.source.startswith("computed")
         say(
@@ -235,6 +251,7 @@ class PipelinePlanner:
             say(console, NOT_MEASURED)
 
     def compare(self, options: VirtualOptions, microbatches: int) -> Comparison:
+        """Compare strategies on virtual devices, which wait for as long as the costs say."""
         from pipestill.compare.virtual import compare_virtual_pipelines
 
         costs = self.costs.with_surroundings(self.costs.link.only(), 1.0)

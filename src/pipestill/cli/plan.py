@@ -5,58 +5,44 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 
 from pipestill.busy import Busy
-from pipestill.cli.costs import built, check_strategy, planner_of_file, planner_of_recipe, recipe_of, refuse_foreign
+from pipestill.cli.costs import (
+    Planner,
+    built,
+    check_strategy,
+    planner_of_file,
+    planner_of_recipe,
+    recipe_of,
+    refuse_foreign,
+)
 from pipestill.cli.figures import show_line
 from pipestill.cli.files import check_writable, write_json
-from pipestill.cli.options import Helped, given_keys, parse, refuse, spelled
-from pipestill.cli.planner import OF_TASKS, Planner
+from pipestill.cli.kinds import OF_TASKS
+from pipestill.cli.options import given_keys, parse, refuse, spelled
 from pipestill.cli.simulate import check_batch
+from pipestill.cli.without_recipe import PlanningOptions
 from pipestill.errors import ConfigError
-from pipestill.recipes.run_options import NumBytes, RunOptions
+from pipestill.recipes.run_options import RunOptions
 
 
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(PlanningOptions):
     """What is planned for, and where the plan goes.
 
     Args:
         out: the file to write the plan to, also -o, for 'pipestill simulate' (default: none)
-        devices: pipeline stages, or ranks that train blocks
         strategy: consider only this strategy, with its variants; read from the command line alone (default: all)
-        microbatches: slices of a batch
         staleness: 1 to also consider strategies whose momentum teacher is one step old (default: 0)
-        costs: a file of costs, or a CSV of blocks; by itself, or with a recipe instead of measuring it
-        batch: rows of a batch, with a CSV of blocks (default: the most that was measured)
-        estimate: compute the costs of a pipeline for a device that is not here: v100, a100, h100 or h200, with :fp32, :bf16 or
-            the like behind it for another precision than its usual one (default: measure costs here)
-        memory: most memory that a device may hold, such as 80GB (default: no limit)
-        teacher: without a recipe: the teacher is frozen, a moving average (ema), or none for a student alone
-        views: without a recipe: views of each sample, all seen by both models
-        batch_loss: without a recipe: the loss takes the whole batch at once
-        clip: without a recipe: gradients are clipped by their global norm
         device: cpu or cuda, between which links are measured (default: cuda where there are enough devices)
         threads: CPU threads of each process that measures (default: the cores, divided evenly)
         json: print everything that was considered as one JSON object
     """
 
     out: str | None = None
-    devices: int = 2
-    strategy: str | None = None
-    microbatches: int = 8
-    staleness: int | None = None
-    costs: str | None = None
-    batch: int | None = None
-    estimate: str | None = None
-    memory: NumBytes | None = None
-    teacher: Literal["frozen", "ema", "none"] = "frozen"
-    views: int = 1
-    batch_loss: bool = False
-    clip: bool = False
     device: str | None = None
     threads: int | None = None
     json: bool = False
@@ -74,10 +60,7 @@ class _Problem:
 def run(words: list[str]) -> int:
     """Run the command."""
     source = words[0] if words and not words[0].startswith("-") else None
-    try:
-        problem, options = _of_file(words) if source is None else _of_recipe(source, words)
-    except Helped:
-        return 0
+    problem, options = _of_file(words) if source is None else _of_recipe(source, words)
     planner = problem.planner
     if options.strategy is not None:
         check_strategy(options.strategy.split("+")[0], planner)

@@ -10,7 +10,6 @@ from rich.console import Console
 from pipestill.cli.costs import built, check_out, planner_of_recipe, recipe_of
 from pipestill.cli.figures import show_line
 from pipestill.cli.files import check_writable
-from pipestill.cli.options import Helped
 from pipestill.errors import ConfigError
 from pipestill.recipes.run_options import RunOptions
 
@@ -48,10 +47,7 @@ class ProfileOptions:
 
 def run(words: list[str]) -> int:
     """Run the command."""
-    try:
-        recipe, options, _ = recipe_of("profile", words, ProfileOptions)
-    except Helped:
-        return 0
+    recipe, options, _ = recipe_of("profile", words, ProfileOptions)
     if options.devices < 1 or options.microbatches < 1:
         raise ConfigError(
             f"devices {options.devices} and microbatches {options.microbatches}; expected at least 1 each"

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from rich.console import Console
 from rich.table import Table
 
-from pipestill.cli.options import Helped, parse
+from pipestill.cli.options import parse
 from pipestill.recipes import RECIPES
 
 _MODULES = {"scikit-learn": "sklearn"}
@@ -28,10 +28,7 @@ class RecipesOptions:
 
 def run(words: list[str]) -> int:
     """Run the command."""
-    try:
-        (options,) = parse("recipes", words, RecipesOptions)
-    except Helped:
-        return 0
+    (options,) = parse("recipes", words, RecipesOptions)
     missing = {name: missing_packages(entry.needs) for name, entry in RECIPES.items()}
     if options.json:
         recipes = [

@@ -6,12 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 from pipestill import draw
 from pipestill.cli.costs import (
+    Planner,
+    PlanReport,
     built,
     check_strategy,
     planner_of,
@@ -22,62 +23,36 @@ from pipestill.cli.costs import (
     refuse_foreign,
 )
 from pipestill.cli.files import check_drawable
-from pipestill.cli.options import Helped, parse, refuse
-from pipestill.cli.planner import FOREIGN, OF_TASKS, Planner, PlanReport
-from pipestill.cli.without_recipe import demands_of, uniform
+from pipestill.cli.kinds import FOREIGN, OF_TASKS
+from pipestill.cli.options import parse, refuse
+from pipestill.cli.without_recipe import PlanningOptions, demands_of, uniform
 from pipestill.errors import ConfigError
-from pipestill.recipes.run_options import NumBytes, RunOptions
+from pipestill.recipes.run_options import RunOptions
 
 _FIXED = ("devices", "strategy", "costs", "estimate", "memory", *FOREIGN["blockwise"], *FOREIGN["pipeline"])
 
 
 @dataclass(frozen=True)
-class SimulateOptions:
+class SimulateOptions(PlanningOptions):
     """What is simulated, and what is shown of it.
 
     Args:
-        devices: pipeline stages, or ranks that train blocks
-        strategy: sequential, gpipe, 1f1b, tspipe, async or fill for a pipeline; dp, ls, relay, relay-dpu, hybrid or balanced for
-            blocks (default: fill, or balanced)
-        microbatches: slices of a batch
-        staleness: steps by which the weights of a momentum teacher under 'fill' may be old, 0 or 1 (default: 0)
         split_backward: let 'fill' compute gradients of weights apart from those of inputs
         stash: most microbatches that a rank of 'fill' holds between forward and backward: a number, n, 2n-1 or all (default: n,
             and 2n-1 with split backwards)
         run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as many as help)
         uniform: without a recipe: T,F,BI,BW such as 1,1,1,1: the time that every stage takes for a teacher forward, a student
             forward, its input gradient and its weight gradient
-        teacher: without a recipe: the teacher is frozen, a moving average (ema), or none for a student alone
-        views: without a recipe: views of each sample, all seen by both models
-        batch_loss: without a recipe: the loss takes the whole batch at once
-        clip: without a recipe: gradients are clipped by their global norm
-        costs: a file of costs, or a CSV of blocks; by itself, or with a recipe instead of measuring it
-        batch: rows of a batch, with a CSV of blocks (default: the most that was measured)
-        estimate: compute the costs of a pipeline for a device that is not here: v100, a100, h100 or h200, with :fp32, :bf16 or
-            the like behind it for another precision than its usual one (default: measure costs here)
-        memory: most memory that a device may hold, such as 80GB (default: no limit)
         draw: a .svg or .png file to draw the picture into (default: none)
         steps: steady steps in the picture (default: 2, or one window of batches)
         text: print the schedule too: the actions of each rank in order, with @1 behind those of the next step
         json: print the figures as one JSON object
     """
 
-    devices: int = 2
-    strategy: str | None = None
-    microbatches: int = 8
-    staleness: int | None = None
     split_backward: bool = False
     stash: int | str | None = None
     run_ahead: int | None = None
     uniform: str | None = None
-    teacher: Literal["frozen", "ema", "none"] = "frozen"
-    views: int = 1
-    batch_loss: bool = False
-    clip: bool = False
-    costs: str | None = None
-    batch: int | None = None
-    estimate: str | None = None
-    memory: NumBytes | None = None
     draw: str | None = None
     steps: int | None = None
     text: bool = False
@@ -87,10 +62,7 @@ class SimulateOptions:
 def run(words: list[str]) -> int:
     """Run the command."""
     source = words[0] if words and not words[0].startswith("--") else None
-    try:
-        report, options, title = _plan(source, words[1:] if source else words)
-    except Helped:
-        return 0
+    report, options, title = _plan(source, words[1:] if source else words)
     figures = report.figures()
     unit: draw.Unit = None if options.uniform else "s"
     if options.draw:

@@ -12,7 +12,7 @@ from rich.text import Text
 from pipestill import draw
 from pipestill.cli.costs import read_plan
 from pipestill.cli.figures import show_line
-from pipestill.cli.options import Helped, parse
+from pipestill.cli.options import parse
 from pipestill.errors import ConfigError
 from pipestill.train.run_directory import RunDirectory
 
@@ -34,14 +34,11 @@ class TraceOptions:
 
 def run(words: list[str]) -> int:
     """Run the command."""
-    try:
-        if not words or words[0].startswith("-"):
-            if "--help" in words or "-h" in words:
-                parse("trace RUN_DIR", words, TraceOptions)
-            raise ConfigError("'trace' needs the directory of a run, as in 'pipestill trace runs/soft-target-1'")
-        (options,) = parse("trace RUN_DIR", words[1:], TraceOptions)
-    except Helped:
-        return 0
+    if not words or words[0].startswith("-"):
+        if "--help" in words or "-h" in words:
+            parse("trace RUN_DIR", words, TraceOptions)
+        raise ConfigError("'trace' needs the directory of a run, as in 'pipestill trace runs/soft-target-1'")
+    (options,) = parse("trace RUN_DIR", words[1:], TraceOptions)
     directory = RunDirectory.open(words[0])
     summary = directory.read_json("summary.json")
     if not (directory / "plan.json").is_file():

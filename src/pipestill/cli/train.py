@@ -14,7 +14,7 @@ from rich.table import Table
 
 from pipestill.busy import Busy
 from pipestill.cli.figures import counted, say
-from pipestill.cli.options import Helped, parse, recipe_and_rest, vars_of
+from pipestill.cli.options import parse, recipe_and_rest, vars_of
 from pipestill.errors import PlanError
 from pipestill.recipes.run import preflight, run_recipe
 from pipestill.recipes.run_options import RunOptions
@@ -38,11 +38,8 @@ class Output:
 
 def run(words: list[str]) -> int:
     """Run the command; every rank of a torchrun job runs it too."""
-    try:
-        kind, defaults, rest = recipe_and_rest("train", words)
-        recipe, options, output = parse(f"train {kind.name}", rest, kind, RunOptions, Output, defaults=defaults)
-    except Helped:
-        return 0
+    kind, defaults, rest = recipe_and_rest("train", words)
+    recipe, options, output = parse(f"train {kind.name}", rest, kind, RunOptions, Output, defaults=defaults)
     if options.devices < 1:
         raise PlanError(f"devices is {options.devices}; expected at least 1 (--devices)")
     device_type = choose_device_type(options.device, options.devices)

@@ -1,32 +1,63 @@
-"""Costs without a recipe: uniform stages or a file, and the shape of the task that they are of."""
+"""Costs without a recipe: uniform stages or a file, and the task that they are of."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Literal
 
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
+from pipestill.recipes.run_options import NumBytes
 from pipestill.schedule.pipeline.structure import Demands
 
 
-class TaskShape(Protocol):
-    """What a task without a recipe is described by."""
+@dataclass(frozen=True)
+class CostsOptions:
+    """What costs are of, and where they come from.
 
-    @property
-    def devices(self) -> int: ...
-    @property
-    def teacher(self) -> str: ...
-    @property
-    def views(self) -> int: ...
-    @property
-    def batch_loss(self) -> bool: ...
-    @property
-    def clip(self) -> bool: ...
+    Args:
+        devices: pipeline stages, or ranks that train blocks
+        microbatches: slices of a batch
+        costs: a file of costs, or a CSV of blocks; by itself, or with a recipe instead of measuring it
+        batch: rows of a batch, with a CSV of blocks (default: the most that was measured)
+        teacher: without a recipe: the teacher is frozen, a moving average (ema), or none for a student alone
+        views: without a recipe: views of each sample, all seen by both models
+        batch_loss: without a recipe: the loss takes the whole batch at once
+        clip: without a recipe: gradients are clipped by their global norm
+    """
+
+    devices: int = 2
+    microbatches: int = 8
+    costs: str | None = None
+    batch: int | None = None
+    teacher: Literal["frozen", "ema", "none"] = "frozen"
+    views: int = 1
+    batch_loss: bool = False
+    clip: bool = False
 
 
-def demands_of(costs: Costs, options: TaskShape) -> tuple[Costs, Demands]:
-    """The costs of a task of that shape, and what it asks of a schedule; `ConfigError` when the costs are of another."""
+@dataclass(frozen=True)
+class PlanningOptions(CostsOptions):
+    """What is planned.
+
+    Args:
+        strategy: sequential, gpipe, 1f1b, tspipe, async or fill for a pipeline; dp, ls, relay, relay-dpu, hybrid or balanced for
+            blocks (default: fill, or balanced)
+        staleness: steps by which the weights of a momentum teacher under 'fill' may be old, 0 or 1 (default: 0)
+        estimate: compute the costs of a pipeline for a device that is not here: v100, a100, h100 or h200, with :fp32, :bf16 or
+            the like behind it for another precision than its usual one (default: measure costs here)
+        memory: most memory that a device may hold, such as 80GB (default: no limit)
+    """
+
+    strategy: str | None = None
+    staleness: int | None = None
+    estimate: str | None = None
+    memory: NumBytes | None = None
+
+
+def demands_of(costs: Costs, options: CostsOptions) -> tuple[Costs, Demands]:
+    """The costs of the task of these options, and what it asks of a schedule; `ConfigError` when the costs are of another."""
     if options.views < 1:
         raise ConfigError(f"views is {options.views}; expected at least 1")
     if options.teacher == "ema" and not costs.teacher:
@@ -38,7 +69,7 @@ def demands_of(costs: Costs, options: TaskShape) -> tuple[Costs, Demands]:
     return costs, Demands(options.teacher == "ema", options.views, options.views, options.batch_loss, options.clip)
 
 
-def uniform(times: str, options: TaskShape) -> Costs:
+def uniform(times: str, options: CostsOptions) -> Costs:
     """Costs of one block for each stage, all alike, from T,F,BI,BW."""
     try:
         teacher, forward, input_gradient, weight_gradient = (float(x) for x in times.split(","))

@@ -92,7 +92,7 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ConfigError(
-            "the digits are read from scikit-learn, which is not installed; run pip install 'pipestill[recipes]'"
+            "the digits are read from scikit-learn, which is not installed; run pip install scikit-learn"
         ) from None
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
@@ -260,7 +260,7 @@ def pillow() -> Any:
         from PIL import Image
     except ImportError:
         raise ConfigError(
-            "folders of images are read with Pillow, which is not installed; run pip install 'pipestill[images]'"
+            "folders of images are read with Pillow, which is not installed; run pip install pillow"
         ) from None
     return Image
 

@@ -30,7 +30,7 @@ def transformers() -> Any:
         import transformers
     except ImportError:
         raise ConfigError(
-            "BERT and DistilBERT are models of transformers, which is not installed; run pip install 'pipestill[text]'"
+            "BERT and DistilBERT are models of transformers, which is not installed; run pip install 'transformers>=5.20'"
         ) from None
     return transformers
 

@@ -91,7 +91,7 @@ def _saved_dataset(path: Path, seed: int) -> Corpus:
         from datasets import load_from_disk
     except ImportError:
         raise ConfigError(
-            f"'{path}' is a saved dataset, which needs the package datasets; run pip install 'pipestill[datasets]'"
+            f"'{path}' is a saved dataset, which needs the package datasets; run pip install datasets"
         ) from None
     try:
         found: Any = load_from_disk(str(path))
@@ -224,7 +224,7 @@ def _tokenizers() -> Any:
         import tokenizers
     except ImportError:
         raise ConfigError(
-            "text is read with tokenizers, which is not installed; run pip install 'pipestill[text]'"
+            "text is read with tokenizers, which is not installed; run pip install tokenizers"
         ) from None
     return tokenizers
 

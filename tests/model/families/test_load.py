@@ -39,7 +39,7 @@ def test_a_missing_library_is_told_with_what_mends_it(monkeypatch: pytest.Monkey
         raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
     monkeypatch.setattr(load, "import_module", missing)
-    with pytest.raises(ConfigError, match=r"timm, which is not installed; run pip install 'pipestill\[vision\]'"):
+    with pytest.raises(ConfigError, match=r"timm, which is not installed; run pip install timm"):
         load_model("timm:resnet18")
 
 

@@ -47,9 +47,9 @@ def _imported(library: str) -> Any:
         if error.name is not None and error.name.partition(".")[0] in (library, "torchvision"):
             needs = "" if error.name == library else f" (it needs {error.name})"
             raise ConfigError(
-                f"models of {library} need {library}, which is not installed{needs}; run pip install 'pipestill[vision]'"
+                f"models of {library} need {library}, which is not installed{needs}; run pip install {library}"
             ) from None
-        raise ConfigError(f"{library} cannot be imported: {error}; run pip install 'pipestill[vision]'") from None
+        raise ConfigError(f"{library} cannot be imported: {error}; run pip install {library}") from None
     except Exception as error:  # built for another torch, it fails in ways of its own: operators, symbols, libraries
         what = " ".join(str(error).split())
         raise ConfigError(
