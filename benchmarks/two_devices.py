@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -95,11 +95,10 @@ def main() -> None:
     case = CASES[arguments.workload]
     name = "two_devices" if arguments.workload == "soft-target" else f"two_devices_{arguments.workload}"
     out = arguments.out or Path("benchmarks/results") / name
-    how = {"rounds": arguments.rounds, "steps": arguments.steps, "device_type": "cpu"}
     options = RunOptions(devices=2, microbatches=arguments.microbatches, threads=1, device="cpu")
-    two = compare(case.recipe, options, case.two, **how)
-    one = compare(
-        case.recipe, RunOptions(devices=1, microbatches=arguments.microbatches, threads=1, device="cpu"), ONE, **how
+    two, one = (
+        compare(case.recipe, replace(options, devices=devices), names, rounds=arguments.rounds, steps=arguments.steps)
+        for devices, names in ((2, case.two), (1, ONE))
     )
     calibration = two.figures["calibration"]
     where = {

@@ -108,6 +108,7 @@ def test_defaults_are_those_of_blocks(capsys: pytest.CaptureFixture[str]) -> Non
     assert "strategy: fill" in out.splitlines()
 
 
+@pytest.mark.slow
 def test_train_leaves_a_whole_run_directory(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "train", "compress", *SMALL, "--devices", "2", "--threads", "1", "--json")
     assert status == 0
@@ -168,7 +169,7 @@ def test_recipes_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "compress" in names
 
 
-@pytest.mark.parametrize("strategy", ["ls", "relay", "relay-dpu"])
+@pytest.mark.parametrize("strategy", ["ls", pytest.param("relay", marks=pytest.mark.slow), "relay-dpu"])
 def test_check_is_exact_where_blocks_see_whole_batches(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "check",

@@ -260,6 +260,7 @@ def test_help_is_status_0(words: list[str], capsys: pytest.CaptureFixture[str]) 
     assert out
 
 
+@pytest.mark.slow
 def test_compare_measures_in_one_run(capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "compare",

@@ -8,6 +8,7 @@ from pipestill.errors import RankFailure
 from pipestill.recipes import standby
 
 
+@pytest.mark.slow
 def test_processes_without_a_stage_get_what_the_others_trained() -> None:
     with_standby = ps.launch(train_teacher, (3,), 3, threads=1, timeout_seconds=60.0)
     without = ps.launch(train_teacher, (2,), 2, threads=1, timeout_seconds=60.0)
