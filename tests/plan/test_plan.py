@@ -1,6 +1,7 @@
 """Plans: from costs, by hand, to JSON and back."""
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from pipestill import Plan
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.errors import ConfigError, PlanError
 from pipestill.plan import make_plan
+from pipestill.plan import plan as plan_module
 from pipestill.schedule import PIPELINE_STRATEGIES
 
 COSTS = Costs(
@@ -43,6 +45,29 @@ def test_every_strategy(strategy: str, costs: Costs) -> None:
     assert made.prediction.seconds_per_step >= made.limit_seconds_per_step * (1 - 1e-9)
 
 
+def test_a_plan_is_made_and_proved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is complete at birth: nothing is generated, proved or simulated when somebody looks at it."""
+    counts = Counter[str]()
+
+    def counted(name: str) -> Any:
+        function = getattr(plan_module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            counts[name] += 1
+            return function(*args, **options)
+
+        return call
+
+    for name in ("generate", "check", "simulate"):
+        monkeypatch.setattr(plan_module, name, counted(name))
+    made = plan(strategy="gpipe", student_partition=(2, 2, 2), teacher_partition=(2, 2, 1))
+    assert made.proof.problems == () and made.prediction.events and made.schedule.rows
+    assert counts == {"generate": 1, "check": 1, "simulate": 1}, "both level partitions are the given one"
+    again = made.with_stash("n")
+    assert again.stash == "n" and again.schedule is made.schedule
+    assert set(counts.values()) == {1}
+
+
 def test_json_round_trip() -> None:
     level = Costs.uniform(3, 1.0, 1.0, 2.0)  # quick to find a schedule for
     for made in (
@@ -59,12 +84,12 @@ def test_json_round_trip() -> None:
 
 
 def test_partitions_by_hand() -> None:
-    made = plan(student_partition=[4, 1, 1], teacher_partition=(1, 1, 3))
+    made = plan(strategy="1f1b", student_partition=[4, 1, 1], teacher_partition=(1, 1, 3))
     assert (made.student_partition, made.teacher_partition) == ((4, 1, 1), (1, 1, 3))
-    made = plan(student_partition=[4, 1, 1])
+    made = plan(strategy="1f1b", student_partition=[4, 1, 1])
     assert made.student_partition == (4, 1, 1)
     assert sum(made.teacher_partition) == 5
-    assert plan(ALONE, teacher_partition=()).teacher_partition == ()
+    assert plan(ALONE, strategy="1f1b", teacher_partition=()).teacher_partition == ()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +142,6 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
     ],
 )
 def test_a_broken_file_says_what_is_wrong(change: Any, message: str) -> None:
-    changed = change(plan().to_json())
+    changed = change(plan(strategy="1f1b").to_json())
     with pytest.raises((ConfigError, PlanError), match=message):
         Plan.from_json(changed if isinstance(changed, str) else json.dumps(changed))

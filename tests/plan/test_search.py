@@ -1,9 +1,13 @@
 """What a search considers, and what it chooses."""
 
+from typing import Any
+
 import pytest
 
 from pipestill.costs import Costs, Link
 from pipestill.errors import PlanError
+from pipestill.plan import make_plan
+from pipestill.plan import search as search_module
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.plan.search import search_blockwise, search_pipelines
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
@@ -71,6 +75,24 @@ def test_staleness_1_considers_more_and_still_prefers_what_is_exact() -> None:
 def test_a_named_strategy_brings_its_variants(strategy: str, names: list[str]) -> None:
     found = search_pipelines(TWO_VIEWS, MOMENTUM, devices=2, microbatches=2, strategy=strategy)
     assert [one.name for one in found.considered] == names
+
+
+def test_variants_with_the_same_stash_share_a_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one device n, 2n-1 and all of one microbatch are one unit; each variant keeps its own name and knob."""
+    made = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        made.append(options["strategy"])
+        return make_plan(*args, **options)
+
+    monkeypatch.setattr(search_module, "make_plan", counted)
+    found = search_pipelines(FROZEN, Demands(), devices=1, microbatches=1, strategy="fill")
+    stashes = {one.name: one.plan.stash for one in found.considered if one.plan is not None}
+    assert stashes == {
+        "fill": None, "fill, stash all": "all", "fill+split, stash n": "n", "fill+split": None, "fill+split, stash all": "all",
+    }  # fmt: skip
+    assert len(made) == 2, "one with whole backwards and one with split ones"
+    assert found.chosen.name == "fill"
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
-"""The local search and its clock."""
+"""The local search."""
 
 from collections import Counter
 from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from schedule.tasks import Task, lists_of, stage_costs, tasks, uniform
+from schedule.pipeline.tables import rows_of_task
+from schedule.tasks import Task, lists_of, tasks, uniform
 
-from pipestill.costs import Link, StageCosts
+from pipestill.costs import StageCosts
 from pipestill.schedule import Op, check
 from pipestill.schedule.comms import connect
 from pipestill.schedule.pipeline.clock import Clock
@@ -83,27 +82,6 @@ def test_gradient_of_weights_stays_between_its_backward_and_the_update() -> None
         assert Counter(before_row) == Counter(row)
         fixed = [a for a in before_row if a.op is not Op.WEIGHT]
         assert [a for a in row if a.op is not Op.WEIGHT] == fixed
-
-
-def rows_of_task(task: Task, costs: StageCosts) -> tuple[Rows, PipelineStructure]:
-    schedule = task.schedule(costs)
-    work = [[a for a in row if a.computes and a.op is not Op.DATA] for row in schedule.rows]
-    return work, schedule.structure
-
-
-@given(st.data(), tasks(["gpipe", "1f1b", "tspipe"], most_units=6))
-@settings(max_examples=15, deadline=None)
-def test_clock_agrees_with_the_simulator(data: st.DataObject, task: Task) -> None:
-    """Where ranks do not disturb each other and links have room for all."""
-    costs = replace(data.draw(stage_costs(task.num_stages, task.asked["views"])), link=Link(latency_seconds=0.5))
-    rows, structure = rows_of_task(task, costs)
-    simulated = simulate(connect("clocked", structure, rows, (99,) * len(rows), 999), costs, num_steps=30)
-    assert Clock(structure, costs).period(rows) == pytest.approx(simulated.seconds_per_step, rel=1e-6)
-
-
-def test_clock_of_rows_that_get_stuck() -> None:
-    rows = lists_of("S0B0@0 S0F0@0 S0U@0", "S1F0@0 S1L0@0 S1B0@0 S1U@0")
-    assert Clock(pipeline(2, 1, teacher=False), COSTS).period(rows) is None
 
 
 @given(tasks(["gpipe", "1f1b"], most_stages=3, most_units=6))

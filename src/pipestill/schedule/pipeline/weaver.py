@@ -76,7 +76,7 @@ class _LongestPaths:
     def start(self, num_nodes: int, edges: Iterable[tuple[int, int, float]]) -> float:
         """Begin with the first `num_nodes` nodes and edges (from, to, weight) between them.
 
-        Returns the length of the longest path from a node back to itself.
+        Returns how long a path from a node back to itself gets: more than 0 where no start times satisfy the edges.
         """
         length = self.length[:num_nodes, :num_nodes]
         for start, end, weight in edges:
