@@ -25,7 +25,7 @@ from blockwise import SixAlike
 from pipestill.costs import Link
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
-from pipestill.model.live_bytes import LiveBytes
+from pipestill.model.measure import LiveBytes
 from pipestill.plan.blockwise.describe import describe
 from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.compress import Compress

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pipestill.errors import PlanError
-from pipestill.model.devices import Machine
+from pipestill.model.estimate import Machine
 from pipestill.plan.search import search_pipelines
 from pipestill.recipes import find
 from pipestill.recipes.estimate import compute

@@ -12,9 +12,16 @@ from torch import Tensor, nn
 
 from pipestill import losses
 from pipestill.errors import ConfigError
-from pipestill.model.devices import DEVICES, LAUNCH_SECONDS, MATH_FRACTION, MEMORY_FRACTION, Machine
 from pipestill.model.dry_run import dry_run
-from pipestill.model.estimate import estimate, task_without_memory
+from pipestill.model.estimate import (
+    DEVICES,
+    LAUNCH_SECONDS,
+    MATH_FRACTION,
+    MEMORY_FRACTION,
+    Machine,
+    estimate,
+    task_without_memory,
+)
 from pipestill.model.profile import profile
 from pipestill.model.tasks import Distillation, Momentum, Supervised
 

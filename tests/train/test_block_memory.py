@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import pipestill as ps
-from pipestill.model.live_bytes import LiveBytes
+from pipestill.model.measure import LiveBytes
 
 ROWS, WIDTH = 512, 64
 

@@ -123,7 +123,7 @@ def _asked(workload: Workload) -> tuple[Demands, str]:
 
 
 def _computed(workload: Workload, estimate: str, how: RunOptions) -> Planner:
-    from pipestill.model.devices import Machine
+    from pipestill.model.estimate import Machine
     from pipestill.recipes.estimate import compute
 
     with Busy(f"computing costs for {estimate}"):

@@ -1,13 +1,25 @@
-"""The contracts of all boundaries of a pipeline, for batches of any number of rows and any length."""
+"""The contracts of all boundaries of a pipeline, for batches of any number of rows and any length.
+
+Batches differ in length where they are token sequences, say, each batch padded to its longest. Every whole number of a contract
+(a size, a stride) is taken to be a polynomial of degree 2 in the length, since an attention mask has length x length elements.
+Dry runs at three lengths determine it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
-from pipestill.model.contracts import Contract
-from pipestill.model.lengths import AtLength
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pipestill.errors import DataError, ModelError
+from pipestill.model.contracts import ConstantLeaf, Contract, Leaf, LinearInRows, TensorForm, TensorLeaf
+from pipestill.model.nests import distinct_tensors
 
 
 @dataclass(frozen=True)
@@ -62,3 +74,104 @@ class PipelineContractsByLength:
             student=derived([c.student for c in self.contracts]),
             teacher=derived([c.teacher for c in self.contracts]),
         )
+
+
+def length_of(axis: int, inputs: Any, targets: Any, what: str) -> int:
+    """Find the length of a batch: the size of `axis`, which all of its tensors that have such an axis share.
+
+    Raises `DataError`, which begins with `what`, when they differ in it or none has it.
+    """
+    tensors = [*distinct_tensors(inputs), *distinct_tensors(targets)]
+    sizes = {tensor.shape[axis] for tensor in tensors if tensor.dim() > axis}
+    if len(sizes) != 1:
+        raise DataError(
+            f"{what}: length_axis is {axis}, so all tensors that have an axis {axis} must have the same size there, got "
+            f"shapes {[tuple(tensor.shape) for tensor in tensors]}; give a tensor without a length no axis {axis}, or leave "
+            "length_axis out"
+        )
+    return sizes.pop()
+
+
+def shortened(axis: int, value: Any, length: int) -> Any:
+    """Take the first `length` places of `axis` in every tensor that has it, from the beginning again where there are too few."""
+
+    def taken(tensor: Tensor) -> Tensor:
+        return tensor.index_select(axis, torch.arange(length) % tensor.shape[axis]) if tensor.dim() > axis else tensor
+
+    return pytree.tree_map_only(Tensor, taken, value)
+
+
+def sample_lengths(length: int) -> tuple[int, int, int]:
+    """Choose three lengths for dry runs, evenly spaced; the longest is `length`, or 3 where that is larger.
+
+    They are multiples of as large a power of two as `length` allows, since a model may halve lengths again and again.
+    """
+    step = 1
+    while length % (2 * step) == 0 and length - 4 * step >= 1:
+        step *= 2
+    longest = max(length, 2 * step + 1)
+    return longest - 2 * step, longest - step, longest
+
+
+@dataclass(frozen=True)
+class AtLength:
+    """Derives contracts of batches of one length from those of batches of three known lengths."""
+
+    known: tuple[int, int, int]
+    length: int
+
+    def contract(self, same: Sequence[Contract]) -> Contract:
+        """One boundary's contract. `same`: its contracts at the known lengths; `ModelError` where they differ too much."""
+        first = same[0]
+        for other in same[1:]:
+            if other.spec != first.spec or len(other.leaves) != len(first.leaves):
+                raise ModelError(f"{first.where}: the structure changes with the length: {first.spec} and {other.spec}")
+        leaves = zip(*(contract.leaves for contract in same), strict=True)
+        return replace(first, leaves=tuple(self._leaf(first.where, leaf) for leaf in leaves))
+
+    def _leaf(self, where: str, same: Sequence[Leaf]) -> Leaf:
+        """One leaf, from the same leaf at the known lengths."""
+        first = same[0]
+        tensors = [leaf for leaf in same if isinstance(leaf, TensorLeaf)]
+        if isinstance(first, TensorLeaf) and len(tensors) == len(same):
+            gradients = [leaf.gradient for leaf in tensors if leaf.gradient is not None]
+            if len({leaf.tracked for leaf in tensors}) > 1 or len(gradients) not in (0, len(same)):
+                raise ModelError(f"{where}: whether a tensor gets a gradient changes with the length")
+            form = self._form(where, [leaf.value for leaf in tensors])
+            return TensorLeaf(form, first.tracked, self._form(where, gradients) if gradients else None)
+        values = [leaf.value for leaf in same if isinstance(leaf, ConstantLeaf)]
+        whole = [isinstance(value, (int, LinearInRows)) and not isinstance(value, bool) for value in values]
+        if len(values) == len(same) and all(whole):
+            number = self._number([v if isinstance(v, LinearInRows) else LinearInRows(0, v) for v in values])
+            return ConstantLeaf(number if number.per_row else number.fixed)
+        if any(leaf != first for leaf in same):
+            raise ModelError(f"{where}: {first} changes with the length, to {same[-1]}; pass a tensor")
+        return first
+
+    def _form(self, where: str, forms: Sequence[TensorForm]) -> TensorForm:
+        """One tensor's form, from its forms at the known lengths."""
+        if len({(form.dtype, len(form.shape)) for form in forms}) > 1:
+            raise ModelError(f"{where}: a tensor's type or axes change with the length")
+        shape = tuple(self._number(sizes) for sizes in zip(*(form.shape for form in forms), strict=True))
+        strides = tuple(self._number(sizes) for sizes in zip(*(form.strides for form in forms), strict=True))
+        return TensorForm(shape, forms[0].dtype, strides, any(form.lasting for form in forms))
+
+    def _number(self, numbers: Sequence[LinearInRows]) -> LinearInRows:
+        """One size or stride, from those at the known lengths."""
+        return LinearInRows(self._value([n.per_row for n in numbers]), self._value([n.fixed for n in numbers]))
+
+    def _value(self, values: Sequence[int]) -> int:
+        """Evaluate the polynomial of degree 2 through the values at the known lengths (Lagrange's form).
+
+        A result that is no whole number is rounded down. A boundary whose sizes follow another law is refused by `split`
+        once a batch of such a length crosses it.
+        """
+        a, b, c = self.known
+        x, y, z = values
+        length = self.length
+        total = (
+            Fraction(x * (length - b) * (length - c), (a - b) * (a - c))
+            + Fraction(y * (length - a) * (length - c), (b - a) * (b - c))
+            + Fraction(z * (length - a) * (length - b), (c - a) * (c - b))
+        )
+        return total.numerator // total.denominator

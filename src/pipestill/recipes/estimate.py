@@ -10,8 +10,7 @@ import torch
 
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
-from pipestill.model.devices import Machine
-from pipestill.model.estimate import estimate, task_without_memory
+from pipestill.model.estimate import Machine, estimate, task_without_memory
 from pipestill.model.nests import distinct_tensors, num_rows
 from pipestill.model.tasks import Task
 from pipestill.recipes.recipe import Workload

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipestill.model.tensor_form import TensorForm
+from pipestill.model.contracts import TensorForm
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting, receive
 from pipestill.schedule import Action, Kind, Lane, Op, Schedule
 from pipestill.schedule.needs import lane, needs

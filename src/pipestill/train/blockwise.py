@@ -14,10 +14,9 @@ from torch import nn
 from pipestill.arguments import one_of, raise_problems
 from pipestill.costs import Link
 from pipestill.errors import PlanError
-from pipestill.model.blockwise.contracts import BlockwiseContracts
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
-from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, Phase, make_blockwise_plan
 from pipestill.runtime.blockwise.measure_all_reduce import measure_allreduces
 from pipestill.runtime.blockwise.rank import BlockwiseRank, process_groups

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from pipestill.arguments import shown
 from pipestill.errors import DataError, PipestillError
-from pipestill.model.lengths import length_of
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
+from pipestill.model.pipeline_contracts import length_of
 from pipestill.model.seeding import OwnGenerator, derive
 from pipestill.runtime.batch import Batch
 

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from pipestill.costs import Link
-from pipestill.model.blockwise.contracts import BlockwiseContracts
-from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
 from pipestill.model.blockwise.training import teacher_output, train_block, untouched_blocks
-from pipestill.model.live_bytes import LiveBytes
-from pipestill.model.measure import now, state_bytes, trial_optimizer
+from pipestill.model.measure import LiveBytes, now, state_bytes, trial_optimizer
 from pipestill.model.nests import copied, distinct_tensors, num_bytes, rows_of, to_device
 from pipestill.optim import OptimizerFactory
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes

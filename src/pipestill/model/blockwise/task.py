@@ -12,6 +12,7 @@ from pipestill.arguments import hinted, one_of, raise_problems, shown
 from pipestill.errors import ModelError
 from pipestill.losses import BlockLoss, mse
 from pipestill.model.block import Block
+from pipestill.model.contracts import Contract
 from pipestill.model.tasks import CutModels, check_parts
 
 _BESIDE_BLOCKS = ("output_projectors", "input_projectors", "candidates")
@@ -191,3 +192,19 @@ class Blockwise(CutModels):
 def _same(value: Any) -> Any:
     """Project nothing."""
     return value
+
+
+@dataclass(frozen=True)
+class BlockwiseContracts:
+    """The contracts of a task: of a batch's inputs, and of the output of each teacher block."""
+
+    inputs: Contract
+    outputs: tuple[Contract, ...]
+    teacher_writes: frozenset[int]
+    """The teacher blocks that write to their input in place; they are given a copy of it."""
+    student_writes: frozenset[int]
+    """The student blocks that do, likewise."""
+
+    def before(self, block: int) -> Contract:
+        """The contract of the input of one block."""
+        return self.outputs[block - 1] if block else self.inputs

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipestill.model.blockwise.contracts import BlockwiseContracts
+from pipestill.model.blockwise.task import BlockwiseContracts
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import distinct_tensors, rows_of, to_device
 from pipestill.runtime.batch import Window, header_length

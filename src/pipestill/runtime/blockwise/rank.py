@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from pipestill.model.blockwise.contracts import BlockwiseContracts
-from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
 from pipestill.runtime.batch import Batch, Window, windows
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipestill.model.blockwise.contracts import BlockwiseContracts
-from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
 from pipestill.model.nests import to_device
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.blockwise.worker import BlockwiseWorker

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipestill.model.blockwise.contracts import BlockwiseContracts
+from pipestill.model.blockwise.task import BlockwiseContracts
 from pipestill.model.contracts import observe
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
 from pipestill.runtime.batch import windows

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipestill.model.blockwise.contracts import BlockwiseContracts
-from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
 from pipestill.model.blockwise.training import teacher_output, train_block
 from pipestill.model.nests import copied
 from pipestill.optim import OptimizerFactory, Schedules

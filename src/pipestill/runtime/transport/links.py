@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipestill.costs import Link
-from pipestill.model.tensor_form import FEW, MORE, TensorForm
+from pipestill.model.contracts import FEW, MORE, TensorForm
 from pipestill.runtime.transport.protocol import Message, Transport, World
 from pipestill.schedule import Action, Lane, Op, Role
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import pipestill as ps
 from pipestill.errors import ConfigError, DataError, ModelError
 from pipestill.model.dry_run import dry_run
-from pipestill.model.lengths import length_of, sample_lengths, shortened
+from pipestill.model.pipeline_contracts import length_of, sample_lengths, shortened
 
 
 @pytest.mark.parametrize(
