@@ -36,8 +36,7 @@ from pipestill import Distillation, Trainer, launch
 from pipestill.costs import BlockCosts, Costs
 from pipestill.losses import SoftTarget
 from pipestill.model.blocks import ranges
-from pipestill.model.boundary import detached, start_of
-from pipestill.model.split import SplitBlock
+from pipestill.model.boundary import SplitBlock, detached, start_of
 from pipestill.recipes.soft_target import CLASSES, cnn
 from pipestill.runtime.record import peak_bytes, reset_peak
 from pipestill.schedule import Op, Role, Trace

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.costs import Costs
-from pipestill.model.boundary import detached, start_of
-from pipestill.model.split import SplitBlock, why_whole
+from pipestill.model.boundary import SplitBlock, detached, start_of, why_whole
 from pipestill.plan import make_plan
 from pipestill.recipes.soft_target import Convolution
 from pipestill.schedule.pipeline.structure import Demands

@@ -1,6 +1,7 @@
 """Figures of comparisons from known numbers."""
 
 from dataclasses import replace
+from itertools import count
 
 import pytest
 
@@ -10,6 +11,7 @@ from pipestill.compare.figures import (
     calibrated,
     ceiling_figures,
     enough_steps,
+    in_rounds,
     machine_figures,
     median_link,
     median_loop,
@@ -101,3 +103,19 @@ def test_steps_that_take_long_are_measured_fewer_times(
     wanted: int, fewest: int, seconds_per_step: float, steps: int
 ) -> None:
     assert enough_steps(wanted, fewest, seconds_per_step, 20.0) == steps
+
+
+def test_strategies_take_turns_in_every_round() -> None:
+    log, number = list[str](), count()
+
+    def measure(name: str) -> int:
+        log.append(name)
+        return next(number)
+
+    measured = in_rounds(["a", "b"], 2, measure, lambda: log.append("machine"))
+    assert log == ["a", "b", "machine", "a", "b", "machine"]
+    assert measured == {"a": [0, 2], "b": [1, 3]}
+
+
+def test_a_strategy_that_is_named_twice_is_measured_once() -> None:
+    assert in_rounds(["a", "a"], 1, len) == {"a": [1]}

@@ -18,7 +18,7 @@ from pipestill.recipes.language import Sizes
 from pipestill.recipes.run import preflight, run_recipe
 from pipestill.recipes.run_options import Numbers, RunOptions
 from pipestill.train.run_directory import RunDirectory
-from pipestill.verify.weights import train_few
+from pipestill.verify import train_few
 
 pytest.importorskip("transformers")
 

@@ -40,7 +40,7 @@ from pipestill.recipes.supernet import (
 )
 from pipestill.runtime.blockwise.worker import BlockwiseWorker
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
-from pipestill.verify.weights import verify
+from pipestill.verify import verify
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {

@@ -27,7 +27,7 @@ from pipestill.recipes.self_supervised import Chain, Perceptron
 from pipestill.recipes.training import warmed_up, without_decay
 from pipestill.recipes.weights import load_into
 from pipestill.train.run_directory import RunDirectory
-from pipestill.verify.weights import verify
+from pipestill.verify import verify
 
 SMALL: dict[str, Any] = {
     "byol": Byol(width=4, hidden=8, projection=4, batch_size=10),

@@ -17,7 +17,7 @@ from pipestill.errors import ConfigError
 from pipestill.recipes.run import check_options
 from pipestill.recipes.run_options import Kind, RunOptions
 from pipestill.runtime.world import choose_device_type
-from pipestill.verify.weights import TRANSPORTS, verify
+from pipestill.verify import TRANSPORTS, verify
 
 _SHOWN = 10  # of weights that differ
 

@@ -1,14 +1,14 @@
-"""Figures of a comparison, computed from the seconds that its rounds measured."""
+"""Rounds in which strategies are measured in turn, and the figures of a comparison that come from their seconds."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeVar
 
 from pipestill.costs import Costs, Link
 from pipestill.schedule import Trace
@@ -129,3 +129,21 @@ def calibrated(
 def enough_steps(wanted: int, fewest: int, seconds_per_step: float, long_seconds: float) -> int:
     """Steps to measure: as many as wanted, or as last `long_seconds` where each takes long; never less than `fewest`."""
     return max(fewest, min(wanted, math.ceil(long_seconds / seconds_per_step)))
+
+
+T = TypeVar("T")
+
+
+def in_rounds(
+    names: Iterable[str], rounds: int, measure: Callable[[str], T], after_round: Callable[[], None] = lambda: None
+) -> dict[str, list[T]]:
+    """Measure every strategy once in each round, always in the same order, so that a slow minute is slow for all.
+
+    `after_round` is called when a round is over. Returns what `measure(name)` gave, by strategy, a value for each round.
+    """
+    measured: dict[str, list[T]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, values in measured.items():
+            values.append(measure(name))
+        after_round()
+    return measured

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 
 from pipestill.compare.bench import Bench
-from pipestill.compare.blockwise import BlockwiseBench
+from pipestill.compare.benches import BlockwiseBench, PipelineBench
 from pipestill.compare.figures import (
     Comparison,
     PlainLoop,
     around_rounds,
     ceiling_figures,
+    in_rounds,
     machine_figures,
     strategy_figures,
 )
-from pipestill.compare.pipeline import PipelineBench
-from pipestill.compare.rounds import in_rounds
 from pipestill.compare.variants import PEERS, options_of
 from pipestill.costs import Link
 from pipestill.errors import ConfigError

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeVar
 
-from pipestill.compare.figures import Comparison, enough_steps, strategy_figures, with_spread
-from pipestill.compare.rounds import in_rounds
+from pipestill.compare.figures import Comparison, enough_steps, in_rounds, strategy_figures, with_spread
 from pipestill.compare.variants import variant
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError

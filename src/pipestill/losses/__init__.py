@@ -7,8 +7,7 @@ scalar or as a dict of scalars whose sum is the loss; their names are logged. A 
 from __future__ import annotations
 
 from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, normalised_mse
-from pipestill.losses.distillation import Cosine, LogitsMSE, SoftTarget
-from pipestill.losses.masked_language import MaskedDistillation, masked_cross_entropy
+from pipestill.losses.distillation import Cosine, LogitsMSE, MaskedDistillation, SoftTarget, masked_cross_entropy
 from pipestill.losses.momentum import Dino, InfoNCE, byol
 from pipestill.losses.signatures import BlockLoss, DistillationLoss, LossValue, Metric, MomentumLoss, SupervisedLoss
 from pipestill.losses.supervised import accuracy, cross_entropy, masked_accuracy

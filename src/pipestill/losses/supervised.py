@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipestill.losses.masked_language import weighted_mean
+from pipestill.losses.distillation import weighted_mean
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> dict[str, Tensor]:

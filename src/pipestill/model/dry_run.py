@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError, UserError
 from pipestill.model.blocks import BlockModel
+from pipestill.model.boundary import why_whole
 from pipestill.model.contracts import FEW, MORE, Contract, observe
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.pipeline_contracts import (
@@ -24,7 +25,6 @@ from pipestill.model.pipeline_contracts import (
     sample_lengths,
     shortened,
 )
-from pipestill.model.split import why_whole
 from pipestill.model.stepwise import StepValues, call_block, stepwise, untouched
 from pipestill.model.tasks import Task, check_views, view
 

@@ -2,7 +2,7 @@
 
 One step is taken block by block, as for measuring, but over tensors without content (PyTorch's meta device). Every kernel
 advances a clock by its time under a roofline model (Williams et al. 2009): its arithmetic or its memory traffic, whichever
-takes longer. Accelerators are known by name: their peaks from data sheets, and the fractions of these that are assumed to be reached.
+takes longer. Accelerators are known by name: their peaks from data sheets, and the fractions of these that programs reach.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipestill.errors import ConfigError, ModelError, nearest
 from pipestill.model.blocks import BlockModel
 from pipestill.model.measure import Stopwatch
 from pipestill.model.nests import distinct_tensors, memory_of, num_bytes
-from pipestill.model.step_costs import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
+from pipestill.model.profile import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
 from pipestill.model.stepwise import stepwise, untouched
 from pipestill.model.tasks import Momentum, Task
 from pipestill.optim import OptimizerFactory

@@ -1,24 +1,189 @@
-"""Measures what every block of a pipeline's models costs on this machine."""
+"""Measures what every block of a pipeline's models costs on this machine.
+
+What the pieces of a training step take becomes `Costs` in the same way, be it measured here or computed for another device.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
-from statistics import median
-from typing import Any
+from statistics import mean, median
+from typing import Any, NamedTuple
 
-from pipestill.costs import Costs, Link
+import torch
+from torch import Tensor
+
+from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.model.blocks import BlockModel
-from pipestill.model.measure import Stopwatch, state_bytes, trial_optimizer
-from pipestill.model.nests import num_bytes
+from pipestill.model.boundary import SplitBlock, Unsplittable, detached, start_of
+from pipestill.model.measure import Seconds, Stopwatch, state_bytes, trial_optimizer
+from pipestill.model.nests import copied, distinct_tensors, memory_of, num_bytes, rows_of
 from pipestill.model.pipeline_contracts import PipelineContracts
-from pipestill.model.step_costs import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
 from pipestill.model.stepwise import stepwise, untouched
 from pipestill.model.tasks import Task
 from pipestill.optim import OptimizerFactory
+
+
+class Update(NamedTuple):
+    """What the update of one student block takes."""
+
+    seconds: float
+    training_bytes: int
+    """Bytes of the gradients of the block's weights, and of its optimizer's state."""
+
+
+def microbatch_of(inputs: Any, targets: Any, rows: int) -> tuple[Any, Any]:
+    """Take `rows` rows of a sample batch's inputs and targets, from the beginning again where it has fewer."""
+    index = torch.arange(rows) % distinct_tensors(inputs)[0].shape[0]
+    return rows_of(inputs, index), rows_of(targets, index)
+
+
+def costs_of(
+    task: Task,
+    seconds: Seconds,
+    *,
+    rows: int,
+    updates: Sequence[Update],
+    weight_fractions: Sequence[float],
+    stash: StashCounter,
+    student_bytes: Sequence[Sequence[int]],
+    teacher_bytes: Sequence[Sequence[int]],
+) -> Costs:
+    """Assemble the costs of a microbatch of `rows` rows.
+
+    `seconds` holds the pieces of a step, once a view. `updates` and `weight_fractions` go by student block; the latter is
+    the fraction of its backward that the gradients of its weights take. `student_bytes` and `teacher_bytes` are those of the
+    value after each block, by view.
+    """
+    student = tuple(
+        BlockCosts(
+            name=block.name,
+            forward_seconds=mean(seconds["student", i]),
+            backward_seconds=mean(seconds["backward", i]),
+            update_seconds=updates[i].seconds,
+            parameter_bytes=parameter_bytes(task.student_blocks, i),
+            output_bytes=round(mean(view[i] for view in student_bytes)),
+            stash_bytes=round(mean(stash.num_bytes[i])),
+            weight_seconds=mean(seconds["backward", i]) * weight_fractions[i],
+            training_bytes=updates[i].training_bytes,
+        )
+        for i, block in enumerate(task.student_blocks.blocks)
+    )
+    views = task.demands.views
+    by_view = [
+        sum(seconds[what, i][v] for what in ("student", "backward") for i in range(len(student))) for v in range(views)
+    ]
+    teacher: tuple[BlockCosts, ...] = ()
+    if task.teacher_blocks is not None:
+        # relative to each other, views cost the same in both models, and the teacher may see the first of them only
+        seen = by_view[: task.demands.teacher_views]
+        of_mean_view = mean(by_view) / mean(seen) if any(by_view) else 1.0
+        teacher = tuple(
+            BlockCosts(
+                name=block.name,
+                forward_seconds=mean(seconds["teacher", i]) * of_mean_view,
+                parameter_bytes=parameter_bytes(task.teacher_blocks, i),
+                output_bytes=round(mean(view[i] for view in teacher_bytes) * of_mean_view),
+            )
+            for i, block in enumerate(task.teacher_blocks.blocks)
+        )
+    scales = tuple(one / mean(by_view) for one in by_view) if views > 1 and any(by_view) else (1.0,) * views
+    return Costs(student, teacher, loss_seconds=mean(seconds["loss", 0]), rows=rows, views=scales)
+
+
+def parameter_bytes(model: BlockModel, block: int) -> int:
+    """The bytes of one block's weights."""
+    return num_bytes(list(model.parameters_of(range(block, block + 1)).values()))
+
+
+# -- what blocks stash ------------------------------------------------------------------------------------------------
+
+
+class StashCounter:
+    """Counts the bytes that each student block keeps from its forward to its backward.
+
+    A piece of memory counts for the first block that keeps it. Weights and buffers do not count.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.num_bytes: list[list[int]] = [[] for _ in task.student_blocks.blocks]
+        """By block: the bytes in each view."""
+        self.fresh = 0
+        """The bytes of the block that is running, so far."""
+        model = task.student_blocks.model
+        kept = [*model.parameters(), *model.buffers()]
+        self.seen = {memory_of(tensor): tensor for tensor in kept}  # tensors are held, so that no memory is used again
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that autograd keeps for the block that is running."""
+        memory = memory_of(tensor)
+        if memory not in self.seen:
+            self.seen[memory] = tensor
+            self.fresh += tensor.untyped_storage().nbytes()
+        return tensor
+
+    def mark(self, what: str, block: int) -> None:
+        """Note the bytes of a piece of a step, which ends here."""
+        if what == "student":
+            self.num_bytes[block].append(self.fresh)
+        self.fresh = 0
+
+
+@contextmanager
+def counted_stashes(task: Task) -> Iterator[StashCounter]:
+    """Count, in the body, what autograd keeps of the student's blocks."""
+    counter = StashCounter(task)
+    with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda tensor: tensor):
+        yield counter
+
+
+# -- backwards in two halves ------------------------------------------------------------------------------------------
+
+
+def weight_fractions(
+    model: BlockModel,
+    outputs: Sequence[Any],
+    measured: Callable[[], AbstractContextManager[Stopwatch]],
+    *,
+    repeats: int = 1,
+    whole: Container[int] = (),
+) -> list[float]:
+    """The fraction of each block's backward, taken in two halves, that the second half takes: the gradients of weights.
+
+    It is 1 for the first block, whose input has no gradient, and 0 where a backward stays whole, as those of the blocks in
+    `whole` do. `outputs` holds the value after each block. Seconds are medians over `repeats` tries; `measured()` is the
+    context in which a stopwatch measures one.
+    """
+    fractions = [1.0]
+    for i in range(1, len(model)):
+        tries = range(0 if i in whole else repeats)
+        try:
+            halves = [_halves(model.blocks[i].call, outputs[i - 1], measured) for _ in tries]
+        except Unsplittable:
+            halves = []
+        first, second = (median(seconds) for seconds in zip(*halves, strict=True)) if halves else (1.0, 0.0)
+        fractions.append(second / (first + second) if first + second else 0.0)
+    return fractions
+
+
+def _halves(
+    call: Callable[[Any], Any], value: Any, measured: Callable[[], AbstractContextManager[Stopwatch]]
+) -> tuple[float, float]:
+    """The seconds of each half of one block's backward, from gradients of 1."""
+    entered = detached(copied(value)).value
+    block = SplitBlock(start_of(entered))  # asked before the call, which may write to the value in place
+    output = call(entered)
+    roots = [(tensor, torch.ones_like(tensor)) for tensor in distinct_tensors(output) if tensor.requires_grad]
+    with measured() as watch:
+        block.input_half(roots)
+        watch.mark("input", 0)
+        block.weight_half()
+        watch.mark("weight", 0)
+    return watch.seconds["input", 0][0], watch.seconds["weight", 0][0]
 
 
 def profile(

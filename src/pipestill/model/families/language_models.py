@@ -17,11 +17,8 @@ from torch import Tensor, nn
 
 from pipestill.errors import ModelError
 from pipestill.model.block import Block
-from pipestill.model.families import bert, gpt2
-from pipestill.model.families.layout import Family, HalfLayer, Head
+from pipestill.model.families.language_families import KNOWN, Family, HalfLayer, Head
 
-KNOWN = {**bert.CLASSES, **gpt2.CLASSES}
-"""The family and the head of each class that can be cut."""
 _WHOLE_LAYER = HalfLayer("", ("",), lambda layer, hidden, mask: layer(hidden, attention_mask=mask), masked=True)
 """A layer that cannot be halved, called as one."""
 

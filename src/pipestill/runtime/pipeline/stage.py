@@ -14,12 +14,11 @@ from torch.utils import _pytree as pytree
 
 from pipestill.errors import DeviceError, ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import Detached, detached, start_graph, start_of
+from pipestill.model.boundary import Detached, SplitBlock, detached, start_graph, start_of
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import distinct_tensors
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
-from pipestill.model.split import SplitBlock
 from pipestill.model.tasks import Momentum, Task, teacher_trains
 from pipestill.runtime.pipeline.weights import MovingAverage, Versions
 from pipestill.runtime.settings import PipelineSettings

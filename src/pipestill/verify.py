@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,42 @@ from pipestill.runtime.world import OneProcess
 from pipestill.train.data import inputs_and_targets
 from pipestill.train.engine import REFERENCE
 from pipestill.train.result import Result
-from pipestill.verify.states import TOLERANCE, Difference, differences, is_rounding
+
+TOLERANCE = 1e-9
+"""Largest relative difference that can come from rounding sums of float64 in another order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far the entries of a tensor are from the expected ones.
+
+    Args:
+        absolute: the largest distance of two entries; NaN where one of them is
+        relative: the same, divided by the largest magnitude of the expected entries
+    """
+
+    absolute: float
+    relative: float
+
+
+def differences(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, Difference]:
+    """Compare every expected tensor bit by bit; returns those that differ, by name."""
+    return {
+        name: difference(tensor, got[name]) for name, tensor in expected.items() if not torch.equal(tensor, got[name])
+    }
+
+
+def difference(expected: Tensor, got: Tensor) -> Difference:
+    """Measure how far two tensors of one shape are apart."""
+    absolute = float((expected.double() - got.double()).abs().max())
+    magnitude = float(expected.double().abs().max())
+    return Difference(absolute, absolute / max(magnitude, torch.finfo(torch.float64).tiny))
+
+
+def is_rounding(found: Difference, tolerance: float) -> bool:
+    """Whether a difference is within the tolerance; NaN never is."""
+    return found.relative <= tolerance
+
 
 TRANSPORTS = ("in-process", "process-group")
 

@@ -1,9 +1,10 @@
-"""Measures strategies that train a student as a whole: pipelines, the plain loop, and PyTorch's own pipelines."""
+"""Measures strategies of each kind of training: of students as a whole (with the plain loop and peers) and of single blocks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, islice, repeat
 from statistics import median
 from typing import Any
@@ -11,15 +12,19 @@ from typing import Any
 import torch
 
 from pipestill.compare.bench import Bench, Round
-from pipestill.compare.figures import PlainLoop, calibrated
+from pipestill.compare.figures import PlainLoop, calibrated, median_loop
 from pipestill.compare.variants import PEERS
 from pipestill.costs import Costs, Link
+from pipestill.plan.blockwise.describe import describe
+from pipestill.plan.blockwise.plan import BlockwisePlan
 from pipestill.runtime.record import peak_bytes, reset_peak
 from pipestill.runtime.world import device_of
+from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.simulate import simulate
 from pipestill.train.engine import REFERENCE
 from pipestill.train.pipeline import PipelineEngine
 from pipestill.train.result import Result
+from pipestill.train.trainer import Trainer
 
 
 class PipelineBench(Bench):
@@ -76,3 +81,48 @@ class PipelineBench(Bench):
 
     def calibration(self, costs: Costs) -> dict[str, Any]:
         return {"microbatches": self.options.microbatches, "interference": costs.interference}
+
+
+_FEWEST_WINDOWS = 7
+
+
+class BlockwiseBench(Bench):
+    """Measures blockwise training; a step without a schedule is one pass of all work: each block's forward and step once."""
+
+    plain_strategy = "relay-dpu"  # the plain loop runs the teacher anew for every block
+    measuring_strategy = "relay-dpu"
+
+    def steps_of(self, trainer: Trainer, costs: BlockProfile) -> int:
+        """As many batches as asked for, or as many windows of them as show a steady state."""
+        if trainer.strategy == REFERENCE:
+            return self.steps
+        plan: BlockwisePlan = trainer.engine.plan(costs, self.batches.rows, memory_bytes=trainer.memory_bytes)
+        return max(self.steps, _FEWEST_WINDOWS * plan.window)
+
+    def link(self, loop: PlainLoop, costs: BlockProfile) -> Link:
+        """The link as it was measured with the blocks, before the first round."""
+        return costs.link
+
+    def calibrated(self, costs: BlockProfile, loops: Sequence[PlainLoop], links: Sequence[Link]) -> BlockProfile:
+        """Work scaled to what one pass takes while all processes compute."""
+        rows = self.batches.rows
+        one_pass = sum(block.teacher(rows) + block.student(rows) for block in costs.blocks)
+        return costs.scaled(median_loop(loops).together_seconds / one_pass)
+
+    def plan_figures(self, result: Result, costs: BlockProfile) -> dict[str, Any]:
+        plan = replace(result.plan, costs=replace(result.plan.costs, profile=costs))
+        return {
+            "predicted_seconds_per_step": plan.seconds_per_batch,
+            "limit_seconds_per_step": plan.limit_seconds_per_batch,
+            "predicted_utilisation": plan.utilisation,
+            "window": plan.window,
+            "memory_bytes": list(plan.memory_bytes),
+            "plan": describe(plan),
+        }
+
+    def calibration(self, costs: BlockProfile) -> dict[str, Any]:
+        return {
+            "blocks": len(costs.blocks),
+            "allreduce_ranks": list(costs.blocks[0].allreduce_ranks),
+            "allreduce_seconds": [list(block.allreduce_seconds) for block in costs.blocks],
+        }

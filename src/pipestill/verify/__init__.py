@@ -1,1 +1,0 @@
-"""A strategy's weights compared with those of the plain loop."""
