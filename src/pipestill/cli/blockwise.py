@@ -25,8 +25,7 @@ from pipestill.schedule import Trace
 from pipestill.schedule.blockwise.profile import BlockProfile
 
 if TYPE_CHECKING:
-    from pipestill.cli.simulate import SimulateOptions
-    from pipestill.cli.without_recipe import PlanningOptions
+    from pipestill.cli.without_recipe import PlanningOptions, SimulateOptions
     from pipestill.compare.figures import Comparison
     from pipestill.compare.virtual import VirtualOptions  # which loads torch
 

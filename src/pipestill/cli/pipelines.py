@@ -23,8 +23,7 @@ from pipestill.schedule import PIPELINE_STRATEGIES, Trace
 from pipestill.schedule.pipeline.structure import Demands
 
 if TYPE_CHECKING:
-    from pipestill.cli.simulate import SimulateOptions
-    from pipestill.cli.without_recipe import PlanningOptions
+    from pipestill.cli.without_recipe import PlanningOptions, SimulateOptions
     from pipestill.compare.figures import Comparison
     from pipestill.compare.virtual import VirtualOptions  # which loads torch
 

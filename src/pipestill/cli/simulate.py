@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -25,38 +24,11 @@ from pipestill.cli.costs import (
 from pipestill.cli.files import check_drawable
 from pipestill.cli.kinds import FOREIGN, OF_TASKS
 from pipestill.cli.options import parse, refuse
-from pipestill.cli.without_recipe import PlanningOptions, demands_of, uniform
+from pipestill.cli.without_recipe import SimulateOptions, demands_of, uniform
 from pipestill.errors import ConfigError
 from pipestill.recipes.run_options import RunOptions
 
 _FIXED = ("devices", "strategy", "costs", "estimate", "memory", *FOREIGN["blockwise"], *FOREIGN["pipeline"])
-
-
-@dataclass(frozen=True)
-class SimulateOptions(PlanningOptions):
-    """What is simulated, and what is shown of it.
-
-    Args:
-        split_backward: let 'fill' compute gradients of weights apart from those of inputs
-        stash: most microbatches that a rank of 'fill' holds between forward and backward: a number, n, 2n-1 or all (default: n,
-            and 2n-1 with split backwards)
-        run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as many as help)
-        uniform: without a recipe: T,F,BI,BW such as 1,1,1,1: the time that every stage takes for a teacher forward, a student
-            forward, its input gradient and its weight gradient
-        draw: a .svg or .png file to draw the picture into (default: none)
-        steps: steady steps in the picture (default: 2, or one window of batches)
-        text: print the schedule too: the actions of each rank in order, with @1 behind those of the next step
-        json: print the figures as one JSON object
-    """
-
-    split_backward: bool = False
-    stash: int | str | None = None
-    run_ahead: int | None = None
-    uniform: str | None = None
-    draw: str | None = None
-    steps: int | None = None
-    text: bool = False
-    json: bool = False
 
 
 def run(words: list[str]) -> int:

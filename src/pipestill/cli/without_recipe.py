@@ -56,6 +56,33 @@ class PlanningOptions(CostsOptions):
     memory: NumBytes | None = None
 
 
+@dataclass(frozen=True)
+class SimulateOptions(PlanningOptions):
+    """What is simulated, and what is shown of it.
+
+    Args:
+        split_backward: let 'fill' compute gradients of weights apart from those of inputs
+        stash: most microbatches that a rank of 'fill' holds between forward and backward: a number, n, 2n-1 or all (default: n,
+            and 2n-1 with split backwards)
+        run_ahead: most microbatches that the teacher of 'fill' may be ahead of the student (default: as many as help)
+        uniform: without a recipe: T,F,BI,BW such as 1,1,1,1: the time that every stage takes for a teacher forward, a student
+            forward, its input gradient and its weight gradient
+        draw: a .svg or .png file to draw the picture into (default: none)
+        steps: steady steps in the picture (default: 2, or one window of batches)
+        text: print the schedule too: the actions of each rank in order, with @1 behind those of the next step
+        json: print the figures as one JSON object
+    """
+
+    split_backward: bool = False
+    stash: int | str | None = None
+    run_ahead: int | None = None
+    uniform: str | None = None
+    draw: str | None = None
+    steps: int | None = None
+    text: bool = False
+    json: bool = False
+
+
 def demands_of(costs: Costs, options: CostsOptions) -> tuple[Costs, Demands]:
     """The costs of the task of these options, and what it asks of a schedule; `ConfigError` when the costs are of another."""
     if options.views < 1:
