@@ -22,10 +22,7 @@ from pipestill.errors import PipestillError, RankFailure, TransportError, UserEr
 from pipestill.runtime.world import start_process_group
 
 _GRACE_SECONDS = 1.0
-_PRELOAD = [
-    "pipestill.train.trainer",
-    "torch._dynamo",
-]  # what every rank is going to import; optimizers import the second
+_PRELOAD = ["pipestill.train.trainer", "torch._dynamo"]  # what every rank is going to import; optimizers import the second
 _KILL_SECONDS = 3.0
 
 

@@ -24,6 +24,7 @@ from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
 from pipestill.plan import Plan, make_plan
 from pipestill.runtime.pipeline.plain_run import PlainRun
 from pipestill.runtime.pipeline.rank import PipelineRank, RankZero
+from pipestill.runtime.pipeline.reference import Reference
 from pipestill.runtime.pipeline.stage import move, placed
 from pipestill.runtime.reports import MetricMeans
 from pipestill.runtime.settings import PipelineSettings
@@ -269,11 +270,11 @@ class PipelineEngine(Engine):
         for model in self._models:
             move(model, range(len(model)), device)
         staleness = self.options.staleness or 0
-        loop = PlainRun(
-            self.task, run.contracts, settings=self._settings(run), device=device,
-            zero=RankZero(run.data(), run.validation, run.reporter), microbatches=self.options.microbatches,
-            staleness=staleness, student_staleness=self.options.student_staleness, first_step=first_step,
+        reference = Reference(
+            self.task, run.contracts, self._settings(run), device, self.options.microbatches, staleness,
+            self.options.student_staleness, first_step,
         )  # fmt: skip
+        loop = PlainRun(reference, RankZero(run.data(), run.validation, run.reporter))
         loop.run()
         for model in self._models:
             move(model, range(len(model)), CPU)

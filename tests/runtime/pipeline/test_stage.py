@@ -83,7 +83,7 @@ def test_update_scales_every_groups_rate() -> None:
 def test_a_stage_without_parameters_has_no_optimizer() -> None:
     task = supervised(nn.Linear(4, CLASSES), nn.Tanh())
     _, second = stages(task, 1, 1)
-    assert second.optimizer is None
+    assert second.trained.optimizer is None
     second.update(0)
 
 
@@ -92,7 +92,7 @@ def test_frozen_parameters_are_not_the_optimizers() -> None:
     for stage in stages(task, 1, 2, 2):
         names = [name for name, p in task.student_blocks.parameters_of(stage.blocks).items() if p.requires_grad]
         assert list(stage.parameters) == names
-        assert (stage.optimizer is None) == (not names)
+        assert (stage.trained.optimizer is None) == (not names)
 
 
 def test_gradients_of_something_else_are_dropped() -> None:

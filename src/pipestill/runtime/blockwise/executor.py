@@ -288,8 +288,7 @@ class _WindowTravel:
         return Window.from_header(header)
 
     def to_device(self, data: Window, device: torch.device) -> Window:
-        inputs = None if data.inputs is None else tuple(to_device(batch, device) for batch in data.inputs)
-        return replace(data, inputs=inputs)
+        return replace(data, inputs=to_device(data.inputs, device))
 
     def forms(self, data: Window) -> Forms:
         return [(form, rows) for rows in data.rows if rows for form in self.contract.values]

@@ -17,28 +17,10 @@ from pipestill.optim import OptimizerFactory, Schedules
 from pipestill.runtime.blockwise.all_reduce import AllReduce, flat_gradients, set_flat_gradients
 from pipestill.runtime.blockwise.optimizer_state import OptimizerState
 from pipestill.runtime.pipeline.stage import move
+from pipestill.runtime.pipeline.weights import Trained
 
 OwnTensors = dict[str, tuple[Tensor, Tensor | None]]
 """A rank's own weights and buffers of a block, by name, each with its gradient."""
-
-
-class TrainedBlock:
-    """A student block's parameters and their optimizer, on one rank."""
-
-    def __init__(self, task: Blockwise, block: int, optimizer: OptimizerFactory, schedules: Schedules) -> None:
-        self.parameters = task.parameters_of(block)
-        for parameter in self.parameters.values():
-            parameter.grad = None
-        self.optimizer = optimizer(self.parameters) if self.parameters else None
-        self.rates = schedules.rates(self.optimizer) if self.optimizer else None
-
-    def update(self, batch: int) -> None:
-        """Make the optimizer's step after batch number `batch`, at the rates of that step."""
-        if self.optimizer is None or self.rates is None:
-            return
-        self.rates.set(batch)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 @dataclass(eq=False)
@@ -60,8 +42,8 @@ class BlockwiseWorker:
     def __post_init__(self) -> None:
         self.own: dict[int, OwnTensors] = {}
         """By block, where this rank is `apart`."""
-        self.blocks: dict[int, TrainedBlock] = {}
-        """The student blocks that this rank is training."""
+        self.blocks: dict[int, Trained] = {}
+        """The parameters of each student block that this rank is training, and their optimizer."""
         self.trained: dict[int, int] = {}
         """How many batches each block's weights on this rank have been trained on."""
         self.loss_sums = torch.zeros(self.task.num_blocks, dtype=torch.float64, device=self.device)
@@ -79,7 +61,7 @@ class BlockwiseWorker:
             for tensor in self.task.tensors_of(block).values():
                 tensor.data = tensor.data.to(self.device)
             if block not in self.blocks:
-                self.blocks[block] = TrainedBlock(self.task, block, self.optimizer, self.schedules)
+                self.blocks[block] = Trained(self.task.parameters_of(block), self.optimizer, self.schedules)
                 if self.apart:
                     tensors = self.task.tensors_of(block).items()
                     self.own[block] = {name: (tensor.detach().clone(), None) for name, tensor in tensors}

@@ -115,24 +115,13 @@ class Teacher(Protocol):
     def follow(self, step: int) -> None: ...
 
 
-@dataclass(frozen=True)
-class UpdateRules:
-    """What surrounds the optimizer updates of a rank.
-
-    `before(step, batch)` runs before an update, `after(step, batch)` after it, where the step is over for this rank: the
-    place for logs and validations.
-    """
-
-    largest_norm: float | None = None
-    before: Callable[[int, Batch], None] | None = None
-    after: Callable[[int, Batch], Waiting] | None = None
-
-
 @dataclass(eq=False)
 class PipelineExecutor:
     """Runs one rank's row over all batches of one segment: training, or a validation.
 
-    `source` gives the batches on the rank that reads them, and is None elsewhere. `rules` are needed for training only.
+    `source` gives the batches on the rank that reads them, and is None elsewhere. In training, gradients are scaled down to
+    `largest_norm` where the schedule clips them. `before_update(step, batch)` runs before an update, `after_update(step, batch)`
+    after it, where the step is over for this rank: the place for logs and validations.
     `metric(output, target, rows)` is called on the last stage of a forward-only schedule instead of the loss.
     """
 
@@ -144,7 +133,9 @@ class PipelineExecutor:
     transport: Transport
     recorder: Recorder
     source: Iterator[Batch] | None
-    rules: UpdateRules | None = None
+    largest_norm: float | None = None
+    before_update: Callable[[int, Batch], None] | None = None
+    after_update: Callable[[int, Batch], Waiting] | None = None
     metric: Callable[[Any, Any, int], None] | None = None
     segment: int = 0
 
@@ -302,9 +293,8 @@ class PipelineExecutor:
         self.mailbox.keep(action, input_gradients)
 
     def _update(self, action: Action, batch: Batch) -> Waiting:
-        assert self.rules is not None
-        if self.rules.before is not None:
-            self.rules.before(action.step, batch)
+        if self.before_update is not None:
+            self.before_update(action.step, batch)
         if self.structure.clip:
             squares = []
             for stage, source in enumerate(self.structure.student_ranks):
@@ -313,14 +303,14 @@ class PipelineExecutor:
                     squares.append(self.mailbox.use(norm))
                 else:
                     squares += yield from self.mailbox.receive(norm)
-            assert self.rules.largest_norm is not None
-            self.student.clip(torch.cat([s.cpu() for s in squares]), self.rules.largest_norm)
+            assert self.largest_norm is not None
+            self.student.clip(torch.cat([s.cpu() for s in squares]), self.largest_norm)
         with self.recorder.working(action):
             self.student.update(action.step)
         if self.teacher is not None:
             self.teacher.note()
-        if self.rules.after is not None:
-            yield from self.rules.after(action.step, batch)
+        if self.after_update is not None:
+            yield from self.after_update(action.step, batch)
 
     # -- results that travel ----------------------------------------------------------------------------------------
 

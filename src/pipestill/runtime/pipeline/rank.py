@@ -14,7 +14,7 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.tasks import Momentum, Task
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
-from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor, UpdateRules
+from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor
 from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.reports import MetricMeans, RunListener, StepReports, check_finite, logged_values
@@ -61,7 +61,7 @@ class PipelineRank:
         self.teacher = None
         if self.task.teacher_blocks is not None:
             self.teacher = TeacherStage(self.task, self.teacher_stages[self.rank], self.device, self.settings)
-        self.holds_loss = self.structure.student_ranks[self.structure.last] == self.rank
+        self.loss_rank = self.structure.student_ranks[self.structure.last]
         self.evaluation = forward_only(self.plan.num_devices, self.plan.microbatches)
         stages = [self.task.student_blocks.parameters_of(stage).values() for stage in self.student_stages]
         self.boundaries = Boundaries(
@@ -78,11 +78,10 @@ class PipelineRank:
         self.task.student_blocks.in_mode(train=False)
         self.task.student_blocks.in_mode(train=True)  # anew: some layers may stay in eval mode
         self.reports.clock.skip()
-        rules = UpdateRules(
-            largest_norm=self.settings.largest_norm, before=self._before_update, after=self._after_update
-        )  # fmt: skip
-        source = self.zero.batches if self.zero else None
-        yield from self._executor(self.plan.schedule, source, self.recorder, rules=rules).run()
+        yield from self._executor(
+            self.plan.schedule, self.zero.batches if self.zero else None, self.recorder,
+            largest_norm=self.settings.largest_norm, before_update=self._before_update, after_update=self._after_update,
+        ).run()  # fmt: skip
         self.task.student.train()  # the last thing that ran may have been a validation
 
     def _executor(
@@ -100,7 +99,7 @@ class PipelineRank:
         return (step + 1) % self.settings.log_every == 0 or batch.last
 
     def _before_update(self, step: int, batch: Batch) -> None:
-        if self.holds_loss:
+        if self.rank == self.loss_rank:
             self.losses = self.student.take_losses()
             check_finite(self.losses, step)
         if self._is_logged(step, batch):
@@ -156,17 +155,13 @@ class PipelineRank:
             Recorder(self.rank, self.recorder.device, num_steps=1), metric=means.add, segment=self.num_validations,
         )  # fmt: skip
         yield from executor.run()
-        last = self.structure.last
-        message = Message(
-            Lane.REPORT, Action(Role.STUDENT, last, Op.UPDATE, None, 0),
-            self.structure.student_ranks[last], 0, self.num_validations,
-        )  # fmt: skip
-        if message.source != 0:
-            if self.rank == message.source:
-                self.transport.send(message, [means.sums])
-            elif self.rank == 0:
-                self.transport.post(message, [torch.empty_like(means.sums)])
-                (means.sums,) = yield from receive(self.transport, message)
+        update = Action(Role.STUDENT, self.structure.last, Op.UPDATE, None, 0)
+        message = Message(Lane.REPORT, update, self.loss_rank, 0, self.num_validations)
+        if self.rank == self.loss_rank != 0:
+            self.transport.send(message, [means.sums])
+        elif self.rank == 0 != self.loss_rank:
+            self.transport.post(message, [torch.empty_like(means.sums)])
+            (means.sums,) = yield from receive(self.transport, message)
         if self.zero is not None:
             self.zero.listener.validation(step, batch.epoch, means.means())
 

@@ -95,6 +95,17 @@ class Reference:
             self._update(step)
             after_update(step, batch)
 
+    def evaluate(self, batches: Iterable[Batch], add: Callable[[Any, Any, int], None]) -> None:
+        """Call `add(output, targets, rows)` for each microbatch of a validation, in eval mode and without gradients."""
+        self.student.in_mode(train=False)
+        with torch.no_grad():
+            for step, batch in enumerate(batches):
+                for number, rows in split_batch(batch, self.num_microbatches):
+                    inputs, targets = self._rows(batch.inputs, rows), self._rows(batch.targets, rows)
+                    output = self._forward(self.student, Role.STUDENT, inputs, step, number)
+                    add(output, targets, rows.stop - rows.start)
+        self.student.in_mode(train=True)
+
     # -- gradients of one batch -------------------------------------------------------------------------------------
 
     def _accumulate_gradients(self, step: int, batch: Batch) -> dict[str, float]:
@@ -149,10 +160,7 @@ class Reference:
             }  # fmt: skip
 
     def _forward(self, model: BlockModel, role: Role, inputs: Any, step: int, unit: int) -> Any:
-        blocks = range(len(model))
-        return run_blocks(
-            model, blocks, inputs, role, seed=self.settings.seed, step=step, unit=unit, device=self.device
-        )
+        return run_blocks(model, range(len(model)), inputs, self.settings.seed, role, step, unit, self.device)
 
     def _backward(
         self, step: int, number: int, outputs: Mapping[Role, Mapping[int, Any]], targets: Any, weight: float
@@ -219,26 +227,3 @@ class PreviousWeights:
         snapshot = [tensor.detach().clone() for tensor in self.weights]
         yield
         self.previous = snapshot
-
-
-def evaluate(
-    student: BlockModel,
-    batches: Iterable[Batch],
-    add: Callable[[Any, Any, int], None],
-    *,
-    num_microbatches: int,
-    seed: int,
-    device: torch.device,
-) -> None:
-    """Call `add(output, targets, rows)` for each microbatch of a validation, in eval mode and without gradients."""
-    student.in_mode(train=False)
-    with torch.no_grad():
-        for step, batch in enumerate(batches):
-            for number, rows in split_batch(batch, num_microbatches):
-                inputs, targets = (to_device(rows_of(value, rows), device) for value in (batch.inputs, batch.targets))
-                blocks = range(len(student))
-                output = run_blocks(
-                    student, blocks, inputs, Role.STUDENT, seed=seed, step=step, unit=number, device=device
-                )
-                add(output, targets, rows.stop - rows.start)
-    student.in_mode(train=True)

@@ -16,25 +16,17 @@ from pipestill.errors import DeviceError, ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Detached, SplitBlock, detached, start_graph, start_of
 from pipestill.model.contracts import Contract
-from pipestill.model.nests import distinct_tensors
+from pipestill.model.nests import watched
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains
-from pipestill.runtime.pipeline.weights import MovingAverage, Versions
+from pipestill.runtime.pipeline.weights import MovingAverage, Trained, Versions
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
 
 
 def run_blocks(
-    model: BlockModel,
-    blocks: range,
-    value: Any,
-    role: Role,
-    *,
-    seed: int,
-    step: int,
-    unit: int,
-    device: torch.device,
+    model: BlockModel, blocks: range, value: Any, seed: int, role: Role, step: int, unit: int, device: torch.device
 ) -> Any:
     """The value after `blocks`, each with its own random numbers (see `seed_block`)."""
     for i in blocks:
@@ -51,10 +43,10 @@ def weighted_loss(parts: dict[str, Tensor], weight: float) -> Tensor:
 
 def guard_batch(value: Any) -> Callable[[str], None]:
     """A check that nobody wrote to the tensors of a batch, which both models read: call it after a forward."""
-    versions = [(tensor, tensor._version) for tensor in distinct_tensors(value)]
+    changed = watched(value)
 
     def unchanged(who: str) -> None:
-        if any(tensor._version != version for tensor, version in versions):
+        if changed():
             raise ModelError(
                 f"the first block of the {who} changes its input in place, and the other model reads it too"
             )
@@ -83,9 +75,7 @@ class TeacherStage:
         """Run the stage forward."""
         self.model.in_mode(train=self.train)
         with torch.no_grad():
-            return run_blocks(
-                self.model, self.blocks, value, Role.TEACHER, seed=self.settings.seed, step=step, unit=unit, device=self.device
-            )  # fmt: skip
+            return run_blocks(self.model, self.blocks, value, self.settings.seed, Role.TEACHER, step, unit, self.device)
 
     def end_batch(self) -> None:
         """Move deferred batch norm statistics, after all forwards of a batch."""
@@ -147,10 +137,7 @@ class StudentStage:
         self.split = self.halves and not tied  # gradients of a weight of two blocks add up inside one backward
         move(self.model, self.blocks, self.device)
         self.parameters = {n: p for n, p in self.model.parameters_of(self.blocks).items() if p.requires_grad}
-        for parameter in self.parameters.values():
-            parameter.grad = None  # what was left from before is no part of the first batch
-        self.optimizer = self.settings.optimizer(self.parameters) if self.parameters else None
-        self.rates = self.settings.schedules.rates(self.optimizer) if self.optimizer else None
+        self.trained = Trained(self.parameters, self.settings.optimizer, self.settings.schedules)
         self.versions = Versions(list(self.parameters.values()), self.staleness)
         self.stash: dict[tuple[int, int], _Held] = {}
         """By step and unit."""
@@ -166,9 +153,7 @@ class StudentStage:
         return contracts.student[unit % self.task.demands.views][block]
 
     def _run(self, blocks: range, value: Any, step: int, unit: int) -> Any:
-        return run_blocks(
-            self.model, blocks, value, Role.STUDENT, seed=self.settings.seed, step=step, unit=unit, device=self.device
-        )
+        return run_blocks(self.model, blocks, value, self.settings.seed, Role.STUDENT, step, unit, self.device)
 
     def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]:
         """Start a graph at received tensors. Returns the first block's input, and a list that the backward fills."""
@@ -304,10 +289,7 @@ class StudentStage:
     def update(self, step: int) -> None:
         """Make the optimizer's step, at the learning rates and weight decays of `step`."""
         with self.versions.next():
-            if self.optimizer is not None and self.rates is not None:
-                self.rates.set(step)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+            self.trained.update(step)
 
 
 def _whole(roots: list[tuple[Tensor, Tensor]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from pipestill.costs import StageCosts
 from pipestill.model.contracts import observe
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.plan import Plan
-from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor, UpdateRules
+from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor
 from pipestill.runtime.transport.protocol import Message
 from pipestill.runtime.transport.virtual import (
     EventsBySegment,
@@ -23,22 +24,23 @@ from pipestill.runtime.transport.virtual import (
     virtual_batches,
 )
 from pipestill.runtime.world import Processes
-from pipestill.schedule import Action, Lane, Op, Role, Schedule, Trace
+from pipestill.schedule import Action, Lane, Op, Role, Trace
 from pipestill.schedule.comms import edges
 from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
 from pipestill.schedule.pipeline.structure import PipelineStructure
 
 
+@dataclass(eq=False)
 class VirtualStage:
     """Stands for a stage of one of the models: takes its time, and gives one number a row."""
 
-    def __init__(
-        self, stage: int, schedule: Schedule[PipelineStructure], costs: StageCosts, clock: VirtualClock
-    ) -> None:
-        self.stage = stage
-        self.structure = schedule.structure
-        self.clock = clock
-        self.seconds = {a: action_seconds(a, self.structure, costs) for a in self.structure.actions()}
+    stage: int
+    structure: PipelineStructure
+    costs: StageCosts
+    clock: VirtualClock
+
+    def __post_init__(self) -> None:
+        self.seconds = {a: action_seconds(a, self.structure, self.costs) for a in self.structure.actions()}
 
     def _work(self, role: Role, op: Op, unit: int | None) -> None:
         self.clock.work(self.seconds[Action(role, self.stage, op, unit, 0)])
@@ -50,10 +52,8 @@ class VirtualStage:
 class VirtualStudent(VirtualStage):
     """Stands for a stage of the student."""
 
-    def __init__(
-        self, stage: int, schedule: Schedule[PipelineStructure], costs: StageCosts, clock: VirtualClock
-    ) -> None:
-        super().__init__(stage, schedule, costs, clock)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self.parameters: dict[str, nn.Parameter] = {}
         self.rows: dict[tuple[int, int], int] = {}
         """By (step, unit) between its forward and its backward: how many rows it has."""
@@ -137,11 +137,11 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
         views=False,
     )
     executor = PipelineExecutor(
-        schedule, rank, boundaries=boundaries, student=VirtualStudent(rank, schedule, costs, clock),
-        teacher=VirtualTeacher(rank, schedule, costs, clock) if structure.teacher_ranks else None,
+        schedule, rank, boundaries=boundaries, student=VirtualStudent(rank, structure, costs, clock),
+        teacher=VirtualTeacher(rank, structure, costs, clock) if structure.teacher_ranks else None,
         transport=VirtualTransport(transport, seconds, latency, clock), recorder=recorder,
         source=virtual_batches(structure.num_microbatches, steps) if rank == 0 else None,
-        rules=UpdateRules(largest_norm=1.0),
+        largest_norm=1.0,
     )  # fmt: skip
 
     def run() -> EventsBySegment:

@@ -1,4 +1,4 @@
-"""A momentum teacher's moving average, and older versions of weights for steps that read stale ones."""
+"""Weights that a rank trains, older versions of them for steps that read stale ones, and a momentum teacher's average."""
 
 from __future__ import annotations
 
@@ -12,6 +12,27 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pipestill.model.blocks import BlockModel
 from pipestill.model.tasks import Momentum
+from pipestill.optim import OptimizerFactory, Schedules
+
+
+class Trained:
+    """Parameters that one rank trains, and their optimizer; there is none without parameters."""
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], optimizer: OptimizerFactory, schedules: Schedules
+    ) -> None:
+        self.parameters = parameters
+        for parameter in parameters.values():
+            parameter.grad = None  # what was left from before is no part of the first batch
+        self.optimizer = optimizer(parameters) if parameters else None
+        self.rates = schedules.rates(self.optimizer) if self.optimizer else None
+
+    def update(self, step: int) -> None:
+        """Make the optimizer's step, at the learning rates and weight decays of `step`."""
+        if self.optimizer is not None and self.rates is not None:
+            self.rates.set(step)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 class MovingAverage:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -43,7 +44,7 @@ class ProcessGroup:
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
         kept = list(tensors)
         group = self.groups.get((message.source, message.destination, message.lane))
-        with _Named("sends", message, self.rank):
+        with _named("sends", message, self.rank):
             works = [dist.isend(t, message.destination, group=group, tag=tag(message, i)) for i, t in enumerate(kept)]
         queue = self.under_way[queue_of(message)]
         queue.append((message, kept, [w for w in works if w is not None]))
@@ -55,7 +56,7 @@ class ProcessGroup:
     def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
         kept = list(buffers)
         group = self.groups.get((message.source, message.destination, message.lane))
-        with _Named("receives", message, self.rank):
+        with _named("receives", message, self.rank):
             works = [dist.irecv(t, message.source, group=group, tag=tag(message, i)) for i, t in enumerate(kept)]
         self.posted[message] = (kept, [w for w in works if w is not None])
 
@@ -63,7 +64,7 @@ class ProcessGroup:
         if message not in self.posted:
             raise TransportError(f"rank {self.rank} waits for {message}, but never announced the receive")
         buffers, works = self.posted[message]
-        with _Named("waits for", message, self.rank, self.timeout):
+        with _named("waits for", message, self.rank, self.timeout):
             for work in works:
                 work.wait(self.timeout)
         self.posted[message] = buffers, []  # on gloo a second wait would never end
@@ -95,25 +96,17 @@ class ProcessGroup:
 
     def _finish(self, sent: _Sent) -> None:
         message, _, works = sent
-        with _Named(f"waits until rank {message.destination} takes", message, self.rank, self.timeout):
+        with _named(f"waits until rank {message.destination} takes", message, self.rank, self.timeout):
             for work in works:
                 work.wait(self.timeout)
 
 
-class _Named:
-    """Turns an error of torch.distributed inside the body into a `TransportError` that says what was under way."""
-
-    def __init__(self, what: str, message: Message, rank: int, timeout: timedelta | None = None) -> None:
-        self.what = what
-        self.message = message
-        self.rank = rank
-        self.timeout = timeout
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            limit = f" (deadline {self.timeout.total_seconds():g} s)" if self.timeout else ""
-            reason = str(error).strip().splitlines()[0]
-            raise TransportError(f"rank {self.rank} {self.what} {self.message}{limit}: {reason}") from error
+@contextmanager
+def _named(what: str, message: Message, rank: int, timeout: timedelta | None = None) -> Iterator[None]:
+    """Turn an error of torch.distributed inside the body into a `TransportError` that says what was under way."""
+    try:
+        yield
+    except RuntimeError as error:
+        limit = f" (deadline {timeout.total_seconds():g} s)" if timeout else ""
+        reason = str(error).strip().splitlines()[0]
+        raise TransportError(f"rank {rank} {what} {message}{limit}: {reason}") from error
