@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import ConfigError, DeviceError
-from pipestill.runtime.transport.in_process import InProcess
 from pipestill.runtime.transport.process_group import ProcessGroup
-from pipestill.runtime.transport.protocol import Message, Transport, Waiting, World
+from pipestill.runtime.transport.protocol import InProcess, Message, Transport, Waiting, World
 from pipestill.runtime.transport.same_machine import connect_peers
 from pipestill.runtime.transport.shared_memory import SharedMemory
 from pipestill.schedule import Lane

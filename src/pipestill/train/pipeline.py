@@ -22,8 +22,7 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.profile import profile, wake_seconds
 from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
 from pipestill.plan import Plan, make_plan
-from pipestill.runtime.pipeline.plain_run import PlainRun
-from pipestill.runtime.pipeline.rank import PipelineRank, RankZero
+from pipestill.runtime.pipeline.rank import PipelineRank, PlainRun, RankZero
 from pipestill.runtime.pipeline.reference import Reference
 from pipestill.runtime.pipeline.stage import move, placed
 from pipestill.runtime.reports import MetricMeans

@@ -1,14 +1,15 @@
-"""Tags tell apart whatever can be under way at once between two ranks."""
+"""Tags tell apart whatever can be under way at once between two ranks; messages in one process arrive as they were sent."""
 
 from collections import defaultdict
 from contextlib import suppress
 from itertools import product
 
 import pytest
+import torch
 from support.targets import message
 
 from pipestill.runtime.transport import protocol
-from pipestill.runtime.transport.protocol import Message, queue_of, tag
+from pipestill.runtime.transport.protocol import InProcess, Message, queue_of, tag
 from pipestill.schedule import Action, Lane, Op, Role, generate
 from pipestill.schedule.comms import edges
 from pipestill.schedule.needs import crossings, lane
@@ -71,3 +72,37 @@ def test_messages_of_a_schedule_under_way_together(strategy: str) -> None:
 def test_queues_are_of_a_segment_and_beside_the_schedule_or_not() -> None:
     assert queue_of(message("S0F1@2")) == (0, False)
     assert queue_of(message("S0F1@2", Lane.TARGET, segment=3)) == (3, True)
+
+
+def test_what_is_sent_arrives() -> None:
+    boxes: dict = {}
+    sender, receiver = InProcess(boxes), InProcess(boxes)
+    one, other = message("S0F1@2"), message("S0F1@2", Lane.TEACHER)
+    assert not receiver.arrived(one)
+    receiver.post(one, [torch.empty(3)])
+    sender.send(one, [torch.ones(3), torch.zeros(2)])
+    sender.flush(0)
+    assert receiver.arrived(one)
+    assert not receiver.arrived(other)
+    first, second = receiver.take(one)
+    assert first.tolist() == [1, 1, 1] and second.tolist() == [0, 0]
+    assert not receiver.arrived(one)
+    assert not boxes
+
+
+def test_the_receiver_may_write_to_what_it_gets() -> None:
+    """Sender and receiver must not share memory: in another process they would not."""
+    boxes: dict = {}
+    tensor = torch.ones(3)
+    InProcess(boxes).send(message("S0F1@2"), [tensor])
+    (arrived,) = InProcess(boxes).take(message("S0F1@2"))
+    arrived.zero_()
+    assert tensor.tolist() == [1, 1, 1]
+
+
+def test_messages_say_what_they_carry() -> None:
+    assert str(message("S0F1@2")) == "S0F1@2 from rank 0 on the activation lane"
+    assert (
+        str(message("T1F0@3", Lane.TEACHER, segment=2))
+        == "T1F0@3 of validation or phase 2 from rank 0 on the teacher lane"
+    )

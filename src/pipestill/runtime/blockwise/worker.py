@@ -1,4 +1,7 @@
-"""The blocks of one rank in blockwise training: teacher forwards, training steps of student blocks, updates and moves."""
+"""The blocks of one rank in blockwise training: teacher forwards, training steps of student blocks, updates and moves.
+
+A block moves to another rank together with the state of its optimizer, as tensors.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipestill.errors import ModelError
 from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
 from pipestill.model.blockwise.training import teacher_output, train_block
 from pipestill.model.nests import copied
 from pipestill.optim import OptimizerFactory, Schedules
 from pipestill.runtime.blockwise.all_reduce import AllReduce, flat_gradients, set_flat_gradients
-from pipestill.runtime.blockwise.optimizer_state import OptimizerState
 from pipestill.runtime.pipeline.stage import move
 from pipestill.runtime.pipeline.weights import Trained
 
@@ -172,3 +175,62 @@ class BlockwiseWorker:
                 mine.copy_(theirs.view_as(mine))
         if trained.optimizer is not None:
             self.states[block].unpack(trained.optimizer, list(trained.parameters.values()), tensors[len(own) :])
+
+
+class OptimizerState:
+    """The layout of the state that an optimizer keeps of named parameters: the same on every rank that holds the block.
+
+    It is found out by a step of an optimizer over copies of the parameters, with gradients of zero.
+    """
+
+    def __init__(self, make: OptimizerFactory, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.templates: list[dict[str, Any]] = []
+        """For each parameter: the name of each value of its state, and an example."""
+        self.examples: list[Tensor] = []
+        """Tensors of the shapes and types that `pack` gives."""
+        if parameters:
+            copies = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+            for copy in copies.values():
+                copy.grad = torch.zeros_like(copy)
+            optimizer = make(copies)
+            optimizer.step()
+            self.templates = [dict(optimizer.state.get(copy, {})) for copy in copies.values()]
+            self.examples = self.pack(optimizer, list(copies.values()))
+
+    def pack(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """Which parameters have a state (one number each), then all values of the states in the order of the templates."""
+        states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+        packed = [torch.tensor([float(bool(state)) for state in states])]
+        for parameter, state, template in zip(parameters, states, self.templates, strict=True):
+            for name, example in sorted(template.items()):
+                value = state.get(name, example)
+                if isinstance(value, Tensor):
+                    packed.append(value)
+                elif isinstance(value, (int, float)):
+                    packed.append(torch.tensor(float(value), dtype=torch.float64))
+                elif value is not None:
+                    raise ModelError(
+                        f"{type(optimizer).__name__} keeps a {type(value).__name__} ('{name}') for a parameter of shape "
+                        f"{tuple(parameter.shape)}, which cannot move between ranks; use another strategy than 'balanced', "
+                        "or an optimizer whose state consists of tensors and numbers"
+                    )
+        return packed
+
+    def unpack(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], packed: Sequence[Tensor]
+    ) -> None:
+        """Give an optimizer the state that `pack` took from another."""
+        has_state, rest = packed[0].tolist(), iter(packed[1:])
+        for parameter, template, known in zip(parameters, self.templates, has_state, strict=True):
+            state: dict[str, Any] = {}
+            for name, example in sorted(template.items()):
+                if isinstance(example, Tensor):
+                    state[name] = next(rest).view_as(example).to(example.device, copy=True)
+                elif isinstance(example, (int, float)):
+                    state[name] = type(example)(next(rest).item())  # 5 or 5.0, as it was
+                else:
+                    state[name] = None
+            if known:
+                optimizer.state[parameter] = state
+            else:
+                optimizer.state.pop(parameter, None)

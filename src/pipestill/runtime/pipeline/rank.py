@@ -1,8 +1,9 @@
-"""One rank of a pipeline run: its stages, its executor, and what it does between steps."""
+"""One rank of a pipeline run: its stages, its executor, and what it does between steps; and the run of the plain loop."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +16,10 @@ from pipestill.model.tasks import Momentum, Task
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor
+from pipestill.runtime.pipeline.reference import Reference
 from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.reports import MetricMeans, RunListener, StepReports, check_finite, logged_values
+from pipestill.runtime.reports import LogClock, MetricMeans, RunListener, StepReports, check_finite, logged_values
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.protocol import Message, Waiting, World, receive
 from pipestill.schedule import Action, Lane, Op, Role, Schedule
@@ -138,7 +140,7 @@ class PipelineRank:
         squares = [square for of_rank in logged.figures for square in of_rank[count:].tolist()]
         self.zero.listener.step(
             logged_values(
-                logged.step, logged.epoch, losses, **logged_momentum(self.task, logged.step), **logged.times,
+                logged.step, logged.epoch, losses, **_logged_momentum(self.task, logged.step), **logged.times,
                 lr=self.settings.schedules.lr_at(logged.step), grad_norm=math.sqrt(math.fsum(squares)),
             )
         )  # fmt: skip
@@ -166,6 +168,48 @@ class PipelineRank:
             self.zero.listener.validation(step, batch.epoch, means.means())
 
 
-def logged_momentum(task: Task, step: int) -> dict[str, float]:
+@dataclass(eq=False)
+class PlainRun:
+    """The reference strategy as a run: what `PipelineRank` is for the other strategies."""
+
+    reference: Reference
+    zero: RankZero
+
+    def __post_init__(self) -> None:
+        self.settings = self.reference.settings
+        self.losses: dict[str, float] = {}
+        self.grad_norm = 0.0
+        self.clock = LogClock()
+        self.moments = [time.perf_counter()]
+        """When training began, and when each step and each validation ended."""
+
+    def run(self) -> None:
+        """Train over all batches."""
+        self.reference.train(self.zero.batches, before_update=self._before_update, after_update=self._after_update)
+
+    def _before_update(self, step: int, batch: Batch, losses: dict[str, float]) -> None:
+        check_finite(losses, step)
+        self.losses = losses
+        self.grad_norm = math.sqrt(math.fsum(gradient_squares(self.reference.trained.values()).tolist()))
+
+    def _after_update(self, step: int, batch: Batch) -> None:
+        self.clock.count(batch.rows)
+        self.moments.append(time.perf_counter())
+        if (step + 1) % self.settings.log_every == 0 or batch.last:
+            self.zero.listener.step(
+                logged_values(
+                    step, batch.epoch, self.losses, **_logged_momentum(self.reference.task, step), grad_norm=self.grad_norm,
+                    lr=self.settings.schedules.lr_at(step), **self.clock.lap().values(bubble=0.0),
+                )
+            )  # fmt: skip
+        if batch.last and self.zero.validation is not None:
+            means = MetricMeans(self.settings.metrics)
+            self.reference.evaluate(self.zero.validation(), means.add)
+            self.zero.listener.validation(step, batch.epoch, means.means())
+            self.clock.skip()
+            self.moments.append(time.perf_counter())
+
+
+def _logged_momentum(task: Task, step: int) -> dict[str, float]:
     """The teacher's momentum after a step, for tasks that have one."""
     return {"momentum": task.momentum_at(step)} if isinstance(task, Momentum) else {}

@@ -1,4 +1,7 @@
-"""How results travel between ranks: messages, their tags, what every transport does with them, and what connects the ranks."""
+"""How results travel between ranks: messages and their tags, what every transport does with them, what connects the ranks.
+
+The transport between ranks of one process is here too; those between processes are in modules of their own.
+"""
 
 from __future__ import annotations
 
@@ -112,6 +115,34 @@ class Transport(Protocol):
 
     def flush(self, segment: int) -> None:
         """Wait until everything sent in `segment` has left, and everything announced in it has arrived."""
+
+
+class InProcess:
+    """One rank's end of every lane. All ranks share `boxes`, which holds what was sent and not yet taken."""
+
+    def __init__(self, boxes: dict[Message, list[Tensor]]) -> None:
+        self.boxes = boxes
+
+    def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        """Put copies into the box: as between processes, the receiver may write to what it gets."""
+        self.boxes[message] = [tensor.clone() for tensor in tensors]
+
+    def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
+        """Do nothing: no buffer is needed here, since the copies themselves are handed over."""
+
+    def arrived(self, message: Message) -> bool:
+        """Whether the message has been sent. Never waits: the world lets other ranks go on until it has."""
+        return message in self.boxes
+
+    def take(self, message: Message) -> list[Tensor]:
+        """The tensors of a message that has arrived."""
+        return self.boxes.pop(message)
+
+    def settle(self, message: Message) -> None:
+        """Do nothing: the sender keeps nothing."""
+
+    def flush(self, segment: int) -> None:
+        """Do nothing: a message is there as soon as it is sent."""
 
 
 class World(Protocol):
