@@ -28,6 +28,7 @@ class Batch:
     last: bool
     """Whether its epoch, or the run, ends with it."""
     inputs: Any = None
+    """The samples: a tuple of views where there are several."""
     targets: Any = None
     length: int = 0
     """The size of the length axis, for data whose batches differ in it; else 0."""
@@ -40,10 +41,6 @@ class Batch:
     def header(self) -> Tensor:
         """What every rank has to know, as whole numbers."""
         return torch.tensor([self.rows, self.epoch, self.last, self.length], dtype=torch.int64)
-
-    def view(self, index: int) -> Any:
-        """One view of the samples, where the inputs are a tuple of views."""
-        return self.inputs[index]
 
     @classmethod
     def from_header(cls, header: Tensor) -> Batch:

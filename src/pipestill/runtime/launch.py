@@ -22,7 +22,10 @@ from pipestill.errors import PipestillError, RankFailure, TransportError, UserEr
 from pipestill.runtime.world import start_process_group
 
 _GRACE_SECONDS = 1.0
-_PRELOAD = ["pipestill.train.trainer", "torch._dynamo"]  # what every rank is going to import; optimizers import the second
+_PRELOAD = [
+    "pipestill.train.trainer",
+    "torch._dynamo",
+]  # what every rank is going to import; optimizers import the second
 _KILL_SECONDS = 3.0
 
 
@@ -109,16 +112,14 @@ def _supervise(processes: list[BaseProcess], reports: list[Connection]) -> Any:
         wait([*open_reports.values(), *sentinels], timeout=0.2)
         for rank, report in list(open_reports.items()):
             ended = not processes[rank].is_alive()  # before the poll: a report sent last is then there to be read
-            outcome = _read(report)
-            if outcome is None and not ended:
+            outcome = _read(report) or (_died(rank, processes[rank].exitcode) if ended else None)
+            if outcome is None:
                 continue
             del open_reports[rank]
             if isinstance(outcome, Failure):
                 failures.append(outcome)
-            elif outcome is not None:
-                results[rank] = outcome[0]
             else:
-                failures.append(_died(rank, processes[rank].exitcode))
+                results[rank] = outcome[0]
         if failures and deadline is None:
             deadline = time.monotonic() + _GRACE_SECONDS
         if failures and (not open_reports or any(not f.consequence for f in failures)):
@@ -141,11 +142,11 @@ def _read(report: Connection) -> Failure | tuple[Any] | None:
 
 def _died(rank: int, exitcode: int | None) -> Failure:
     """The failure of a rank whose process ended without a report."""
+    how = f"ended with status {exitcode} without a message"
     if exitcode is not None and exitcode < 0:
         name = signal.Signals(-exitcode).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return Failure(rank, f"rank {rank} was killed by {name}{hint}", 1, "", consequence=False)
-    return Failure(rank, f"rank {rank} ended with status {exitcode} without a message", 1, "", consequence=False)
+        how = f"was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+    return Failure(rank, f"rank {rank} {how}", 1, "", consequence=False)
 
 
 def _end(processes: list[BaseProcess]) -> None:

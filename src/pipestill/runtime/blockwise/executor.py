@@ -15,9 +15,8 @@ from pipestill.model.blockwise.task import BlockwiseContracts
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import distinct_tensors, rows_of, to_device
 from pipestill.runtime.batch import Window, header_length
-from pipestill.runtime.mailbox import Forms, Mailbox
+from pipestill.runtime.mailbox import Forms, Mailbox, StepData
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.step_data import StepData
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.blockwise.shares import Part, rows_of_part
@@ -299,13 +298,8 @@ class _WindowTravel:
 
     def join(self, data: Window, tensors: Sequence[Tensor]) -> Window:
         rest, size = iter(tensors), len(self.contract.values)
-        inputs = tuple(
-            self.contract.join([next(rest) for _ in range(size)], rows) for rows in data.rows if rows
-        )  # fmt: skip
+        inputs = tuple(self.contract.join([next(rest) for _ in range(size)], rows) for rows in data.rows if rows)
         return replace(data, inputs=inputs)
-
-    def is_whole(self, data: Window) -> bool:
-        return data.inputs is not None
 
 
 def _take_rows(value: Any, held: slice, wanted: slice) -> Any:

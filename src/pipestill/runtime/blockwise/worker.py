@@ -119,9 +119,7 @@ class BlockwiseWorker:
         with self._own_tensors(block):
             if group is not None:
                 parameters = list(self.blocks[block].parameters.values())
-                self.all_reduces[block] = AllReduce(
-                    parameters, group, overlap=len(self.task.variants(block)) == 1
-                )  # fmt: skip
+                self.all_reduces[block] = AllReduce(parameters, group, overlap=len(self.task.variants(block)) == 1)
             if weight:
                 if block in self.contracts.student_writes:
                     value = copied(value)

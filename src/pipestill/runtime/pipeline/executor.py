@@ -18,10 +18,9 @@ from pipestill.model.contracts import Contract
 from pipestill.model.nests import copied, rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.runtime.batch import HEADER_LENGTH, Batch, microbatch_rows
-from pipestill.runtime.mailbox import Forms, Mailbox
+from pipestill.runtime.mailbox import Forms, Mailbox, StepData
 from pipestill.runtime.pipeline.stage import gradient_squares, guard_batch
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.step_data import StepData
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting
 from pipestill.schedule import Action, Kind, Op, Role, Schedule
 from pipestill.schedule.needs import needs
@@ -231,11 +230,9 @@ class PipelineExecutor:
         unit, student = action.microbatch, action.role is Role.STUDENT
         assert unit is not None
         if action.stage == 0:
-            inputs = (
-                batch.view(self.boundaries.view(action))
-                if self.boundaries.views and self.structure.train
-                else batch.inputs
-            )
+            inputs = batch.inputs
+            if self.boundaries.views and self.structure.train:
+                inputs = inputs[self.boundaries.view(action)]
             value = rows_of(inputs, self.boundaries.slice_of(action, batch))
             return (copied(value) if student and 0 in self.boundaries.contracts.copies else value), []
         before = Action(action.role, action.stage - 1, Op.FORWARD, unit, action.step)
@@ -353,9 +350,6 @@ class _BatchTravel:
 
     def join(self, data: Batch, tensors: Sequence[Tensor]) -> Batch:
         return replace(data, targets=self.contracts.at(data.length).targets.join(tensors, data.rows))
-
-    def is_whole(self, data: Batch) -> bool:
-        return data.targets is not None
 
 
 def _with_update_first(row: list[Action], step: int) -> list[Action]:

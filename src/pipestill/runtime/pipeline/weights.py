@@ -18,9 +18,7 @@ from pipestill.optim import OptimizerFactory, Schedules
 class Trained:
     """Parameters that one rank trains, and their optimizer; there is none without parameters."""
 
-    def __init__(
-        self, parameters: dict[str, nn.Parameter], optimizer: OptimizerFactory, schedules: Schedules
-    ) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], optimizer: OptimizerFactory, schedules: Schedules) -> None:
         self.parameters = parameters
         for parameter in parameters.values():
             parameter.grad = None  # what was left from before is no part of the first batch
