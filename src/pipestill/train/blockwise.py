@@ -19,8 +19,7 @@ from pipestill.model.blockwise.profile import measure_blocks
 from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, Phase, make_blockwise_plan
 from pipestill.runtime.blockwise.measure_all_reduce import measure_allreduces
-from pipestill.runtime.blockwise.rank import BlockwiseRank, process_groups
-from pipestill.runtime.blockwise.reference import blockwise_reference
+from pipestill.runtime.blockwise.rank import BlockwiseRank, blockwise_reference, process_groups
 from pipestill.runtime.pipeline.stage import move
 from pipestill.runtime.settings import TrainingSettings
 from pipestill.runtime.transport.links import measure_link

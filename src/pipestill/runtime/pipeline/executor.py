@@ -50,16 +50,14 @@ class Boundaries:
 
     def view(self, action: Action) -> int:
         """The view of an action's unit."""
-        assert action.microbatch is not None
-        return action.microbatch % self.num_views(action.role)
+        return _unit(action) % self.num_views(action.role)
 
     def slice_of(self, action: Action, batch: Batch) -> slice:
         """Where the rows of an action's unit are in a batch; for a loss, those of everything that it takes."""
-        assert action.microbatch is not None
         if action.op is Op.LOSS and self.structure.batch_loss:
             return slice(0, batch.rows)
         views = 1 if action.op is Op.LOSS else self.num_views(action.role)
-        return microbatch_rows(batch.rows, self.structure.num_microbatches)[action.microbatch // views]
+        return microbatch_rows(batch.rows, self.structure.num_microbatches)[_unit(action) // views]
 
     def num_rows(self, action: Action, batch: Batch) -> int:
         """How many rows of a batch an action is about."""
@@ -190,7 +188,6 @@ class PipelineExecutor:
 
     def _compute(self, action: Action, batch: Batch) -> Waiting:
         """Do the work of an action, once everything that it comes after is done."""
-        step, unit = action.step, action.microbatch
         if action.op is Op.FORWARD:
             yield from self._forward(action, batch)
         elif action.op is Op.LOSS:
@@ -198,9 +195,8 @@ class PipelineExecutor:
         elif action.op in (Op.BACKWARD, Op.INPUT):
             yield from self._backward(action, batch)
         elif action.op is Op.WEIGHT:
-            assert unit is not None
             with self.recorder.working(action):
-                self.student.weight_gradients(step, unit)
+                self.student.weight_gradients(action.step, _unit(action))
         elif action.op is Op.NORM:
             with self.recorder.working(action):
                 squares = gradient_squares(self.student.parameters.values())
@@ -208,7 +204,7 @@ class PipelineExecutor:
         elif action.op is Op.EMA:
             assert self.teacher is not None
             with self.recorder.working(action):
-                self.teacher.follow(step)
+                self.teacher.follow(action.step)
         else:
             yield from self._update(action, batch)
 
@@ -227,8 +223,7 @@ class PipelineExecutor:
 
     def _stage_input(self, action: Action, batch: Batch) -> Generator[Message, None, tuple[Any, list[Tensor | None]]]:
         """The value that a forward starts from, and the list that a student's backward fills with its gradients."""
-        unit, student = action.microbatch, action.role is Role.STUDENT
-        assert unit is not None
+        unit, student = _unit(action), action.role is Role.STUDENT
         if action.stage == 0:
             inputs = batch.inputs
             if self.boundaries.views and self.structure.train:
@@ -244,8 +239,7 @@ class PipelineExecutor:
 
     def _stage_output(self, action: Action, value: Any, gradients: list[Tensor | None], batch: Batch) -> Any:
         """Run a stage forward."""
-        step, unit = action.step, action.microbatch
-        assert unit is not None
+        step, unit = action.step, _unit(action)
         if action.role is Role.TEACHER:
             assert self.teacher is not None
             return self.teacher.forward(value, step, unit)
@@ -254,8 +248,7 @@ class PipelineExecutor:
         return self.student.forward(value, gradients, step, unit, self.boundaries.num_rows(action, batch), batch.length)
 
     def _loss(self, action: Action, batch: Batch) -> Waiting:
-        number = action.microbatch
-        assert number is not None
+        number = _unit(action)
         outputs: dict[Role, dict[int, Any]] = {Role.STUDENT: {}, Role.TEACHER: {}}
         for need in needs(action, self.structure):
             if need.op is not Op.FORWARD or need.microbatch is None or not self.boundaries.num_rows(need, batch):
@@ -280,13 +273,12 @@ class PipelineExecutor:
                 )
 
     def _backward(self, action: Action, batch: Batch) -> Waiting:
-        assert action.microbatch is not None
         gradients = None  # the last stage's come from the loss
         if action.stage < self.structure.last:
-            after = Action(Role.STUDENT, action.stage + 1, action.op, action.microbatch, action.step)
+            after = Action(Role.STUDENT, action.stage + 1, action.op, _unit(action), action.step)
             gradients = yield from self.mailbox.receive_packed(after, self.boundaries.forms(after, batch))
         with self.recorder.working(action):
-            input_gradients = self.student.backward(gradients, action.step, action.microbatch)
+            input_gradients = self.student.backward(gradients, action.step, _unit(action))
         self.mailbox.keep(action, input_gradients)
 
     def _update(self, action: Action, batch: Batch) -> Waiting:
@@ -350,6 +342,12 @@ class _BatchTravel:
 
     def join(self, data: Batch, tensors: Sequence[Tensor]) -> Batch:
         return replace(data, targets=self.contracts.at(data.length).targets.join(tensors, data.rows))
+
+
+def _unit(action: Action) -> int:
+    """The unit of a work that has one."""
+    assert action.microbatch is not None
+    return action.microbatch
 
 
 def _with_update_first(row: list[Action], step: int) -> list[Action]:
