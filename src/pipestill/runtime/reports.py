@@ -181,15 +181,13 @@ class MetricMeans:
 
     @staticmethod
     def _scalar(name: str, value: Any) -> Tensor:
-        if not isinstance(value, Tensor):
-            try:
-                value = torch.as_tensor(value)
-            except (TypeError, ValueError, RuntimeError):
-                raise ConfigError(f"metric '{name}' gave {value!r}; expected a scalar") from None
-        if value.dim():
-            raise ConfigError(f"metric '{name}' gave a tensor of shape {tuple(value.shape)}; expected a scalar")
-        scalar: Tensor = value.detach().double().cpu()
-        return scalar
+        try:
+            scalar = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(f"metric '{name}' gave {value!r}; expected a scalar") from None
+        if scalar.dim():
+            raise ConfigError(f"metric '{name}' gave a tensor of shape {tuple(scalar.shape)}; expected a scalar")
+        return scalar.detach().double().cpu()
 
     def means(self) -> dict[str, float]:
         """The mean of each metric over all rows that were added."""

@@ -53,8 +53,7 @@ class OneProcess:
         while alive:
             moved = False
             for rank, run in list(alive.items()):
-                before = waits.get(rank)
-                if before is not None and before not in self._boxes:
+                if rank in waits and waits[rank] not in self._boxes:
                     continue
                 moved = True
                 try:
@@ -62,9 +61,7 @@ class OneProcess:
                 except StopIteration:
                     del alive[rank]
             if not moved:
-                stuck = "; ".join(
-                    f"rank {rank} waits for {message}" for rank, message in waits.items() if rank in alive
-                )
+                stuck = "; ".join(f"rank {rank} waits for {waits[rank]}" for rank in alive)
                 raise RuntimeError(f"no rank can go on: {stuck}")
 
     def broadcast(self, value: T | None, rank: int = 0) -> T:
@@ -144,8 +141,7 @@ class Processes:
         dist.barrier(self.group)
 
     def claim(self, name: str) -> bool:
-        first: bool = dist.distributed_c10d._get_default_store().add(f"pipestill-{name}", 1) == 1
-        return first
+        return bool(dist.distributed_c10d._get_default_store().add(f"pipestill-{name}", 1) == 1)
 
 
 def may_share_memory() -> bool:

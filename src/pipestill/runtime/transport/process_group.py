@@ -51,7 +51,7 @@ class ProcessGroup:
         while queue and self.groups and all(work.is_completed() for work in queue[0][2]):
             queue.popleft()
         while len(queue) > UNDER_WAY:  # gloo never says that one has arrived, only a wait does
-            self._finish_one(queue)
+            self._finish(queue.popleft())
 
     def post(self, message: Message, buffers: Sequence[Tensor]) -> None:
         kept = list(buffers)
@@ -88,13 +88,10 @@ class ProcessGroup:
             self.arrived(message)  # only the order was about it; gloo hangs once a buffer goes that is still announced
         for beside in (False, True):
             while self.under_way[segment, beside]:
-                self._finish_one(self.under_way[segment, beside])
-
-    def _finish_one(self, queue: deque[_Sent]) -> None:
-        """Wait until the oldest send of a queue is over. Those of training wait until a validation is over."""
-        self._finish(queue.popleft())
+                self._finish(self.under_way[segment, beside].popleft())
 
     def _finish(self, sent: _Sent) -> None:
+        """Wait until a send is over. Those of training wait until a validation is over."""
         message, _, works = sent
         with _named(f"waits until rank {message.destination} takes", message, self.rank, self.timeout):
             for work in works:
