@@ -164,8 +164,8 @@ class Costs:
             _check_amount("the cost of a view", view)
         if not self.student:
             raise PlanError("costs hold no student block; expected at least one")
-        _check_amount("loss_seconds", self.loss_seconds)
-        _check_amount("data_seconds", self.data_seconds)
+        for name in ("loss_seconds", "data_seconds"):
+            _check_amount(name, getattr(self, name))
         if not 1.0 <= self.interference < float("inf"):
             raise PlanError(f"interference is {self.interference}, expected 1 or more")
 
@@ -200,13 +200,8 @@ class Costs:
         """
 
         def longer(block: BlockCosts) -> BlockCosts:
-            return dataclasses.replace(
-                block,
-                forward_seconds=block.forward_seconds * factor,
-                backward_seconds=block.backward_seconds * factor,
-                weight_seconds=block.weight_seconds * factor,
-                update_seconds=block.update_seconds * factor,
-            )
+            times = ("forward_seconds", "backward_seconds", "weight_seconds", "update_seconds")
+            return dataclasses.replace(block, **{name: getattr(block, name) * factor for name in times})
 
         return dataclasses.replace(
             self,
@@ -371,17 +366,14 @@ class StageCosts:
             num_microbatches: slices of a batch
             teacher_views: how many views the teacher sees
         """
-        student_scale = sum(self.views)
-        teacher_scale = sum(self.views[:teacher_views])
-        last = len(self.forward) - 1
+        student_scale, teacher_scale = sum(self.views), sum(self.views[:teacher_views])
+        none = (0.0,) * len(self.forward)
+        work = zip(self.forward, self.backward, self.update, self.teacher or none, self.ema or none, strict=True)
         seconds = []
-        for stage, (forward, backward, update) in enumerate(zip(self.forward, self.backward, self.update, strict=True)):
-            teacher = self.teacher[stage] if self.teacher else 0.0
-            ema = self.ema[stage] if self.ema else 0.0
-            loss = self.loss if stage == last else 0.0
-            data = 0.0 if stage else self.data
+        for stage, (forward, backward, update, teacher, ema) in enumerate(work, 1):
+            loss = self.loss if stage == len(self.forward) else 0.0
             microbatch = teacher_scale * teacher + student_scale * (forward + backward) + loss
-            seconds.append(num_microbatches * microbatch + update + ema + data)
+            seconds.append(num_microbatches * microbatch + update + ema + (self.data if stage == 1 else 0.0))
         return seconds
 
     def limit_seconds_per_step(self, num_microbatches: int, teacher_views: int = 1) -> float:
@@ -396,11 +388,7 @@ class StageCosts:
         """
         busy = sorted(self.busy_seconds(num_microbatches, teacher_views), reverse=True)
         slowdown = (self.interference - 1.0) / max(1, len(busy) - 1)  # by each other rank that computes
-        limits = []
-        for k in range(1, len(busy) + 1):
-            work_per_second = k / (1.0 + slowdown * (k - 1))
-            limits.append(sum(busy[:k]) / max(1.0, work_per_second))
-        return max(limits)
+        return max(sum(busy[:k]) / max(1.0, k / (1.0 + slowdown * (k - 1))) for k in range(1, len(busy) + 1))
 
 
 def _check_amount(what: str, amount: float) -> None:

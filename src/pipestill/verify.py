@@ -88,14 +88,14 @@ def verify(
     plan, costs, plain = None, dict[str, Any](), dict[str, Any]()
     if trainer.strategy != REFERENCE:
         world = OneProcess(options.devices)
-        costs["costs"] = trainer.costs or trainer.measure(
-            workload.loader, world=world
-        )  # once, so that all plans are one
+        # once, so that all plans are one
+        costs["costs"] = trainer.costs or trainer.measure(workload.loader, world=world)
         plan = workload.trainer(workload.task(), options, **costs).plan(workload.loader, world=world)
         plain = trainer.engine.plain_options(plan)
     float64 = plan is not None and trainer.engine.splits_rows(plan)
     expected, result = train_few(recipe, options.as_reference(), steps, float64=float64, **plain)
-    expected |= _untouched(workload.task(), float64)
+    if not hasattr(fresh := workload.task(), "momentum"):  # a frozen teacher has to be what it is before any training
+        expected |= _state("teacher", fresh.teacher.double() if float64 else fresh.teacher)
     train = partial(train_few, recipe, options, steps, float64=float64, **costs)
     found: dict[str, dict[str, Difference]] = {}
     for transport in transports:
@@ -188,13 +188,6 @@ def train_few(
 
 def _state(role: str, model: nn.Module) -> dict[str, Tensor]:
     return {f"{role}.{name}": tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def _untouched(task: Any, float64: bool) -> dict[str, Tensor]:
-    """A frozen teacher's state before any training, which is what it has to be afterwards."""
-    if hasattr(task, "momentum"):
-        return {}
-    return _state("teacher", task.teacher.double() if float64 else task.teacher)
 
 
 class InFloat64:

@@ -89,9 +89,8 @@ def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
         for layer in layers if policy == "deferred" else []:
             norms.sums[layer] = None
             hooks.append(layer.register_forward_pre_hook(norms._see))
-            layer.track_running_stats = (
-                False  # affects training only: in eval mode the running statistics are read all the same
-            )
+            # affects training only: in eval mode the running statistics are read all the same
+            layer.track_running_stats = False
         yield norms
     finally:
         for hook in hooks:

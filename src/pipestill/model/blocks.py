@@ -117,9 +117,8 @@ class BlockModel:
         Args:
             blocks: a range of block numbers.
         """
-        owned = set[str]().union(
-            *(self._names_used(self.blocks[i]) for i in blocks)
-        )  # asked again: a forward may add buffers
+        # asked again: a forward may add buffers
+        owned = set[str]().union(*(self._names_used(self.blocks[i]) for i in blocks))
         return {**self.parameters_of(blocks), **{n: b for n, b in self.model.named_buffers() if n in owned}}
 
     def forms_of(self, blocks: range) -> dict[str, TensorState]:

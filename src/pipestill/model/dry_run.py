@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,8 +66,8 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
     few_targets, more_targets = rows_of(targets, few_rows), rows_of(targets, more_rows)
     student, teacher = task.student_blocks, task.teacher_blocks
     with untouched(task):
-        few = stepwise(task, few_inputs, few_targets, UsesCheck(student))
-        more = stepwise(task, more_inputs, more_targets, UsesCheck(student))
+        few = stepwise(task, few_inputs, few_targets, partial(check_uses, student))
+        more = stepwise(task, more_inputs, more_targets, partial(check_uses, student))
         unsplit = why_blocks_stay_whole(student, more.student) if split else {}
     if task.demands.batch_loss:
         check_joinable(few, more)
@@ -179,29 +180,22 @@ def check_joinable(few: StepValues, more: StepValues) -> None:
                     )
 
 
-class UsesCheck:
-    """Refuses a student block that trains a parameter without naming it in its `uses`.
+def check_uses(model: BlockModel, what: str, block: int) -> None:
+    """Refuse a student block that trains a parameter without naming it in its `uses`; called as each piece of a step ends.
 
-    In a pipeline such a parameter could lie in another stage, where the block would train a copy of it.
+    In a pipeline such a parameter could lie in another stage, where the block would train a copy of it. The gradients that
+    the block's backward has left are looked at, then removed.
     """
-
-    def __init__(self, model: BlockModel) -> None:
-        self.model = model
-
-    def __call__(self, what: str, block: int) -> None:
-        """Look at the gradients that a block's backward has left, then remove them. Called as each piece of a step ends."""
-        if what != "backward":
-            return
-        named = dict(self.model.model.named_parameters())
-        own = {id(p) for p in self.model.parameters_of(range(block, block + 1)).values()}
-        others = [name for name, p in named.items() if p.grad is not None and id(p) not in own]
-        if others:
-            raise ModelError(
-                f"student block {block} ('{self.model.blocks[block].name}') trains {', '.join(map(repr, others[:5]))}"
-                f"{' and more' if len(others) > 5 else ''} without naming them in its `uses`; name them there"
-            )
-        for parameter in named.values():
-            parameter.grad = None
+    if what != "backward":
+        return
+    own = {id(p) for p in model.parameters_of(range(block, block + 1)).values()}
+    others = [name for name, p in model.model.named_parameters() if p.grad is not None and id(p) not in own]
+    if others:
+        raise ModelError(
+            f"student block {block} ('{model.blocks[block].name}') trains {', '.join(map(repr, others[:5]))}"
+            f"{' and more' if len(others) > 5 else ''} without naming them in its `uses`; name them there"
+        )
+    model.model.zero_grad()
 
 
 def why_blocks_stay_whole(model: BlockModel, views: Sequence[Sequence[Any]]) -> dict[int, str]:
@@ -217,8 +211,7 @@ def why_blocks_stay_whole(model: BlockModel, views: Sequence[Sequence[Any]]) -> 
             reasons[i] = "it shares a weight with another block"
     for outputs in views:
         for i in range(1, len(model)):
-            parameters = list(model.parameters_of(range(i, i + 1)).values())
-            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            trained = [p for p in model.parameters_of(range(i, i + 1)).values() if p.requires_grad]
             reason = why_whole(model.blocks[i].call, trained, outputs[i - 1]) if trained and i not in reasons else None
             if reason is not None:
                 reasons[i] = reason

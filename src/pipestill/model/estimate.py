@@ -28,7 +28,7 @@ from pipestill.model.blocks import BlockModel
 from pipestill.model.measure import Stopwatch
 from pipestill.model.nests import distinct_tensors, memory_of, num_bytes
 from pipestill.model.profile import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
-from pipestill.model.stepwise import stepwise, untouched
+from pipestill.model.stepwise import modules_of, stepwise, untouched
 from pipestill.model.tasks import Momentum, Task
 from pipestill.optim import OptimizerFactory
 
@@ -127,8 +127,7 @@ def task_without_memory(build: Callable[[], Task], dtype: torch.dtype) -> Task:
             task = build()
     except (NotImplementedError, RuntimeError):
         task = build()
-    models = [task.student] if task.teacher_blocks is None else [task.student, task.teacher_blocks.model]
-    for module in (*models, *([task.loss] if isinstance(task.loss, nn.Module) else [])):
+    for module in modules_of(task):
         module.to("meta", dtype=dtype)
     return task
 

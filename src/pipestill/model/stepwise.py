@@ -93,12 +93,11 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
 
 def _teacher_forward(model: BlockModel, value: Any, done: OnDone) -> list[Any]:
     """The values after each teacher block."""
-    values = []
+    values = [value]
     for i in range(len(model)):
-        value = call_block("teacher", model, i, value)
-        values.append(value)
+        values.append(call_block("teacher", model, i, values[-1]))
         done("teacher", i)
-    return values
+    return values[1:]
 
 
 def _student_forward(model: BlockModel, value: Any, done: OnDone) -> _StudentForward:
@@ -172,15 +171,16 @@ def _loss(task: Task, student: list[Any], teacher: list[Any], targets: Any) -> d
         ) from error
 
 
+def modules_of(task: Task) -> list[nn.Module]:
+    """List the modules of a task: the student, the teacher where there is one, and the loss where it is a module."""
+    given = (task.student, getattr(task, "teacher", None), task.loss)
+    return [module for module in given if isinstance(module, nn.Module)]
+
+
 @contextmanager
 def untouched(task: Task) -> Iterator[None]:
     """Run the body with the task's models in their training modes, and leave no trace in models, loss and random state."""
-    models: list[nn.Module] = [task.student_blocks.model]
-    if task.teacher_blocks is not None:
-        models.append(task.teacher_blocks.model)
-    if isinstance(task.loss, nn.Module):
-        models.append(task.loss)
-    with restored(models):
+    with restored(modules_of(task)):
         task.student_blocks.model.train()
         if task.teacher_blocks is not None:
             task.teacher_blocks.model.train(teacher_trains(task))
@@ -194,8 +194,8 @@ def restored(models: Sequence[nn.Module]) -> Iterator[None]:
     modes = [module.training for module in modules]
     buffers = [{name: (b, b if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
     gradients = [(p, p.grad) for model in models for p in model.parameters()]
-    for parameter, _ in gradients:
-        parameter.grad = None
+    for model in models:
+        model.zero_grad()
     try:
         with torch.random.fork_rng():
             yield

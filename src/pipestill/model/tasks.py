@@ -278,17 +278,12 @@ def check_parts(models: Mapping[str, object], losses: Mapping[str, object], more
     ]
     raise_problems(problems, ModelError)
     for loss in losses.values():
-        _check_untrained(loss)
-
-
-def _check_untrained(loss: object) -> None:
-    """Refuse a loss that has parameters to train."""
-    trained = [n for n, p in loss.named_parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
-    if trained:
-        raise ModelError(
-            f"the loss has parameters to train ({', '.join(trained[:5])}{' and more' if len(trained) > 5 else ''}), "
-            "but only the student is trained; make them part of the student, or freeze them (requires_grad_(False))"
-        )
+        trained = [n for n, p in loss.named_parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
+        if trained:
+            raise ModelError(
+                f"the loss has parameters to train ({', '.join(trained[:5])}{' and more' if len(trained) > 5 else ''}), "
+                "but only the student is trained; make them part of the student, or freeze them (requires_grad_(False))"
+            )
 
 
 def _check_apart(teacher: nn.Module, student: nn.Module) -> None:
