@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,13 @@ import pytest
 
 from pipestill.cli import main
 from pipestill.cli.figures import milliseconds, shown_bytes
+from pipestill.cli.options import parse
+from pipestill.cli.train import Output
 from pipestill.costs import Costs
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
+from pipestill.recipes.run_options import RunOptions
+from pipestill.recipes.soft_target import SoftTarget
+from pipestill.runtime.world import OneProcess
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 
 BLOCKS = BlockProfile(
@@ -243,3 +249,20 @@ def test_figures_are_readable() -> None:
         "1500",
     ]
     assert [shown_bytes(n) for n in (0, 320, 65536, 1.5e6, 3e11)] == ["0 B", "320 B", "64.0 KiB", "1.43 MiB", "279 GiB"]
+
+
+@pytest.mark.parametrize("source", ["recipe", "config"])
+def test_the_printed_command_trains_by_the_chosen_plan(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    small = " ".join(SMALL)
+    if source == "config":
+        words = f"train soft-target {small} --strategy gpipe --run_ahead 3 --print_config"
+        Path("run.yaml").write_text(run(capsys, words)[1])
+    begin = f"plan soft-target {small}" if source == "recipe" else "plan run.yaml"
+    _, out, _ = run(capsys, f"{begin} --estimate h100 --devices 2 --microbatches 4 -o plan.json")
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:3] == ["pipestill", "train", "soft-target"]
+    recipe, options, _ = parse("train", command[3:], SoftTarget, RunOptions, Output)
+    assert (recipe.teacher_width, recipe.batch_size, options.run_ahead) == (4, 64, None)
+    workload = recipe.workload(options.seed)
+    found = workload.trainer(workload.task(), options).plan(workload.loader, world=OneProcess(2))
+    assert json.loads(json.dumps(found.to_json())) == json.loads(Path("plan.json").read_text())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 
@@ -22,7 +21,7 @@ from pipestill.cli.costs import (
 from pipestill.cli.figures import show_line
 from pipestill.cli.files import check_writable, write_json
 from pipestill.cli.kinds import OF_TASKS
-from pipestill.cli.options import given_keys, parse, refuse, spelled
+from pipestill.cli.options import given_keys, parse, recipe_and_rest, refuse, spelled
 from pipestill.cli.simulate import check_batch
 from pipestill.cli.without_recipe import PlanningOptions
 from pipestill.errors import ConfigError
@@ -60,7 +59,7 @@ class _Problem:
 def run(words: list[str]) -> int:
     """Run the command."""
     source = words[0] if words and not words[0].startswith("-") else None
-    problem, options = _of_file(words) if source is None else _of_recipe(source, words)
+    problem, options = _of_file(words) if source is None else _of_recipe(words)
     planner = problem.planner
     if options.strategy is not None:
         check_strategy(options.strategy.split("+")[0], planner)
@@ -84,7 +83,7 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def _of_recipe(source: str, words: list[str]) -> tuple[_Problem, PlanOptions]:
+def _of_recipe(words: list[str]) -> tuple[_Problem, PlanOptions]:
     recipe, options, rest = recipe_of("plan", words, PlanOptions, asked_for=("strategy",))
     refuse(rest, OF_TASKS, "is for costs without a recipe; leave it out")
     _check_files(options)
@@ -98,8 +97,8 @@ def _of_recipe(source: str, words: list[str]) -> tuple[_Problem, PlanOptions]:
     planner = planner_of_recipe(recipe, workload, options.costs, how, options.estimate)
     check_batch(options.batch, workload.train_loader.batch_size)
     own = vars(recipe)
-    given: dict[str, Any] = {key: own[key] for key in given_keys(rest) if key in own}
-    return _Problem(planner, recipe.name, (source, *spelled(given))), options
+    given = {key: own[key] for key in [*recipe_and_rest("plan", words)[1], *given_keys(rest)] if key in own}
+    return _Problem(planner, recipe.name, (recipe.name, *spelled(given))), options
 
 
 def _of_file(words: list[str]) -> tuple[_Problem, PlanOptions]:
