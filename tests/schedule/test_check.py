@@ -13,8 +13,8 @@ from pipestill.errors import ScheduleError
 from pipestill.schedule import Action, Kind, Op, PipelineStructure, Schedule, check
 from pipestill.schedule.check import examine
 from pipestill.schedule.comms import connect
-from pipestill.schedule.needs import lane, needs
 from pipestill.schedule.simulate import simulate
+from pipestill.schedule.structure import lane, needs
 
 # ---------------------------------------------------------------- what is valid
 

@@ -10,7 +10,7 @@ from schedule.tasks import Task, lists_of, tasks, texts_of
 from pipestill.schedule import Action, Kind, Lane, Op, PipelineStructure, Schedule, check, generate
 from pipestill.schedule.comms import connect, edges
 from pipestill.schedule.deadlock import never_stuck
-from pipestill.schedule.needs import crossings, lane, needs
+from pipestill.schedule.structure import crossings, lane, needs
 
 pytestmark = pytest.mark.usefixtures("_short_search")
 

@@ -22,10 +22,10 @@ from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
 from pipestill.schedule import KINDS, Action, Event, Kind, Lane, Op, Schedule, Trace, check, generate
 from pipestill.schedule.check import examine
-from pipestill.schedule.needs import lane, needs
 from pipestill.schedule.pipeline.costs import transfer_seconds
 from pipestill.schedule.pipeline.fill import stash_units
 from pipestill.schedule.simulate import simulate
+from pipestill.schedule.structure import lane, needs
 
 KNOBS = {"split_backward", "stash", "staleness"}  # of fill alone
 

@@ -21,8 +21,8 @@ from pipestill.costs import Link
 from pipestill.errors import ScheduleError
 from pipestill.schedule import KINDS, Action, Kind, Lane, Op, Proof, Role, Schedule, check
 from pipestill.schedule.comms import connect, edges
-from pipestill.schedule.proof import Versions
 from pipestill.schedule.simulate import simulate
+from pipestill.schedule.structure import Versions
 from pipestill.schedule.text import Fields, parse_number
 
 

@@ -10,10 +10,10 @@ from pipestill.arguments import mebibytes
 from pipestill.costs import Costs, StageCosts, stage_blocks
 from pipestill.errors import PlanError
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.needs import lane
 from pipestill.schedule.pipeline.costs import result_bytes, unit_scale
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.schedule import Schedule
+from pipestill.schedule.structure import lane
 
 _SENDS_KEPT = (
     32  # messages of a rank, as in runtime/transport/process_group.py: a send is not known to have arrived before

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipestill.model.contracts import TensorForm
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting, receive
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
-from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.structure import lane, needs
 
 Receiving = Generator[Message, None, list[Tensor]]
 """Waits for a message, and returns its tensors."""

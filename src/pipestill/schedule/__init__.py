@@ -5,9 +5,8 @@ from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.check import check
 from pipestill.schedule.pipeline.generate import PIPELINE_STRATEGIES, generate
 from pipestill.schedule.pipeline.structure import PipelineStructure
-from pipestill.schedule.proof import Proof
 from pipestill.schedule.schedule import Schedule
-from pipestill.schedule.structure import Structure
+from pipestill.schedule.structure import Proof, Structure
 from pipestill.schedule.trace import Event, Trace
 
 KINDS: tuple[type[Structure], ...] = (PipelineStructure, BlockwiseStructure)

@@ -12,10 +12,8 @@ from dataclasses import replace
 from pipestill.errors import ScheduleError
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.deadlock import never_stuck, stuck_ranks
-from pipestill.schedule.needs import crossings, lane, meets
-from pipestill.schedule.proof import Proof
 from pipestill.schedule.schedule import Schedule
-from pipestill.schedule.structure import Structure
+from pipestill.schedule.structure import Proof, Structure, crossings, lane, meets
 
 
 def check(schedule: Schedule[Structure], num_steps: int = 3) -> Proof:

@@ -20,9 +20,8 @@ from typing import NamedTuple
 
 from pipestill.schedule.action import Action, Lane, Op, Role
 from pipestill.schedule.deadlock import never_stuck
-from pipestill.schedule.needs import crossings, lane, meets, needs
 from pipestill.schedule.schedule import Row, Schedule
-from pipestill.schedule.structure import S, Structure
+from pipestill.schedule.structure import S, Structure, crossings, lane, meets, needs
 
 
 class _Place(NamedTuple):

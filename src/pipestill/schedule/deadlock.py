@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
 from pipestill.schedule.action import Action, Kind
-from pipestill.schedule.needs import meets, needs
 from pipestill.schedule.schedule import Schedule
-from pipestill.schedule.structure import Structure
+from pipestill.schedule.structure import Structure, meets, needs
 
 
 def never_stuck(schedule: Schedule[Structure]) -> bool:

@@ -11,9 +11,8 @@ from typing import Protocol
 
 from pipestill.costs import Link
 from pipestill.schedule.action import Action, Kind, Lane
-from pipestill.schedule.needs import lane, meets, needs
 from pipestill.schedule.schedule import Schedule
-from pipestill.schedule.structure import Structure
+from pipestill.schedule.structure import Structure, lane, meets, needs
 from pipestill.schedule.trace import Event, Trace
 
 _Result = tuple[int, int]

@@ -1,19 +1,43 @@
-"""The protocol by which a kind of training says what its steps consist of.
+"""The protocol by which a kind of training says what its steps consist of, and what each action waits for.
 
 Schedules, their proof and simulation, transfers, texts and pictures ask these questions and know no kind of training.
-`pipeline.structure` and `blockwise.structure` answer them; so would a third kind.
+`pipeline.structure` and `blockwise.structure` answer them; so would a third kind. `needs` and `lane` add what is true of every
+kind: transfers, and reads of the data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from pipestill.schedule.action import Action, Lane
-from pipestill.schedule.proof import Proof
+from pipestill.schedule.action import Action, Kind, Lane, Op, Role
 from pipestill.schedule.text import Fields
 
 S = TypeVar("S", bound="Structure")
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """The weight versions (counts of applied updates) that the forwards of one step read, over all stages."""
+
+    step: int
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """The result of a check; `problems` is empty when the schedule is valid."""
+
+    problems: tuple[str, ...]
+    versions: tuple[Versions, ...]
+    stash_peak: tuple[int, ...]
+    """For each rank, the most units of the student held between their forward and the end of their backward."""
+    run_ahead: int
+    """How far the teacher is ahead of the student at most: in units on one rank, or in steps where blocks train alone."""
+    staleness: int
+    """Newest version minus the version used, in steps: of the student, and of a teacher that moves."""
 
 
 class Structure(Protocol):
@@ -91,3 +115,40 @@ class Structure(Protocol):
     @property
     def batches_per_step(self) -> int:
         """How many batches a step takes."""
+
+
+def needs(action: Action, structure: Structure) -> list[Action]:
+    """The work whose results `action` uses directly, in the order in which a plain loop would do it.
+
+    A receive waits for its step's data, since a batch's row counts size the buffer; a send waits for the work it carries.
+    Actions of steps before 0 are left to the caller.
+    """
+    if action.kind is Kind.SEND:
+        return [action.payload]
+    if action.kind is Kind.RECEIVE:
+        return [] if action.op is Op.DATA else [Action(Role.STUDENT, 0, Op.DATA, None, action.step)]
+    if action.op is Op.DATA:
+        return [action.at(action.step - 1)]
+    return structure.needs(action)
+
+
+def meets(action: Action) -> bool:
+    """Whether what an action needs of other ranks reaches it by a collective, and not by sends and receives."""
+    return action.op is Op.REDUCE
+
+
+def lane(transfer: Action, destination: int, structure: Structure) -> Lane:
+    """The channel of the edge to rank `destination` on which `transfer` (a send or a receive) travels."""
+    return Lane.DATA if transfer.op is Op.DATA else structure.lane(transfer, destination)
+
+
+def crossings(structure: Structure) -> list[tuple[Action, int, int]]:
+    """(work, its rank, another rank that needs its result), once each, in the order of a plain loop's consumers."""
+    seen: dict[tuple[Action, int, int], None] = {}
+    for consumer in structure.actions():
+        destination = structure.rank_of(consumer)
+        for need in [] if meets(consumer) else needs(consumer, structure):
+            source = structure.rank_of(need)
+            if source != destination:
+                seen[need.at(0), source, destination] = None
+    return list(seen)

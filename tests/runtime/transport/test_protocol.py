@@ -12,7 +12,7 @@ from pipestill.runtime.transport import protocol
 from pipestill.runtime.transport.protocol import InProcess, Message, queue_of, tag
 from pipestill.schedule import Action, Lane, Op, Role, generate
 from pipestill.schedule.comms import edges
-from pipestill.schedule.needs import crossings, lane
+from pipestill.schedule.structure import crossings, lane
 
 
 def test_eighth_validation_is_not_taken_for_training() -> None:

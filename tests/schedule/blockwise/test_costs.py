@@ -15,8 +15,8 @@ from pipestill.schedule.blockwise.generate import staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 from pipestill.schedule.blockwise.shares import Share, equal_shares
 from pipestill.schedule.blockwise.structure import BlockwiseStructure
-from pipestill.schedule.needs import lane
 from pipestill.schedule.simulate import message_seconds, simulate
+from pipestill.schedule.structure import lane
 
 PROFILE = BlockProfile((line(1.0, 2.0, 80, 10), line(3.0, 5.0, 120, 20), line(7.0, 11.0, 0, 40)), Link(0.5, 100.0))
 TWO_AND_ONE = BlockwiseStructure(

@@ -26,8 +26,8 @@ from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.blockwise.shares import equal_shares
 from pipestill.schedule.blockwise.structure import BlockwiseStructure
 from pipestill.schedule.comms import connect, edges
-from pipestill.schedule.needs import needs
 from pipestill.schedule.simulate import message_seconds, simulate
+from pipestill.schedule.structure import needs
 
 # ---------------------------------------------------------------- tables
 

@@ -17,7 +17,7 @@ from pipestill.errors import ScheduleError
 from pipestill.schedule import KINDS, Action, Kind, Op, Role, Schedule, check, generate
 from pipestill.schedule.blockwise.generate import Portion, sliced, staged
 from pipestill.schedule.comms import edges
-from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.structure import lane, needs
 
 
 @given(block_schedules)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipestill.schedule import Action, Lane, Op, PipelineStructure
-from pipestill.schedule.needs import lane, needs
+from pipestill.schedule.structure import lane, needs
 
 BOTH = PipelineStructure((0, 1, 2), (0, 1, 2), 2)
 ALONE = PipelineStructure((0, 1, 2), (), 2)

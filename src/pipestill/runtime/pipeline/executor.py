@@ -23,8 +23,8 @@ from pipestill.runtime.pipeline.stage import gradient_squares, guard_batch
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.transport.protocol import Message, Transport, Waiting
 from pipestill.schedule import Action, Kind, Op, Role, Schedule
-from pipestill.schedule.needs import needs
 from pipestill.schedule.pipeline.structure import PipelineStructure
+from pipestill.schedule.structure import needs
 
 _END = Batch(0, 0, True)
 

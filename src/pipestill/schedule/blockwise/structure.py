@@ -10,7 +10,7 @@ from pipestill.schedule.action import Action, Lane, Op, Role
 from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.shares import blocks_in, parse_shares, share_lines
 from pipestill.schedule.blockwise.step import BlockwiseStep
-from pipestill.schedule.proof import Proof, Versions
+from pipestill.schedule.structure import Proof, Versions
 from pipestill.schedule.text import Fields, parse_number, parse_truth, yes_or_no
 
 

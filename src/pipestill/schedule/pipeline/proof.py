@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pipestill.schedule.action import Action, Op, Role
 from pipestill.schedule.pipeline.step import PipelineStep
-from pipestill.schedule.proof import Proof, Versions
+from pipestill.schedule.structure import Proof, Versions
 
 _READS_WEIGHTS = (Op.FORWARD, Op.BACKWARD, Op.INPUT, Op.WEIGHT)
 

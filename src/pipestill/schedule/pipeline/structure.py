@@ -12,7 +12,7 @@ from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
 from pipestill.schedule.pipeline.needs import lane, needs
 from pipestill.schedule.pipeline.proof import prove
 from pipestill.schedule.pipeline.step import PipelineStep
-from pipestill.schedule.proof import Proof
+from pipestill.schedule.structure import Proof
 from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers, parse_truth, yes_or_no
 
 _RANKS = {"student ranks": "student_ranks", "teacher ranks": "teacher_ranks"}

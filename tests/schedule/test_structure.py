@@ -5,7 +5,7 @@ from schedule.blockwise.tasks import HYBRID
 
 from pipestill.schedule import Action, Lane, Op, PipelineStructure, Structure
 from pipestill.schedule.blockwise.generate import staged
-from pipestill.schedule.needs import crossings, lane, meets, needs
+from pipestill.schedule.structure import crossings, lane, meets, needs
 
 PIPELINE = PipelineStructure((0, 1), (0, 1), 2)
 BLOCKWISE = staged("hybrid", HYBRID).structure
