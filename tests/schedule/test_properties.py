@@ -22,7 +22,6 @@ from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
 from pipestill.schedule import KINDS, Action, Event, Kind, Lane, Op, Schedule, Trace, check, generate
 from pipestill.schedule.check import examine
-from pipestill.schedule.pipeline.costs import transfer_seconds
 from pipestill.schedule.pipeline.fill import stash_units
 from pipestill.schedule.simulate import simulate
 from pipestill.schedule.structure import lane, needs
@@ -104,7 +103,9 @@ def assert_starts_after_its_needs(trace: Trace, schedule: Schedule, costs: Stage
                 on_the_way = 0.0
                 if source.rank != event.rank:
                     token = lane(need, event.rank, structure) is Lane.TOKEN
-                    on_the_way = costs.link.latency_seconds if token else transfer_seconds(need, structure, costs)
+                    on_the_way = (
+                        costs.link.latency_seconds if token else structure.transfer_seconds(need, event.rank, costs)
+                    )
                 assert event.start >= source.end + on_the_way - rounding, f"{event} needs {source}"
 
 

@@ -10,7 +10,6 @@ from pipestill.arguments import mebibytes
 from pipestill.costs import Costs, StageCosts, stage_blocks
 from pipestill.errors import PlanError
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
-from pipestill.schedule.pipeline.costs import result_bytes, unit_scale
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.schedule import Schedule
 from pipestill.schedule.structure import lane
@@ -73,13 +72,13 @@ def _peak(
         destination = rank if action.kind is Kind.RECEIVE or action.peer is None else action.peer
         is_message = not action.computes and lane(value, destination, structure) in _VALUES
         if action.kind is Kind.RECEIVE and is_message:
-            held[value] = int(result_bytes(value, structure, costs))
+            held[value] = int(structure.result_bytes(value, costs))
         elif is_message:
-            sent.append((value, int(result_bytes(value, structure, costs))))
+            sent.append((value, int(structure.result_bytes(value, costs))))
         elif action.computes and action.op is Op.FORWARD:
-            held[value] = int(result_bytes(value, structure, costs))
+            held[value] = int(structure.result_bytes(value, costs))
             if action.role is Role.STUDENT:
-                held[value] += int(stash[action.stage] * unit_scale(action, structure, costs))
+                held[value] += int(stash[action.stage] * structure.unit_scale(action, costs))
         most = max(most, sum(held.values()) + sum(size for value, size in sent if value not in held))
         for done in _done(action, structure):
             held.pop(done, None)

@@ -6,7 +6,6 @@ import pytest
 
 from pipestill.costs import Link, StageCosts
 from pipestill.schedule import Action, PipelineStructure
-from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
 
 BOTH = PipelineStructure((0, 1), (0, 1), 1)
 
@@ -31,12 +30,12 @@ def test_seconds_of_each_kind_of_work(action: str, seconds: float) -> None:
     costs = StageCosts(
         (1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), loss=9.0, data=10.0, weight=(0.5, 1.5), ema=(11.0, 12.0)
     )
-    assert action_seconds(Action.parse(action), BOTH, costs) == seconds
+    assert BOTH.work_seconds(Action.parse(action), costs) == seconds
 
 
 def test_seconds_of_what_costs_leave_out() -> None:
     costs = StageCosts((1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0))
-    seconds = [action_seconds(Action.parse(text), BOTH, costs) for text in ("S1I0@0", "S1W0@0", "T1E@0")]
+    seconds = [BOTH.work_seconds(Action.parse(text), costs) for text in ("S1I0@0", "S1W0@0", "T1E@0")]
     assert seconds == [4.0, 0.0, 0.0]
 
 
@@ -58,21 +57,21 @@ def test_seconds_in_each_view(action: str, seconds: float) -> None:
     """The second view takes three times as long as the first; a teacher that sees one view has a unit a microbatch."""
     costs = StageCosts((1.0,), (2.0,), (9.0,), (5.0,), weight=(0.5,), views=(1.0, 3.0))
     structure = PipelineStructure((0,), (0,), 2, views=2, teacher_views=1)
-    assert action_seconds(Action.parse(action), structure, costs) == seconds
+    assert structure.work_seconds(Action.parse(action), costs) == seconds
     if Action.parse(action).microbatch is not None:  # cut in two, all that is done once a microbatch is half as long
-        assert action_seconds(Action.parse(action), replace(structure, pieces=2), costs) == seconds / 2
+        assert replace(structure, pieces=2).work_seconds(Action.parse(action), costs) == seconds / 2
     else:
-        assert action_seconds(Action.parse(action), replace(structure, pieces=2), costs) == seconds
+        assert replace(structure, pieces=2).work_seconds(Action.parse(action), costs) == seconds
 
 
 def test_seconds_of_a_loss_over_the_batch() -> None:
     """As much as all its microbatches, in however many pieces these are cut."""
     costs = StageCosts((1.0,), (2.0,), (0.0,), loss=0.5)
     loss = Action.parse("S0L0@0")
-    assert action_seconds(loss, PipelineStructure((0,), (), 6), costs) == 0.5
-    assert action_seconds(loss, PipelineStructure((0,), (), 6, batch_loss=True), costs) == 3.0
-    assert action_seconds(loss, PipelineStructure((0,), (), 6, pieces=2), costs) == 0.25
-    assert action_seconds(loss, PipelineStructure((0,), (), 6, batch_loss=True, pieces=2), costs) == 1.5
+    assert PipelineStructure((0,), (), 6).work_seconds(loss, costs) == 0.5
+    assert PipelineStructure((0,), (), 6, batch_loss=True).work_seconds(loss, costs) == 3.0
+    assert PipelineStructure((0,), (), 6, pieces=2).work_seconds(loss, costs) == 0.25
+    assert PipelineStructure((0,), (), 6, batch_loss=True, pieces=2).work_seconds(loss, costs) == 1.5
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_seconds_of_a_loss_over_the_batch() -> None:
 def test_seconds_of_each_kind_of_transfer(action: str, seconds: float) -> None:
     """A gradient is as large as the activation that it belongs to: the one before its stage."""
     costs = StageCosts(*[(1.0,) * 3] * 4, activation_bytes=(1, 2, 3), teacher_bytes=(4, 5, 6), link=Link(0.0, 1.0))
-    assert transfer_seconds(Action.parse(action), PipelineStructure((0, 1, 2), (0, 1, 2), 1), costs) == seconds
+    assert PipelineStructure((0, 1, 2), (0, 1, 2), 1).transfer_seconds(Action.parse(action), 0, costs) == seconds
 
 
 def test_seconds_of_a_transfer_in_each_view_and_piece() -> None:
@@ -98,7 +97,7 @@ def test_seconds_of_a_transfer_in_each_view_and_piece() -> None:
     ones = (1.0, 1.0)
     costs = StageCosts(*[ones] * 4, activation_bytes=(8, 8), link=Link(0.25, 1.0), views=(1.0, 0.5))
     structure = PipelineStructure((0, 1), (0, 1), 2, views=2)
-    seconds = [transfer_seconds(Action.parse(f"S0F{u}@0"), structure, costs) for u in range(4)]
+    seconds = [structure.transfer_seconds(Action.parse(f"S0F{u}@0"), 0, costs) for u in range(4)]
     assert seconds == [8.25, 4.25, 8.25, 4.25]
     halves = replace(structure, pieces=2)
-    assert [transfer_seconds(Action.parse(f"S1B{u}@0"), halves, costs) for u in range(2)] == [4.25, 2.25]
+    assert [halves.transfer_seconds(Action.parse(f"S1B{u}@0"), 0, costs) for u in range(2)] == [4.25, 2.25]

@@ -26,7 +26,6 @@ from pipestill.runtime.transport.virtual import (
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Action, Lane, Op, Role, Trace
 from pipestill.schedule.comms import edges
-from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
 from pipestill.schedule.pipeline.structure import PipelineStructure
 
 
@@ -40,7 +39,7 @@ class VirtualStage:
     clock: VirtualClock
 
     def __post_init__(self) -> None:
-        self.seconds = {a: action_seconds(a, self.structure, self.costs) for a in self.structure.actions()}
+        self.seconds = {a: self.structure.work_seconds(a, self.costs) for a in self.structure.actions()}
 
     def _work(self, role: Role, op: Op, unit: int | None) -> None:
         self.clock.work(self.seconds[Action(role, self.stage, op, unit, 0)])
@@ -125,7 +124,7 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
     def seconds(message: Message) -> float:
         if message.lane in (Lane.TOKEN, Lane.TARGET):
             return 0.0
-        return transfer_seconds(message.payload, structure, costs) - latency
+        return structure.transfer_seconds(message.payload, world.rank, costs) - latency
 
     stages = [range(i, i + 1) for i in range(plan.num_devices)]
     boundaries = Boundaries(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Lane, Op, Role
-from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
 from pipestill.schedule.pipeline.needs import lane, needs
-from pipestill.schedule.pipeline.proof import prove
 from pipestill.schedule.pipeline.step import PipelineStep
-from pipestill.schedule.structure import Proof
+from pipestill.schedule.structure import Proof, Versions
 from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers, parse_truth, yes_or_no
 
 _RANKS = {"student ranks": "student_ranks", "teacher ranks": "teacher_ranks"}
@@ -55,15 +54,47 @@ class PipelineStructure(PipelineStep):
         self, rows: Sequence[Sequence[Action]], num_steps: int, lookahead: int, stash: Sequence[int], run_ahead: int
     ) -> Proof:
         """Weight versions, stash and run-ahead, and where they are not what is declared."""
-        return prove(rows, self, num_steps, stash, run_ahead)
+        versions, problems = _versions(rows, self)
+        peaks, most_ahead, bound_problems = _bounds(rows, self, stash, run_ahead)
+        moving = [v.student + (v.teacher if self.momentum else ()) for v in versions]
+        staleness = max((v.step - used for v, read in zip(versions, moving, strict=True) for used in read), default=0)
+        return Proof((*problems, *bound_problems), versions[:num_steps], peaks, most_ahead, staleness)
 
     def work_seconds(self, work: Action, costs: StageCosts) -> float:
         """How long `work` computes when no other rank disturbs it."""
-        return action_seconds(work, self, costs)
+        stage = work.stage
+        if work.op is Op.LOSS:
+            return costs.loss * self.num_microbatches / self.num_losses / self.pieces
+        if work.microbatch is None:  # a norm takes no time
+            ema = costs.ema[stage] if costs.ema else 0.0
+            return {Op.DATA: costs.data, Op.UPDATE: costs.update[stage], Op.EMA: ema}.get(work.op, 0.0)
+        weight = costs.weight[stage] if costs.weight else 0.0
+        if work.op is Op.FORWARD:
+            seconds = (costs.forward if work.role is Role.STUDENT else costs.teacher)[stage]
+        else:
+            whole = costs.backward[stage]
+            seconds = {Op.BACKWARD: whole, Op.INPUT: whole - weight, Op.WEIGHT: weight}[work.op]
+        return seconds * self.unit_scale(work, costs)
 
     def transfer_seconds(self, result: Action, destination: int, costs: StageCosts) -> float:
-        """How long a result takes to arrive at any other rank."""
-        return transfer_seconds(result, self, costs)
+        """How long a result takes to arrive at any other rank: a boundary's activations or their gradients."""
+        return costs.link.seconds(self.result_bytes(result, costs))
+
+    def result_bytes(self, result: Action, costs: StageCosts) -> float:
+        """Bytes of what a forward gives to the stage behind it, or a backward to the one before; 0 for other work."""
+        if result.microbatch is None:
+            return 0
+        boundary = result.stage if result.op is Op.FORWARD else result.stage - 1
+        sizes = costs.activation_bytes if result.role is Role.STUDENT else costs.teacher_bytes
+        return sizes[boundary] * self.unit_scale(result, costs) if sizes and boundary >= 0 else 0
+
+    def unit_scale(self, work: Action, costs: StageCosts) -> float:
+        """The factor on the costs' seconds and bytes for a forward or backward of this unit.
+
+        The costs are those of a microbatch of full size in a view that costs 1.
+        """
+        assert work.microbatch is not None
+        return costs.views[work.microbatch % self.views_of(work.role)] / self.pieces
 
     def lines(self) -> list[str]:
         """The lines of a schedule's text that `from_lines` reads back."""
@@ -105,3 +136,79 @@ def pipeline(num_stages: int, num_microbatches: int, *, teacher: bool = True, **
     """The structure with stage i of both models on rank i. `rest`: further fields of the `PipelineStructure`."""
     ranks = tuple(range(num_stages))
     return PipelineStructure(ranks, ranks if teacher else (), num_microbatches, **rest)
+
+
+_READS_WEIGHTS = (Op.FORWARD, Op.BACKWARD, Op.INPUT, Op.WEIGHT)
+
+
+def _versions(rows: Sequence[Sequence[Action]], structure: PipelineStructure) -> tuple[tuple[Versions, ...], list[str]]:
+    """The versions that each step's forwards read, and where they are not what the structure declares.
+
+    Step k reads student version k, and a teacher version of 0 when it is frozen, of k when it moves; less the declared
+    staleness. A backward runs on the version its forward read. A stage keeps as many old versions of the student's
+    weights as its declared staleness, and the teacher's newest only.
+    """
+    student: dict[int, set[int]] = defaultdict(set)
+    teacher: dict[int, set[int]] = defaultdict(set)
+    problems = []
+    for rank, row in enumerate(rows):
+        updates = Counter[tuple[Role, int]]()
+        named = set[Action]()  # once, not in every step
+        for action in row:
+            if not action.computes or action.op not in _READS_WEIGHTS:
+                if action.op in (Op.UPDATE, Op.EMA):
+                    updates[action.role, action.stage] += 1
+                trained = updates[Role.STUDENT, action.stage]
+                if action.op is Op.EMA and trained != action.step + 1 and action.at(0) not in named:
+                    named.add(action.at(0))
+                    problems.append(f"rank {rank}: {action} follows student version {trained}, not {action.step + 1}")
+                continue
+            newest = updates[action.role, action.stage]
+            if action.role is Role.TEACHER:
+                expected = max(0, action.step - structure.staleness) if structure.momentum else 0
+                used, versions = newest, teacher
+            elif structure.train:
+                expected = max(0, action.step - structure.student_staleness)
+                used, versions = sorted((newest - structure.student_staleness, expected, newest))[1], student
+            else:
+                continue
+            versions[action.step].add(used)
+            if used != expected and action.at(0) not in named:
+                named.add(action.at(0))
+                who = action.role.name.lower()
+                problems.append(f"rank {rank}: {action} reads {who} version {used}, expected version {expected}")
+    steps = sorted(student)
+    return tuple(Versions(k, tuple(sorted(student[k])), tuple(sorted(teacher[k]))) for k in steps), problems
+
+
+def _bounds(
+    rows: Sequence[Sequence[Action]], structure: PipelineStructure, stash: Sequence[int], run_ahead: int
+) -> tuple[tuple[int, ...], int, list[str]]:
+    """Stash peak of every rank and the largest run-ahead, and where they pass the declared bounds."""
+    peaks, most_ahead, problems = [], 0, []
+    for rank, row in enumerate(rows):
+        held = peak = 0
+        student, teacher = structure.stages_of(rank, Role.STUDENT), structure.stages_of(rank, Role.TEACHER)
+        ahead = 0
+        for action in row:
+            if not action.computes:
+                continue
+            if action.op is Op.FORWARD and action.role is Role.STUDENT and structure.train:
+                held += 1
+            elif action.op is structure.backward_ops[-1]:
+                held -= 1
+            if action.op is Op.FORWARD and student and teacher:
+                taught = len(student) * structure.views
+                ahead += taught if action.role is Role.TEACHER else -len(teacher) * structure.teacher_views
+                most_ahead = max(most_ahead, -(-ahead // (taught * len(teacher))))
+            if held > peak:
+                peak = held
+                if held > stash[rank]:
+                    problems.append(
+                        f"rank {rank}: {action} makes {held} stashed microbatches, the bound is {stash[rank]}"
+                    )
+            if most_ahead > run_ahead and action.role is Role.TEACHER:
+                problems.append(f"rank {rank}: {action} runs {most_ahead} microbatches ahead, the bound is {run_ahead}")
+                break
+        peaks.append(peak)
+    return tuple(peaks), most_ahead, problems

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Op, Role
-from pipestill.schedule.pipeline.costs import action_seconds, transfer_seconds
 from pipestill.schedule.pipeline.needs import needs
 from pipestill.schedule.pipeline.structure import PipelineStructure
 
@@ -41,13 +40,13 @@ class WorkTable:
 
     def __init__(self, structure: PipelineStructure, costs: StageCosts) -> None:
         work = [action for action in structure.actions() if action.op is not Op.DATA]
-        self.seconds = {action: action_seconds(action, structure, costs) * costs.interference for action in work}
+        self.seconds = {action: structure.work_seconds(action, costs) * costs.interference for action in work}
         self.waits: dict[Action, list[Wait]] = {action: [] for action in work}
         for action, waits in self.waits.items():
             for need in needs(action, structure):
                 if need.op is not Op.DATA:
                     far = structure.rank_of(need) != structure.rank_of(action)
-                    transfer = transfer_seconds(need, structure, costs) if far else 0.0
+                    transfer = structure.transfer_seconds(need, structure.rank_of(action), costs) if far else 0.0
                     waits.append(Wait(need.at(0), need.step, transfer, far))
 
 
