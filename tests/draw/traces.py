@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pipestill.costs import BlockCosts, Costs, Link, StageCosts
 from pipestill.schedule import Event, Op, Trace, generate
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import Portion, sliced, staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
+from pipestill.schedule.blockwise.structure import BlockwiseCosts
 from pipestill.schedule.simulate import simulate
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -97,17 +97,15 @@ def _transfer_problems(schedule: Schedule[Structure]) -> list[str]:
 
 def _lane_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
     """Where the sends and the receives of a lane do not stand in the same order."""
-    sent = defaultdict[tuple[int, int, Lane], list[Action]](list)
-    received = defaultdict[tuple[int, int, Lane], list[Action]](list)
+    orders = defaultdict[tuple[int, int, Lane], dict[Kind, list[Action]]](lambda: defaultdict(list))
     for rank, row in enumerate(rows):
         for action in row:
-            if action.kind is Kind.SEND and action.peer is not None:
-                sent[rank, action.peer, lane(action, action.peer, structure)].append(action.payload)
-            elif action.kind is Kind.RECEIVE and action.peer is not None:
-                received[action.peer, rank, lane(action, rank, structure)].append(action.payload)
+            if action.peer is not None:
+                source, destination = (rank, action.peer) if action.kind is Kind.SEND else (action.peer, rank)
+                orders[source, destination, lane(action, destination, structure)][action.kind].append(action.payload)
     problems = []
-    for (source, destination, name), payloads in sent.items():
-        for out, came in zip(payloads, received[source, destination, name], strict=False):
+    for (source, destination, name), payloads in orders.items():
+        for out, came in zip(payloads[Kind.SEND], payloads[Kind.RECEIVE], strict=False):
             if out != came:
                 problems.append(
                     f"rank {destination}: {name.value} lane from rank {source} is out of order: "
@@ -145,18 +143,15 @@ def _order_problems(rows: list[list[Action]]) -> list[str]:
     """Where a stage takes microbatches in another order than a plain loop, in which statistics move and gradients add up."""
     problems = []
     for rank, row in enumerate(rows):
-        last = dict[tuple[Role, int, Op], Action]()
+        last = dict[tuple[Role, int, Op], tuple[int, int, Action]]()
         named = set[Action]()  # once, not in every step
         for action in row:
             if action.computes and action.op.per_microbatch:
-                before = last.get((action.role, action.stage, action.op))
-                if before is not None and _sequence(before) > _sequence(action) and action.at(0) not in named:
+                before, place = last.get((action.role, action.stage, action.op)), (action.step, action.microbatch or 0)
+                if before is not None and before[:2] > place and action.at(0) not in named:
                     named.add(action.at(0))
-                    problems.append(f"rank {rank}: {action} runs after {before}; a stage takes microbatches in order")
-                last[action.role, action.stage, action.op] = action
+                    problems.append(
+                        f"rank {rank}: {action} runs after {before[2]}; a stage takes microbatches in order"
+                    )
+                last[action.role, action.stage, action.op] = *place, action
     return problems
-
-
-def _sequence(action: Action) -> tuple[int, int]:
-    """The place of an action among the like work of its stage in a plain loop."""
-    return action.step, -1 if action.microbatch is None else action.microbatch

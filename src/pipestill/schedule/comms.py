@@ -41,66 +41,53 @@ def connect(
     that the schedule runs on any transport. The data is read (and every rank told its rows) one step before
     anything of that step is posted or run.
     """
+    destinations = defaultdict[Action, list[int]](list)
+    for payload, _, destination in crossings(structure):
+        destinations[payload].append(destination)
     lead = 1
     longest = max(len(row) for row in rows)
     furthest = 1 + max((action.step for row in rows for action in row), default=0)
     while True:
-        schedule = _connected(strategy, structure, rows, stash, run_ahead, lead)
+        complete = _with_data(_with_transfers(rows, structure, destinations, lead), structure, destinations)
+        schedule = Schedule(strategy, structure, complete, stash, run_ahead)
         if lead > longest * furthest or never_stuck(schedule):
             return schedule
         lead *= 2
 
 
-def _connected(
-    strategy: str,
-    structure: S,
-    rows: Sequence[Sequence[Action]],
-    stash: tuple[int, ...],
-    run_ahead: int,
-    lead: int,
-) -> Schedule[S]:
-    """The schedule whose receives are posted `lead` actions before their first use."""
-    destinations = defaultdict[Action, list[int]](list)
-    for payload, _, destination in crossings(structure):
-        destinations[payload].append(destination)
-    places = {action.at(0): _Place(index, action.step) for row in rows for index, action in enumerate(row)}
-    connected = [_with_transfers(row, rank, structure, destinations, lead, places) for rank, row in enumerate(rows)]
-    read = Action(Role.STUDENT, 0, Op.DATA, None, 1 + max((a.step for row in connected for a in row), default=0))
+def _with_data(
+    rows: Sequence[Sequence[Action]], structure: Structure, destinations: Mapping[Action, list[int]]
+) -> tuple[Row, ...]:
+    """The rows, each with the read of the data or its arrival at the head."""
+    read = Action(Role.STUDENT, 0, Op.DATA, None, 1 + max((a.step for row in rows for a in row), default=0))
     reader = structure.rank_of(read)
-    complete: list[Row] = []
-    for rank, row in enumerate(connected):
-        if rank == reader:
-            head = [read, *(read.send_to(to) for to in sorted(destinations[read.at(0)]))]
-        else:
-            head = [read.receive_from(reader)]
-        complete.append((*head, *row))
-    return Schedule(strategy, structure, tuple(complete), stash, run_ahead)
+    reading = (read, *(read.send_to(to) for to in sorted(destinations.get(read.at(0), ()))))
+    return tuple((*(reading if r == reader else (read.receive_from(reader),)), *row) for r, row in enumerate(rows))
 
 
 def _with_transfers(
-    row: Sequence[Action],
-    rank: int,
-    structure: Structure,
-    destinations: Mapping[Action, list[int]],
-    lead: int,
-    places: Mapping[Action, _Place],
-) -> list[Action]:
-    """One rank's row with sends after their work, and receives `lead` actions before theirs."""
-    moments = _moments_before_use(row, rank, structure, lead)
-    if structure.receives_by_lane:
-        moments = _by_lane(moments, rank, structure, places, len(row))
-    posted = defaultdict[int, list[Action]](list)
-    for result, moment in moments.items():
-        periods, position = divmod(moment, len(row))
-        posted[position].append(result.receive_from(structure.rank_of(result)).at(-periods))
-    out = []
-    for position, action in enumerate(row):
-        receives = posted[position]
-        if not structure.receives_by_lane:
-            # A period's own receives come after those of later periods that wrapped into it: lanes keep their order.
-            receives = sorted(receives, key=lambda receive: receive.step)
-        out += [*receives, action, *(action.send_to(to) for to in destinations.get(action.at(0), ()))]
-    return out
+    rows: Sequence[Sequence[Action]], structure: Structure, destinations: Mapping[Action, list[int]], lead: int
+) -> list[list[Action]]:
+    """The rows with sends after their work, and receives `lead` actions before theirs."""
+    places = {action.at(0): _Place(index, action.step) for row in rows for index, action in enumerate(row)}
+    connected = []
+    for rank, row in enumerate(rows):
+        moments = _moments_before_use(row, rank, structure, lead)
+        if structure.receives_by_lane:
+            moments = _by_lane(moments, rank, structure, places, len(row))
+        posted = defaultdict[int, list[Action]](list)
+        for result, moment in moments.items():
+            periods, position = divmod(moment, len(row))
+            posted[position].append(result.receive_from(structure.rank_of(result)).at(-periods))
+        out = list[Action]()
+        for position, action in enumerate(row):
+            receives = posted[position]
+            if not structure.receives_by_lane:
+                # A period's own receives come after those of later periods that wrapped into it: lanes keep their order.
+                receives = sorted(receives, key=lambda receive: receive.step)
+            out += [*receives, action, *(action.send_to(to) for to in destinations.get(action.at(0), ()))]
+        connected.append(out)
+    return connected
 
 
 def _moments_before_use(row: Sequence[Action], rank: int, structure: Structure, lead: int) -> dict[Action, int]:

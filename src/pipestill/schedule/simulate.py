@@ -106,13 +106,12 @@ class _Simulation:
         self.rows = [self._unrolled(row, numbers, schedule.lookahead, num_steps) for row in schedule.rows]
         self.position = [0] * self.num_ranks
         self.results: list[set[_Result]] = [set() for _ in self.rows]  # that each rank has
-        self.edge_free_at: dict[tuple[int, int], float] = {}
+        self.edge_free_at = defaultdict[tuple[int, int], float](float)
         self.arrivals: list[tuple[float, int, int, _Result]] = []  # a heap of (time, tie-break, rank, result)
         self.tie_break = count()
         self.running: dict[int, _Running] = {}  # by rank
-        self.collective_ranks: dict[int, list[int]] = defaultdict(
-            list
-        )  # work -> other ranks that get its result at once
+        self.collective_ranks = defaultdict[int, list[int]](list)
+        """By work: other ranks that get its result at once."""
         for consumer in filter(meets, self.structure.actions()):
             for need in needs(consumer, self.structure):
                 if self.structure.rank_of(need) != self.structure.rank_of(consumer):
@@ -196,25 +195,21 @@ class _Simulation:
         """Send what a send carries, or note the event and the result of work that has ended."""
         step = period + item.action.step
         if item.action.peer is not None:
-            self._send(rank, item.action.peer, item, step)
+            # The message goes on its edge behind those that are already under way there.
+            edge = rank, item.action.peer
+            sent = self.edge_free_at[edge] = max(self.now, self.edge_free_at[edge]) + item.transfer_seconds
+            arrival = sent + self.costs.link.latency_seconds
+            heapq.heappush(self.arrivals, (arrival, next(self.tie_break), item.action.peer, (item.number, step)))
             return
         self.events.append(Event(rank, item.action.at(step), start, self.now))
         self.results[rank].add((item.number, step))
         for other in self.collective_ranks.get(item.number, ()):
             heapq.heappush(self.arrivals, (self.now, next(self.tie_break), other, (item.number, step)))
 
-    def _send(self, rank: int, peer: int, item: _Item, step: int) -> None:
-        """Put a message on its edge behind those that are already under way there."""
-        sent = max(self.now, self.edge_free_at.get((rank, peer), 0.0)) + item.transfer_seconds
-        self.edge_free_at[rank, peer] = sent
-        arrival = sent + self.costs.link.latency_seconds
-        heapq.heappush(self.arrivals, (arrival, next(self.tie_break), peer, (item.number, step)))
-
     def _pass_time(self) -> set[int]:
         """Move the clock to the next end of work or arrival; the ranks that may now go on."""
-        disturbing = max(0, len(self.running) - 1) / max(
-            1, self.num_ranks - 1
-        )  # the fraction of the other ranks that work
+        # The fraction of the other ranks that work.
+        disturbing = max(0, len(self.running) - 1) / max(1, self.num_ranks - 1)
         pace = 1.0 / (1.0 + (self.costs.interference - 1.0) * disturbing)
         until_end = min((running.seconds_left / pace for running in self.running.values()), default=float("inf"))
         until_arrival = self.arrivals[0][0] - self.now if self.arrivals else float("inf")

@@ -16,20 +16,13 @@ def numbers(values: Iterable[int]) -> str:
 
 def parse_numbers(key: str, fields: Fields) -> tuple[int, ...]:
     """Take out a line and read its whole numbers."""
-    text = fields.pop(key)
-    if text == "none":
-        return ()
-    if re.fullmatch(r"[0-9]{1,9}( +[0-9]{1,9})*", text) is None:
-        raise ValueError(f"'{key}: {text}' in a schedule: expected whole numbers with spaces between, or 'none'")
-    return tuple(map(int, text.split()))
+    text = _take(key, fields, "none|[0-9]{1,9}( +[0-9]{1,9})*", "whole numbers with spaces between, or 'none'")
+    return () if text == "none" else tuple(map(int, text.split()))
 
 
 def parse_number(key: str, fields: Fields) -> int:
     """Take out a line and read its one whole number."""
-    text = fields.pop(key)
-    if re.fullmatch("[0-9]{1,9}", text) is None:
-        raise ValueError(f"'{key}: {text}' in a schedule: expected a whole number")
-    return int(text)
+    return int(_take(key, fields, "[0-9]{1,9}", "a whole number"))
 
 
 def yes_or_no(truth: bool) -> str:
@@ -39,7 +32,12 @@ def yes_or_no(truth: bool) -> str:
 
 def parse_truth(key: str, fields: Fields) -> bool:
     """Take out a line and read its yes or no."""
+    return _take(key, fields, "yes|no", "yes or no") == "yes"
+
+
+def _take(key: str, fields: Fields, pattern: str, expected: str) -> str:
+    """Take out a line and return what it says; `ValueError` where that is not as `expected`."""
     text = fields.pop(key)
-    if text not in ("yes", "no"):
-        raise ValueError(f"'{key}: {text}' in a schedule: expected yes or no")
-    return text == "yes"
+    if re.fullmatch(pattern, text) is None:
+        raise ValueError(f"'{key}: {text}' in a schedule: expected {expected}")
+    return text

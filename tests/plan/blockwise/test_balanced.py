@@ -15,8 +15,8 @@ from pipestill.plan.blockwise.balanced import balanced
 from pipestill.plan.blockwise.memory import memory_bytes_of
 from pipestill.plan.blockwise.plan import make_blockwise_plan
 from pipestill.schedule import check
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
+from pipestill.schedule.blockwise.structure import BlockwiseCosts
 from pipestill.schedule.simulate import simulate
 
 speeds = st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0])

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from pipestill.costs import Link
 from pipestill.schedule import Schedule
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import Group, Portion, alone, sliced, staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
+from pipestill.schedule.blockwise.structure import BlockwiseCosts
 
 amounts = st.sampled_from([0.0, 1.0]) | st.integers(1, 5000).map(lambda thousandths: thousandths / 1000)
 num_bytes = st.integers(0, 50)

@@ -10,11 +10,10 @@ from schedule.blockwise.tasks import costs_of, groups, line, profiles
 from pipestill.costs import Link
 from pipestill.plan.blockwise.cost_model import stage_seconds
 from pipestill.schedule import Action, Role, Trace
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 from pipestill.schedule.blockwise.shares import Share, equal_shares
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.blockwise.structure import BlockwiseCosts, BlockwiseStructure
 from pipestill.schedule.simulate import message_seconds, simulate
 from pipestill.schedule.structure import lane
 

@@ -20,11 +20,10 @@ from schedule.tasks import assert_refused, places, rows_of, swapped, with_row, w
 from pipestill.draw import schedule_table
 from pipestill.errors import ScheduleError
 from pipestill.schedule import Action, Lane, Op, Schedule, check
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import AHEAD, Portion, alone, sliced, staged
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.schedule.blockwise.shares import equal_shares
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.blockwise.structure import BlockwiseCosts, BlockwiseStructure
 from pipestill.schedule.comms import connect, edges
 from pipestill.schedule.simulate import message_seconds, simulate
 from pipestill.schedule.structure import needs

@@ -50,7 +50,7 @@ def test_all_rows_that_work_takes_are_there_once(schedule: Schedule) -> None:
         if action.op not in (Op.FORWARD, Op.BACKWARD):
             continue
         share = structure.share_of(action)
-        for block in structure.reads(action):
+        for block in structure.reads(action.role, action.stage):
             parts = []
             for unit in structure.sources(block, share) if block >= 0 else ():
                 forward, source = Action(Role.TEACHER, block, Op.FORWARD, unit, 0), structure.teacher[block][unit]

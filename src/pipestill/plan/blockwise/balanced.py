@@ -23,10 +23,9 @@ from pipestill.errors import PlanError
 from pipestill.plan.blockwise.hybrid import hybrid
 from pipestill.plan.blockwise.memory import memory_bytes_of
 from pipestill.schedule import Role, Schedule
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import Portion, sliced, staged
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.blockwise.structure import BlockwiseCosts, BlockwiseStructure
 from pipestill.schedule.simulate import simulate
 
 _WINDOWS = (2, 3, 4, 6, 8, 12, 16)

@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from pipestill.schedule import Action, Kind, Op, Role, Schedule
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.shares import Part, rows_of_part
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.blockwise.structure import BlockwiseCosts, BlockwiseStructure
 
 
 def memory_bytes_of(schedule: Schedule[BlockwiseStructure], costs: BlockwiseCosts) -> tuple[int, ...]:
@@ -43,7 +42,7 @@ def _peak(schedule: Schedule[BlockwiseStructure], rank: int, costs: BlockwiseCos
         if action.kind is Kind.SEND and action.payload.at(0) in relayed:
             yield action.payload
         elif action.computes and action.op in (Op.FORWARD, Op.BACKWARD):
-            for block in structure.reads(action):
+            for block in structure.reads(action.role, action.stage):
                 for unit in structure.sources(block, structure.share_of(action)) if block >= 0 else ():
                     yield Action(Role.TEACHER, block, Op.FORWARD, unit, action.step)
 

@@ -14,10 +14,9 @@ from pipestill.plan.blockwise.cost_model import Problem, dp_seconds, ls
 from pipestill.plan.blockwise.hybrid import Hybrid, hybrid, relay
 from pipestill.plan.blockwise.memory import memory_bytes_of
 from pipestill.schedule import Proof, Schedule, Trace, check
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
 from pipestill.schedule.blockwise.generate import alone, staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
-from pipestill.schedule.blockwise.structure import BlockwiseStructure
+from pipestill.schedule.blockwise.structure import BlockwiseCosts, BlockwiseStructure
 from pipestill.schedule.simulate import simulate
 
 BLOCKWISE_STRATEGIES = {

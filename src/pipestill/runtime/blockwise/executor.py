@@ -92,7 +92,7 @@ class BlockwiseExecutor:
         """The teacher forwards whose outputs a work takes rows of."""
         if work.op not in (Op.FORWARD, Op.BACKWARD):
             return []
-        return [source for block in self.structure.reads(work) for source, _ in self._sources_of(work, block)]
+        return [source for block in self.structure.reads(work.role, work.stage) for source, _ in self._sources_of(work, block)]
 
     def _sources_of(self, work: Action, block: int) -> list[tuple[Action, Part]]:
         """The teacher forwards whose rows `work` takes of a block, with the part of the batch that each has."""

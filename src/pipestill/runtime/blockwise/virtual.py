@@ -26,7 +26,7 @@ from pipestill.runtime.transport.virtual import (
 )
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Event, Lane, Trace
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
+from pipestill.schedule.blockwise.structure import BlockwiseCosts
 
 
 class VirtualWorker:

@@ -124,7 +124,7 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
     def seconds(message: Message) -> float:
         if message.lane in (Lane.TOKEN, Lane.TARGET):
             return 0.0
-        return structure.transfer_seconds(message.payload, world.rank, costs) - latency
+        return structure.transfer_seconds(message.payload, message.destination, costs) - latency
 
     stages = [range(i, i + 1) for i in range(plan.num_devices)]
     boundaries = Boundaries(

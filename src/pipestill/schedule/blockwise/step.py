@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from pipestill.schedule.action import Action, Op, Role
@@ -68,7 +68,7 @@ class BlockwiseStep:
         for role in Role:
             for i, shares in enumerate(self.shares(role)):
                 for share in shares:
-                    for block in filter(lambda block: block >= 0, self._blocks_read(role, i)):
+                    for block in filter(lambda block: block >= 0, self.reads(role, i)):
                         parts = [self.teacher[block][u].part for u in self.sources(block, share)]
                         if not tiles([common(part, share.part) for part in parts], share.part):
                             raise ValueError(
@@ -132,12 +132,8 @@ class BlockwiseStep:
         ]  # fmt: skip
         return mine[:1] or [u for u in units if overlap(self.teacher[block][u].part, share.part)]
 
-    def reads(self, action: Action) -> list[int]:
-        """The teacher blocks whose outputs a teacher's forward or a student's step takes (-1: the samples)."""
-        return self._blocks_read(action.role, action.stage)
-
     @staticmethod
-    def _blocks_read(role: Role, block: int) -> list[int]:
+    def reads(role: Role, block: int) -> list[int]:
         """The teacher blocks (-1: the samples) whose outputs a block takes, a student block's target last."""
         return [block - 1] if role is Role.TEACHER else [block - 1, block]
 
@@ -146,7 +142,7 @@ class BlockwiseStep:
         share = self.share_of(work)
         return [
             Action(Role.TEACHER, block, Op.FORWARD, unit, work.step)
-            for block in self.reads(work)
+            for block in self.reads(work.role, work.stage)
             if block >= 0
             for unit in self.sources(block, share)
         ]
@@ -156,18 +152,18 @@ class BlockwiseStep:
         """(teacher forward, another rank) -> the rows of it that this rank needs."""
         found: dict[tuple[Action, int], Part] = {}
         for consumer, source, part in self._flows():
-            if self.rank_of(source) != self.rank_of(consumer):
-                key = source, self.rank_of(consumer)
-                known = found.get(key, part)
-                found[key] = min(known[0], part[0]), max(known[1], part[1])
+            key = source, self.rank_of(consumer)
+            known = found.get(key, part)
+            found[key] = min(known[0], part[0]), max(known[1], part[1])
         return found
 
     def _flows(self) -> Iterator[tuple[Action, Action, Part]]:
-        """(work, a teacher forward that it takes rows of, which rows)."""
+        """(work, a teacher forward on another rank that it takes rows of, which rows)."""
         for consumer in self.actions():
             if consumer.op in (Op.FORWARD, Op.BACKWARD):
                 part = self.share_of(consumer).part
-                for source in self.teacher_outputs(consumer):
+                others = (a for a in self.teacher_outputs(consumer) if self.rank_of(a) != self.rank_of(consumer))
+                for source in others:
                     yield consumer, source, common(self.share_of(source).part, part)
 
     @cached_property
@@ -175,12 +171,10 @@ class BlockwiseStep:
         """For each teacher forward that is relayed, what each receiver has done once it is done with the rows."""
         found = defaultdict[Action, dict[int, Action]](dict)
         for consumer, source, _ in self._flows():
-            rank = self.rank_of(consumer)
-            if rank != self.rank_of(source):
-                end = consumer
-                if consumer.op is Op.BACKWARD:
-                    end = Action(Role.STUDENT, consumer.stage, Op.UPDATE, consumer.microbatch, 0)
-                found[source][rank] = end  # the last in the order of a plain loop: the student's, after the teacher's
+            end = replace(consumer, op=Op.UPDATE) if consumer.op is Op.BACKWARD else consumer
+            found[source][self.rank_of(consumer)] = (
+                end  # the last in the order of a plain loop: the student's, after the teacher's
+            )
         return {source: list(ends.values()) for source, ends in found.items()}
 
     def reads_samples(self, rank: int) -> bool:

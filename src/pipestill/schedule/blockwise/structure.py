@@ -1,4 +1,4 @@
-"""The structure of blockwise training: what waits for what, and what travels between ranks."""
+"""The structure of blockwise training: what waits for what, what travels between ranks, and how long that takes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pipestill.costs import Link
 from pipestill.schedule.action import Action, Lane, Op, Role
-from pipestill.schedule.blockwise.costs import BlockwiseCosts
-from pipestill.schedule.blockwise.shares import blocks_in, parse_shares, share_lines
+from pipestill.schedule.blockwise.profile import BlockProfile
+from pipestill.schedule.blockwise.shares import Part, Share, blocks_in, parse_shares, share_lines
 from pipestill.schedule.blockwise.step import BlockwiseStep
 from pipestill.schedule.structure import Proof, Versions
 from pipestill.schedule.text import Fields, parse_number, parse_truth, yes_or_no
+
+
+@dataclass(frozen=True, slots=True)
+class BlockwiseCosts:
+    """A profile of blocks, the rows of a batch, and the speed of each rank.
+
+    `speeds[r]` is the work that rank r does in the time in which the profile's device does one; empty: all are like it.
+    """
+
+    profile: BlockProfile
+    batch: int
+    speeds: tuple[float, ...] = ()
+
+    def on(self, ranks: Sequence[int]) -> BlockwiseCosts:
+        """The costs of some of the ranks, which are then counted from 0."""
+        speeds = tuple(self.speeds[rank] for rank in ranks) if self.speeds else ()
+        return BlockwiseCosts(self.profile, self.batch, speeds)
+
+    @property
+    def link(self) -> Link:
+        """The link between any two ranks."""
+        return self.profile.link
+
+    @property
+    def interference(self) -> float:
+        """Always 1: ranks do not disturb each other."""
+        return 1.0
+
+    def share_seconds(self, role: Role, block: int, share: Share) -> float:
+        """How long a share's rows take: the forward of a teacher block, or a student block's whole step, update included."""
+        known, rows = self.profile.blocks[block], self.rows(share.part)
+        seconds = known.teacher(rows) if role is Role.TEACHER else known.student(rows)
+        return seconds / (self.speeds[share.rank] if self.speeds else 1.0)
+
+    def state_bytes(self, block: int) -> float:
+        """What moves with a student block: weights and optimizer state, which are taken to be as large where not known."""
+        known = self.profile.blocks[block]
+        return max(known.state_bytes - known.parameter_bytes, 0) or 2 * known.parameter_bytes
+
+    def rows(self, part: Part) -> float:
+        """How many rows of a batch a part has, which need not be whole."""
+        return float((part[1] - part[0]) * self.batch)
 
 
 @dataclass(frozen=True)
@@ -19,15 +62,18 @@ class BlockwiseStructure(BlockwiseStep):
     """Everything that one step of blockwise training computes, and what waits for what (fields: see `BlockwiseStep`)."""
 
     line_names: ClassVar[tuple[str, ...]] = ("ranks", "window", "ahead", "barrier")
-    receives_by_lane: ClassVar[bool] = True  # what a lane carries in one period may belong to batches of different steps
+    receives_by_lane: ClassVar[bool] = (
+        True  # what a lane carries in one period may belong to batches of different steps
+    )
     by_block: ClassVar[bool] = True
 
     def needs(self, work: Action) -> list[Action]:
         """The work whose results `work` uses directly, in the order of a plain loop."""
         if work.op is Op.REDUCE:
             return [Action(a.role, a.stage, Op.BACKWARD, a.microbatch, a.step) for a in self.sharers(work)]
-        if work.op is Op.UPDATE:
-            return self._needs_of_update(work)
+        if work.op is Op.UPDATE:  # the gradients of its share, added up where ranks share the batch
+            op = Op.REDUCE if len(self.sharers(work)) > 1 else Op.BACKWARD
+            return [Action(work.role, work.stage, op, work.microbatch, work.step)]
         before = [Action(Role.STUDENT, 0, Op.DATA, None, work.step), *self.teacher_outputs(work)]
         if work.op is Op.BACKWARD:
             before.append(self.before(work))
@@ -37,11 +83,6 @@ class BlockwiseStructure(BlockwiseStep):
             updates = (a.at(work.step - 1) for a in self.actions() if a.op is Op.UPDATE)
             before += [update for update in updates if update not in before]
         return before
-
-    def _needs_of_update(self, work: Action) -> list[Action]:
-        """An update needs the gradients of its share, added up where ranks share the batch."""
-        op = Op.REDUCE if len(self.sharers(work)) > 1 else Op.BACKWARD
-        return [Action(work.role, work.stage, op, work.microbatch, work.step)]
 
     def sharers(self, work: Action) -> list[Action]:
         """The same work on every rank that shares the batch of a block with it, itself included."""
@@ -79,9 +120,12 @@ class BlockwiseStructure(BlockwiseStep):
     def transfer_seconds(self, result: Action, destination: int, costs: BlockwiseCosts) -> float:
         """How long a result takes to arrive at a rank: rows for the next block, a block that moves, or a mere token."""
         key = result.payload.at(0), destination
+        moved = 0.0
         if key in self.relays:
-            return costs.relay_seconds(result.stage, self.relays[key])
-        return costs.move_seconds(result.stage) if key in self.moves else costs.link.seconds(0)
+            moved = costs.profile.output_bytes_per_row(result.stage) * costs.rows(self.relays[key])
+        elif key in self.moves:
+            moved = costs.state_bytes(result.stage)
+        return costs.link.seconds(moved)
 
     def lines(self) -> list[str]:
         """The lines of a schedule's text that `from_lines` reads back."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import Any, ClassVar
 
 from pipestill.costs import StageCosts
@@ -14,22 +15,17 @@ from pipestill.schedule.pipeline.step import PipelineStep
 from pipestill.schedule.structure import Proof, Versions
 from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers, parse_truth, yes_or_no
 
-_RANKS = {"student ranks": "student_ranks", "teacher ranks": "teacher_ranks"}
-_COUNTS = {
-    "microbatches": "num_microbatches", "views": "views", "teacher views": "teacher_views", "staleness": "staleness",
-    "student staleness": "student_staleness", "pieces": "pieces",
+_FORMS: dict[str, tuple[Callable[[Any], str], Callable[[str, Fields], Any]]] = {
+    "tuple[int, ...]": (numbers, parse_numbers), "int": (str, parse_number), "bool": (yes_or_no, parse_truth),
 }  # fmt: skip
-_TRUTHS = {
-    "serial": "serial", "train": "train", "batch loss": "batch_loss", "momentum": "momentum", "split": "split",
-    "clip": "clip",
-}  # fmt: skip
+"""How fields of each type are written in a schedule's text, and read from it; in the order of its lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineStructure(PipelineStep):
     """Everything that one step of a pipeline computes, and what waits for what (fields: see `PipelineStep`)."""
 
-    line_names: ClassVar[tuple[str, ...]] = tuple(_RANKS)
+    line_names: ClassVar[tuple[str, ...]] = ("student ranks", "teacher ranks")
     receives_by_lane: ClassVar[bool] = False  # a lane's results come step by step, so receives are in their order
     by_block: ClassVar[bool] = False
     batches_per_step: ClassVar[int] = 1
@@ -98,19 +94,18 @@ class PipelineStructure(PipelineStep):
 
     def lines(self) -> list[str]:
         """The lines of a schedule's text that `from_lines` reads back."""
-        return [
-            *(f"{name}: {numbers(getattr(self, field))}" for name, field in _RANKS.items()),
-            *(f"{name}: {getattr(self, field)}" for name, field in _COUNTS.items()),
-            *(f"{name}: {yes_or_no(getattr(self, field))}" for name, field in _TRUTHS.items()),
-        ]
+        return [f"{line}: {_FORMS[kind][0](getattr(self, name))}" for name, line, kind in self._lines()]
 
     @classmethod
     def from_lines(cls, fields: Fields) -> PipelineStructure:
         """Read back `lines`."""
-        values: dict[str, Any] = {field: parse_numbers(name, fields) for name, field in _RANKS.items()}
-        values |= {field: parse_number(name, fields) for name, field in _COUNTS.items()}
-        values |= {field: parse_truth(name, fields) for name, field in _TRUTHS.items()}
-        return cls(**values)
+        return cls(**{name: _FORMS[kind][1](line, fields) for name, line, kind in cls._lines()})
+
+    @classmethod
+    def _lines(cls) -> list[tuple[str, str, str]]:
+        """(field, name of its line, its type) in the order of the lines."""
+        found = [(f.name, f.name.removeprefix("num_").replace("_", " "), str(f.type)) for f in fields_of(cls)]
+        return sorted(found, key=lambda line: list(_FORMS).index(line[2]))
 
     def label(self, action: Action) -> str:
         """`F0`, `t1` for a teacher's forward; where some rank has several stages of one model, `S2F0`."""
