@@ -5,18 +5,29 @@ from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from schedule.blockwise.tasks import (
     HYBRID,
     RELAY,
     block_schedules,
+    costs_of,
+    groups,
     half_a_block_moves,
+    line,
+    profiles,
     sliced_schedules,
 )
 
+from pipestill.costs import Link
 from pipestill.errors import ScheduleError
-from pipestill.schedule import KINDS, Action, Kind, Op, Role, Schedule, check, generate
+from pipestill.plan.blockwise.cost_model import stage_seconds
+from pipestill.schedule import KINDS, Action, Kind, Op, Role, Schedule, Trace, check, generate
 from pipestill.schedule.blockwise.generate import Portion, sliced, staged
+from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
+from pipestill.schedule.blockwise.shares import Share, equal_shares
+from pipestill.schedule.blockwise.structure import BlockwiseCosts, BlockwiseStructure
 from pipestill.schedule.comms import edges
+from pipestill.schedule.simulate import message_seconds, simulate
 from pipestill.schedule.structure import lane, needs
 
 
@@ -147,3 +158,99 @@ def test_lines_of_both_kinds_do_not_mix() -> None:
     text = generate("1f1b", 2, 2).to_text().replace("microbatches: 2", "microbatches: 2\nwindow: 2")
     with pytest.raises(ValueError, match="lines that mean nothing: window"):
         Schedule.from_text(text, *KINDS)
+
+
+PROFILE = BlockProfile((line(1.0, 2.0, 80, 10), line(3.0, 5.0, 120, 20), line(7.0, 11.0, 0, 40)), Link(0.5, 100.0))
+TWO_AND_ONE = BlockwiseStructure(
+    3, 1, (equal_shares([0, 1]), equal_shares([2]), equal_shares([2])), (equal_shares([0, 1]), equal_shares([2]), ())
+)
+
+
+def seconds(costs: BlockwiseCosts, action: str) -> float:
+    return TWO_AND_ONE.work_seconds(Action.parse(action), costs)
+
+
+def test_seconds_of_work() -> None:
+    costs = BlockwiseCosts(PROFILE, 6)
+    exchange = 2 * (1 / 2) * 80 / 100 + 2 * 0.5
+    work = {
+        "T0F1@0": 3.0,
+        "S0B1@2": 6.0,
+        "S0R0@1": exchange,
+        "S0U0@0": 0.0,
+        "S0D@0": 0.0,
+        "T1F0@0": 18.0,
+        "S1B0@0": 30.0,
+    }
+    assert {action: seconds(costs, action) for action in work} == work
+    assert seconds(BlockwiseCosts(PROFILE, 5), "T0F1@0") == 2.5  # halves, as in the cost model, though rows are whole
+
+
+def test_work_is_as_fast_as_its_rank_and_links_are_as_fast_as_they_are() -> None:
+    costs = BlockwiseCosts(PROFILE, 6, (1.0, 4.0, 2.0))
+    assert [seconds(costs, a) for a in ("S0B0@0", "S0B1@0", "T1F0@0", "S0R1@0")] == [6.0, 1.5, 9.0, 1.8]
+    assert costs.on([1, 2]).speeds == (4.0, 2.0)
+    assert BlockwiseCosts(PROFILE, 6).on([1]) == BlockwiseCosts(PROFILE, 6)
+    assert (costs.link, costs.interference) == (PROFILE.link, 1.0)
+
+
+def test_seconds_of_relays() -> None:
+    """Block 0's output is block 1's input: 20 bytes a row."""
+    costs = BlockwiseCosts(PROFILE, 6)
+    assert TWO_AND_ONE.transfer_seconds(Action.parse("T0F1@4>2"), 2, costs) == 0.5 + 3 * 20 / 100
+    third = Fraction(1, 3)
+    shares = (Share(0, 0, (Fraction(0), third)), Share(0, 1, (third, Fraction(1))))
+    structure = BlockwiseStructure(2, 1, (equal_shares([1]), shares), ((), ()))
+    assert structure.transfer_seconds(Action.parse("T0F0@4>0"), 0, costs) == pytest.approx(0.5 + 2 * 20 / 100)
+
+
+def test_the_last_output_is_as_large_as_its_input() -> None:
+    assert [PROFILE.output_bytes_per_row(block) for block in range(3)] == [20, 40, 40]
+
+
+@pytest.mark.parametrize(("state", "moved"), [(0, 240), (300, 180), (100, 240), (120, 240)])
+def test_seconds_of_a_block_that_moves(state: int, moved: int) -> None:
+    """Weights and optimizer state, without the gradients; as large as each other where the profile does not say."""
+    profile = BlockProfile((BlockTimes("block", (1,), (1.0,), (1.0,), 10, 120, 0, state),), Link(0.5, 100.0))
+    structure = BlockwiseStructure(2, 2, ((Share(0, 0), Share(1, 0)),), ((Share(0, 0), Share(1, 1)),))
+    costs = BlockwiseCosts(profile, 6)
+    assert structure.transfer_seconds(Action.parse("S0U0@0>1"), 1, costs) == 0.5 + moved / 100
+
+
+@given(st.data(), groups())
+@settings(deadline=None, max_examples=15)
+def test_tokens_take_a_latency(data: st.DataObject, held: list[tuple[range, tuple[int, ...]]]) -> None:
+    schedule = staged("relay", held, barrier=True)
+    costs = data.draw(costs_of(schedule))
+    for row in schedule.rows:
+        for action in row:
+            if action.peer is not None and lane(action, action.peer, schedule.structure).value == "token":
+                taken = message_seconds(action, action.peer, schedule.structure, costs)
+                assert taken == costs.link.latency_seconds
+
+
+@given(st.data(), groups())
+@settings(deadline=None, max_examples=30)
+def test_stages_take_what_the_cost_model_says(data: st.DataObject, held: list[tuple[range, tuple[int, ...]]]) -> None:
+    """Relays and updates apart: a simulated step is never longer than the slowest stage, nor shorter than its work."""
+    num_blocks = held[-1][0].stop
+    profile = data.draw(profiles(st.just(num_blocks)))
+    batch = data.draw(st.integers(1, 40))
+    free = profile.with_link(Link(0.0, profile.link.bytes_per_second))
+    worst = [stage_seconds(free, blocks.start, blocks.stop, len(ranks), batch) for blocks, ranks in held]
+    relays = [free.relay_seconds(blocks.start, batch, len(ranks)) if blocks.start else 0 for blocks, ranks in held]
+    work = max(seconds - relay for seconds, relay in zip(worst, relays, strict=True))
+    trace = simulate(staged("hybrid", held), BlockwiseCosts(free, batch), 40)
+    assert isinstance(trace, Trace)
+    if trace.seconds_per_step:
+        assert trace.seconds_per_step >= work * (1 - 1e-9)
+        if max(relays) == 0:
+            assert trace.seconds_per_step == pytest.approx(work, rel=1e-6)
+
+
+def test_teacher_and_student_are_told_apart() -> None:
+    costs = BlockwiseCosts(PROFILE, 1)
+    for role, expected in ((Role.TEACHER, 7.0), (Role.STUDENT, 11.0)):
+        structure = BlockwiseStructure(1, 1, (equal_shares([0]),) * 3, (equal_shares([0]),) * 3)
+        action = Action.parse("T2F0@0" if role is Role.TEACHER else "S2B0@0")
+        assert structure.work_seconds(action, costs) == expected
