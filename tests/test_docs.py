@@ -132,15 +132,21 @@ def test_files_and_targets_that_pages_name_exist() -> None:
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+def names_of(node: ast.AST) -> list[str]:
+    """What a definition or an assignment names."""
+    targets = [*getattr(node, "targets", ()), getattr(node, "target", None)]
+    return [name for name in (getattr(node, "name", None), *(getattr(t, "id", None) for t in targets)) if name]
+
+
 def test_contributing_answers_where_things_are() -> None:
-    """Each answer names a file, and mostly a function, class or method in it."""
+    """Each answer names a file, and mostly a function, a class, a method or a constant in it."""
     answers = table_after("CONTRIBUTING.md", "Ten questions")
     assert len(answers) == 10
     for question, answer in answers:
         path, _, name = answer.partition(" (")[0].replace("`", "").partition(": ")
         tree: ast.AST = ast.parse(text_of(path))
         for part in name.split(".") if name else ():
-            inside = [node for node in ast.iter_child_nodes(tree) if getattr(node, "name", None) == part]
+            inside = [node for node in ast.iter_child_nodes(tree) if part in names_of(node)]
             assert inside, f"{question} {path} has no {name}"
             tree = inside[0]
 
