@@ -1,7 +1,7 @@
 """The check that proves a schedule before anything runs.
 
 What is true of every kind of training is proved here and in `deadlock`; the structure itself proves what only its kind knows,
-such as weight versions (`pipeline/proof.py`).
+such as weight versions (`pipeline/structure.py`).
 """
 
 from __future__ import annotations
