@@ -14,7 +14,7 @@ from pipestill.recipes.datasets import Images
 from pipestill.recipes.networks import RESNETS, network
 from pipestill.recipes.recipe import filled
 from pipestill.recipes.self_supervised import TwoViews, rising, seeded
-from pipestill.recipes.soft_target import Convolution
+from pipestill.recipes.soft_target import convolutions
 
 _PUBLISHED: dict[str, Any] = {
     "network": "resnet18", "projection": 128, "hidden": 512, "momentum": 0.996, "batch_size": 256, "warm_up_epochs": 10,
@@ -93,10 +93,5 @@ class Pooled(nn.Module):
 
 def cnn(channels: int, width: int, depth: int, dropout: float) -> nn.Sequential:
     """A first convolution and `depth` more, the middle one of which halves the image, and behind it twice the width."""
-    blocks: list[nn.Module] = [Convolution(channels, width, 1, dropout)]
-    before = width
-    for i in range(depth):
-        after = width * (2 if i >= depth // 2 else 1)
-        blocks.append(Convolution(before, after, 2 if i == depth // 2 else 1, dropout))
-        before = after
-    return nn.Sequential(*blocks[:-1], Pooled(blocks[-1]))
+    *blocks, last = convolutions(channels, width, depth, dropout)
+    return nn.Sequential(*blocks, Pooled(last))

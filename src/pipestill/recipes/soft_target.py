@@ -263,10 +263,13 @@ def cnn(
     """A first convolution, `depth` more (the middle one halves the image and doubles the channels) and a head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        blocks: list[nn.Module] = [Convolution(channels_in, width, 1, dropout)]
-        channels = width
-        for i in range(depth):
-            halves = i == depth // 2
-            blocks.append(Convolution(channels, channels * 2 if halves else channels, 2 if halves else 1, dropout))
-            channels *= 2 if halves else 1
-        return nn.Sequential(*blocks, Head(channels, classes))
+        return nn.Sequential(*convolutions(channels_in, width, depth, dropout), Head(2 * width, classes))
+
+
+def convolutions(channels: int, width: int, depth: int, dropout: float) -> list[nn.Module]:
+    """A first convolution and `depth` more: the middle one halves the image, and from it on there is twice the width."""
+    layers: list[nn.Module] = [Convolution(channels, width, 1, dropout)]
+    for i in range(depth):
+        before, after = (width * (2 if j >= depth // 2 else 1) for j in (i - 1, i))
+        layers.append(Convolution(before, after, 2 if i == depth // 2 else 1, dropout))
+    return layers
