@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -50,46 +51,25 @@ _RANDOM_PATHS = 5
 _TEACHER = "k3e6"
 
 
-@dataclass(frozen=True)
-class Preset:
-    """Form of the data, sizes of both networks, and how long to train."""
-
-    channels: int
-    image_size: int
-    num_classes: int
-    widths: tuple[int, ...]
-    teacher_cells: tuple[int, ...]
-    cells: tuple[int, ...]
-    strides: tuple[int, ...]
-    stem: tuple[int, int]
-    stem_stride: int
-    head: int
-    batch_size: int
-    teacher_epochs: int
-    epochs: int
-    fine_tuning_epochs: int
-    lr: float
-    alpha_lr: float
-    flops_weight: float
-    augment: bool
-    kernels: tuple[int, ...] = (3, 5, 7)
-    expansions: tuple[int, ...] = (3, 6)
-
-
-_WIDTHS = (24, 32, 64, 96, 160, 320)
-_MOBILENET, _PROXYLESS = (2, 3, 4, 3, 3, 1), (2, 4, 4, 4, 4, 1)
+_PUBLISHED: dict[str, Any] = {
+    "channels": 3, "widths": (24, 32, 64, 96, 160, 320), "teacher_cells": (2, 3, 4, 3, 3, 1), "cells": (2, 4, 4, 4, 4, 1),
+    "stem": (32, 16), "head": 1280, "kernels": (3, 5, 7), "expansions": (3, 6), "batch_size": 256, "lr": 0.05,
+    "alpha_lr": 1e-3, "flops_weight": 0.0, "augment": True,
+}  # fmt: skip
 PRESETS = {
-    "digits": Preset(
-        1, 8, 10, (8, 12, 16, 24, 32, 40), (1, 2, 2, 2, 2, 1), (1, 2, 2, 2, 2, 1), (1, 2, 1, 1, 2, 1), (16, 8), 1, 64,
-        64, 8, 16, 6, 0.2, 0.05, 0.05, augment=False,
+    "digits": SimpleNamespace(
+        channels=1, image_size=8, num_classes=10, widths=(8, 12, 16, 24, 32, 40), teacher_cells=(1, 2, 2, 2, 2, 1),
+        cells=(1, 2, 2, 2, 2, 1), strides=(1, 2, 1, 1, 2, 1), stem=(16, 8), stem_stride=1, head=64, kernels=(3, 5, 7),
+        expansions=(3, 6), batch_size=64, teacher_epochs=8, epochs=16, fine_tuning_epochs=6, lr=0.2, alpha_lr=0.05,
+        flops_weight=0.05, augment=False,
     ),
-    "cifar10": Preset(
-        3, 32, 10, _WIDTHS, _MOBILENET, _PROXYLESS, (1, 2, 2, 1, 2, 1), (32, 16), 1, 1280,
-        256, 150, 60, 20, 0.05, 1e-3, 0.0, augment=True,
+    "cifar10": SimpleNamespace(
+        **_PUBLISHED, image_size=32, num_classes=10, strides=(1, 2, 2, 1, 2, 1), stem_stride=1, teacher_epochs=150, epochs=60,
+        fine_tuning_epochs=20,
     ),
-    "imagenet": Preset(
-        3, 224, 1000, _WIDTHS, _MOBILENET, _PROXYLESS, (2, 2, 2, 1, 2, 1), (32, 16), 2, 1280,
-        256, 90, 30, 10, 0.05, 1e-3, 0.0, augment=True,
+    "imagenet": SimpleNamespace(
+        **_PUBLISHED, image_size=224, num_classes=1000, strides=(2, 2, 2, 1, 2, 1), stem_stride=2, teacher_epochs=90,
+        epochs=30, fine_tuning_epochs=10,
     ),
 }  # fmt: skip
 """The presets. In cifar10 and imagenet, the blocks, the batch and the rate of the architecture are those of Pipe-BD (Jang et
