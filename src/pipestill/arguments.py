@@ -102,9 +102,7 @@ def optimizing(
     optimizer: object, lr: object, options: object, param_groups: object, schedules: Mapping[str, object]
 ) -> Iterator[str]:
     """Yield the problems of an optimizer's class and settings that can be seen before one is made."""
-    expected = (
-        "a class such as torch.optim.SGD, or a function, that makes one from parameters: there is one for each stage"
-    )
+    expected = "a class such as torch.optim.SGD, or a function, that makes one from parameters: there is one for each stage"
     yield from function("optimizer", optimizer, expected)
     if callable(lr):
         yield f"lr is {shown(lr)}; expected a number, on which lr_schedule(step) is a factor"
@@ -210,9 +208,7 @@ precision fp16 bf16 amp: no argument: call `fit` inside torch.autocast, with bfl
 """Names of arguments that users of other libraries write, and what to write instead."""
 
 _HINTS = {
-    name: hint
-    for names, _, hint in (line.partition(": ") for line in _FAMILIAR.strip().splitlines())
-    for name in names.split()
+    name: hint for names, _, hint in (line.partition(": ") for line in _FAMILIAR.strip().splitlines()) for name in names.split()
 }
 
 F = TypeVar("F", bound=Callable[..., Any])

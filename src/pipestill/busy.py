@@ -45,9 +45,7 @@ class Busy:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
             self._is_terminal = False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
 
     def _print(self) -> None:

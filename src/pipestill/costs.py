@@ -104,8 +104,7 @@ class Link:
     def to_json(self) -> dict[str, float | None]:
         """The fields by name. JSON has no infinity, so a rate without a limit is null."""
         return {
-            name: None if value == float("inf") and name in _RATES else value
-            for name, value in dataclasses.asdict(self).items()
+            name: None if value == float("inf") and name in _RATES else value for name, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
@@ -301,9 +300,7 @@ class Costs:
         try:
             for role in ("student", "teacher"):
                 rest[role] = tuple(BlockCosts(**block) for block in rest.get(role, ()))
-            return cls(
-                **{**rest, "link": Link.from_json(rest.get("link", {})), "views": tuple(rest.get("views", (1.0,)))}
-            )
+            return cls(**{**rest, "link": Link.from_json(rest.get("link", {})), "views": tuple(rest.get("views", (1.0,)))})
         except TypeError as error:
             raise ConfigError(f"costs: {error}") from None
 
@@ -402,8 +399,6 @@ def stage_blocks(blocks: tuple[BlockCosts, ...], partition: Sequence[int], role:
     if any(size < 1 for size in partition):
         raise PlanError(f"{role} partition {list(partition)} has a stage without blocks; each holds at least one")
     if sum(partition) != len(blocks):
-        raise PlanError(
-            f"{role} partition {list(partition)} adds up to {sum(partition)}, the model has {len(blocks)} blocks"
-        )
+        raise PlanError(f"{role} partition {list(partition)} adds up to {sum(partition)}, the model has {len(blocks)} blocks")
     starts = [sum(partition[:i]) for i in range(len(partition))]
     return [blocks[start : start + size] for start, size in zip(starts, partition, strict=True)]

@@ -195,12 +195,7 @@ class LARS(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.2,
-        momentum: float = 0.9,
-        weight_decay: float = 1.5e-6,
-        trust: float = 0.001,
+        self, params: Iterable[Any], lr: float = 0.2, momentum: float = 0.9, weight_decay: float = 1.5e-6, trust: float = 0.001
     ) -> None:
         for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay), ("trust", trust)):
             if not value >= 0:
@@ -222,9 +217,7 @@ class LARS(torch.optim.Optimizer):
         if parameter.dim() > 1:
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
             weight_norm, gradient_norm = torch.linalg.vector_norm(parameter), torch.linalg.vector_norm(gradient)
-            scale = torch.where(
-                (weight_norm > 0) & (gradient_norm > 0), group["trust"] * weight_norm / gradient_norm, 1.0
-            )
+            scale = torch.where((weight_norm > 0) & (gradient_norm > 0), group["trust"] * weight_norm / gradient_norm, 1.0)
             gradient = gradient * scale
         state = self.state[parameter]
         if "momentum_buffer" not in state:

@@ -43,9 +43,7 @@ class Difference:
 
 def differences(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, Difference]:
     """Compare every expected tensor bit by bit; returns those that differ, by name."""
-    return {
-        name: difference(tensor, got[name]) for name, tensor in expected.items() if not torch.equal(tensor, got[name])
-    }
+    return {name: difference(tensor, got[name]) for name, tensor in expected.items() if not torch.equal(tensor, got[name])}
 
 
 def difference(expected: Tensor, got: Tensor) -> Difference:
@@ -63,9 +61,7 @@ def is_rounding(found: Difference, tolerance: float) -> bool:
 TRANSPORTS = ("in-process", "process-group")
 
 
-def verify(
-    recipe: Recipe, options: RunOptions, *, steps: int, transports: tuple[str, ...], device_type: str
-) -> dict[str, Any]:
+def verify(recipe: Recipe, options: RunOptions, *, steps: int, transports: tuple[str, ...], device_type: str) -> dict[str, Any]:
     """Train a recipe's task under `options` and as `reference`, and compare all weights and buffers of both models.
 
     Every epoch has a short last batch. Where a schedule declares stale weights, the reference keeps copies of the old ones

@@ -5,12 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from draw.traces import (
-    EMPTY,
-    groups,
-    trace_of,
-    uniform,
-)
+from draw.traces import EMPTY, groups, trace_of, uniform
 
 from pipestill import draw
 from pipestill.errors import ConfigError

@@ -6,11 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from draw.traces import (
-    blockwise_trace,
-    measured,
-    trace_of,
-)
+from draw.traces import blockwise_trace, measured, trace_of
 
 from pipestill import draw
 from pipestill.schedule import Action

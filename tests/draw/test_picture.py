@@ -7,15 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from draw.traces import (
-    blockwise_trace,
-    groups,
-    measured,
-    num_boxes,
-    shifted,
-    trace_of,
-    without_updates,
-)
+from draw.traces import blockwise_trace, groups, measured, num_boxes, shifted, trace_of, without_updates
 
 from pipestill import draw
 from pipestill.errors import ConfigError

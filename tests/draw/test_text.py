@@ -3,13 +3,7 @@
 import re
 
 import pytest
-from draw.traces import (
-    blockwise_trace,
-    measured,
-    shifted,
-    trace_of,
-    without_updates,
-)
+from draw.traces import blockwise_trace, measured, shifted, trace_of, without_updates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

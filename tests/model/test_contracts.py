@@ -12,17 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipestill.errors import ModelError
-from pipestill.model.contracts import (
-    FEW,
-    MORE,
-    AliasLeaf,
-    ConstantLeaf,
-    Contract,
-    LinearInRows,
-    TensorForm,
-    TensorLeaf,
-    observe,
-)
+from pipestill.model.contracts import FEW, MORE, AliasLeaf, ConstantLeaf, Contract, LinearInRows, TensorForm, TensorLeaf, observe
 
 
 def nest(rows: int) -> Any:

@@ -4,13 +4,7 @@ import pytest
 
 from pipestill.costs import BlockCosts, Costs
 from pipestill.errors import PlanError
-from pipestill.plan.partition import (
-    Partitions,
-    candidate_partitions,
-    level,
-    momentum_problems,
-    partition_problems,
-)
+from pipestill.plan.partition import Partitions, candidate_partitions, level, momentum_problems, partition_problems
 from pipestill.schedule.pipeline.structure import Demands
 
 SIX_AND_FIVE = Costs(

@@ -120,8 +120,7 @@ class BlockwiseReport:
         for rank, words in enumerate(figures["ranks"]):
             say(console, f"rank {rank}: {words}")
         say(
-            console,
-            f"{figures['seconds_per_step'] * 1e3:.1f} ms a batch of all blocks, utilisation {figures['utilisation']:.1%}",
+            console, f"{figures['seconds_per_step'] * 1e3:.1f} ms a batch of all blocks, utilisation {figures['utilisation']:.1%}"
         )
 
 
@@ -150,11 +149,7 @@ class BlockwisePlanner:
     def search(self, options: PlanningOptions, progress: Callable[[str], object]) -> SearchReport:
         """Plan every strategy, or only the one that the options name."""
         found = search_blockwise(
-            self.profile,
-            devices=options.devices,
-            batch=self.batch,
-            memory_bytes=options.memory,
-            strategy=options.strategy,
+            self.profile, devices=options.devices, batch=self.batch, memory_bytes=options.memory, strategy=options.strategy
         )
         dp = next((one.plan for one in found.considered if one.name == "dp"), None)
         figures = {
@@ -255,9 +250,7 @@ class BlockwisePlanner:
         return compare_virtual_blockwise(self.profile, options, batch=self.batch)
 
 
-def _considered(
-    one: Considered[BlockwisePlan], found: Search[BlockwisePlan], dp: BlockwisePlan | None
-) -> dict[str, Any]:
+def _considered(one: Considered[BlockwisePlan], found: Search[BlockwisePlan], dp: BlockwisePlan | None) -> dict[str, Any]:
     if one.plan is None:
         return {"name": one.name, "chosen": False, "refused": one.refused}
     speedup = _speedup(one.plan, dp)

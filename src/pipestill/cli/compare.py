@@ -84,9 +84,7 @@ def run(words: list[str]) -> int:
     if any(word.replace("_", "-").startswith("--virtual") for word in words):
         return run_on_virtual_devices(words)
     kind, defaults, rest = recipe_and_rest("compare", words)
-    recipe, options, wanted = parse(
-        f"compare {kind.name}", rest, kind, RunOptions, CompareOptions, defaults=defaults
-    )
+    recipe, options, wanted = parse(f"compare {kind.name}", rest, kind, RunOptions, CompareOptions, defaults=defaults)
     refuse(rest, ("strategy",), "names one; 'compare' takes several: --strategies a,b,c")
     refuse(rest, ("teacher",), "is not read by 'compare': how well a teacher does takes no time")
     choose_device_type(options.device, options.devices)  # or what is wrong with it

@@ -35,9 +35,7 @@ _PLANNERS: dict[Kind, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def recipe_of(
-    command: str, words: Sequence[str], group: type[T], asked_for: Iterable[str] = ()
-) -> tuple[Recipe, T, list[str]]:
+def recipe_of(command: str, words: Sequence[str], group: type[T], asked_for: Iterable[str] = ()) -> tuple[Recipe, T, list[str]]:
     """Parse `RECIPE|config.yaml --KEY VALUE ...` with the keys of `group` too; the words behind the recipe are the third.
 
     A YAML file may be that of a run: what only runs read is left unread. Keys in `asked_for` are None unless they are on

@@ -79,9 +79,7 @@ def _hardware() -> list[Finding]:
         nccl = torch.distributed.is_nccl_available()
         findings.append(Finding("NCCL", "ok" if nccl else "bad", "there" if nccl else "not in this torch"))
     else:
-        findings.append(
-            Finding("CUDA devices", "warn", "none", "runs on CPU processes; for GPUs install a CUDA build of torch")
-        )
+        findings.append(Finding("CUDA devices", "warn", "none", "runs on CPU processes; for GPUs install a CUDA build of torch"))
     free = shutil.disk_usage(".").free
     low = free < 2 * 2**30
     findings.append(

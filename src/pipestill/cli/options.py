@@ -242,14 +242,8 @@ def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe
     if not arguments or arguments[0].startswith("-"):
         if "--help" in arguments or "-h" in arguments:
             width = min(shutil.get_terminal_size().columns, 110)
-            recipes = [
-                line for name, entry in RECIPES.items() for line in _entry(f"  {name}", entry.summary, width, 16)
-            ]
-            print(
-                "\n".join(
-                    [f"usage: pipestill {command} RECIPE|config.yaml [--KEY VALUE ...]", "", "Recipes:", *recipes, ""]
-                )
-            )
+            recipes = [line for name, entry in RECIPES.items() for line in _entry(f"  {name}", entry.summary, width, 16)]
+            print("\n".join([f"usage: pipestill {command} RECIPE|config.yaml [--KEY VALUE ...]", "", "Recipes:", *recipes, ""]))
             print(
                 f"'pipestill {command} {next(iter(RECIPES))} --help' lists the keys. A config.yaml holds a line\n"
                 "'recipe: NAME' and any of those keys; the command line wins over it."

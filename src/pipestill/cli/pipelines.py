@@ -72,9 +72,7 @@ class PipelineReport:
 
     def picture(self, path: Path, title: str, num_steps: int | None, unit: draw.Unit) -> None:
         """Draw what is predicted."""
-        draw.picture(
-            [self.plan.prediction], path, titles=[title], num_steps=2 if num_steps is None else num_steps, unit=unit
-        )
+        draw.picture([self.plan.prediction], path, titles=[title], num_steps=2 if num_steps is None else num_steps, unit=unit)
 
     def tell(self, console: Console, title: str, unit: draw.Unit, schedule: bool) -> None:
         """Print what is predicted, and the schedule too where it is asked for."""
@@ -226,10 +224,7 @@ class PipelinePlanner:
         """Print the costs, which were measured with so many processes."""
         costs = self.costs
         computed = costs.source.startswith("computed")
-        say(
-            console,
-            f"milliseconds of one microbatch of {costs.rows} rows{'' if computed else ', median'}; update once a batch",
-        )
+        say(console, f"milliseconds of one microbatch of {costs.rows} rows{'' if computed else ', median'}; update once a batch")
         table = FigureTable("block", "forward", "backward", "of weights", "update", "parameters", "output", "stash")
         for role, blocks in (("teacher", costs.teacher), ("student", costs.student)):
             for index, block in enumerate(blocks):

@@ -9,15 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from pipestill.busy import Busy
-from pipestill.cli.costs import (
-    Planner,
-    built,
-    check_strategy,
-    planner_of_file,
-    planner_of_recipe,
-    recipe_of,
-    refuse_foreign,
-)
+from pipestill.cli.costs import Planner, built, check_strategy, planner_of_file, planner_of_recipe, recipe_of, refuse_foreign
 from pipestill.cli.figures import show_line
 from pipestill.cli.files import check_writable, write_json
 from pipestill.cli.kinds import OF_TASKS

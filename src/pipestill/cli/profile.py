@@ -49,16 +49,12 @@ def run(words: list[str]) -> int:
     """Run the command."""
     recipe, options, _ = recipe_of("profile", words, ProfileOptions)
     if options.devices < 1 or options.microbatches < 1:
-        raise ConfigError(
-            f"devices {options.devices} and microbatches {options.microbatches}; expected at least 1 each"
-        )
+        raise ConfigError(f"devices {options.devices} and microbatches {options.microbatches}; expected at least 1 each")
     workload = built(recipe, options.seed)
     check_out(options.out, recipe, workload)
     check_writable(options.out)
     if options.estimate is not None and options.devices > 1:
-        raise ConfigError(
-            "--devices starts processes that measure, and --estimate measures nothing; leave one of them out"
-        )
+        raise ConfigError("--devices starts processes that measure, and --estimate measures nothing; leave one of them out")
     how = RunOptions(
         devices=options.devices, microbatches=options.microbatches, split_backward=workload.kind == "pipeline",
         device=options.device, seed=options.seed, threads=options.threads, timeout_seconds=options.timeout_seconds,

@@ -59,9 +59,7 @@ def _plan(source: str | None, words: list[str]) -> tuple[PlanReport, SimulateOpt
     (options,) = parse("simulate [RECIPE|config.yaml|plan.json]", words, SimulateOptions)
     refuse(words, ("estimate",), "is for a recipe's models; leave it out, or name a recipe")
     if (options.uniform is None) == (options.costs is None):
-        raise ConfigError(
-            "'simulate' needs one of: a recipe, a config.yaml, a plan.json, --costs FILE, or --uniform T,F,BI,BW"
-        )
+        raise ConfigError("'simulate' needs one of: a recipe, a config.yaml, a plan.json, --costs FILE, or --uniform T,F,BI,BW")
     if options.uniform is not None:
         planner = planner_of(*demands_of(uniform(options.uniform, options), options))
     else:

@@ -53,9 +53,7 @@ class VirtualOptions:
     timeout_seconds: float = 600.0
 
 
-def compare_virtual_pipelines(
-    costs: Costs, demands: Demands, options: VirtualOptions, *, microbatches: int
-) -> Comparison:
+def compare_virtual_pipelines(costs: Costs, demands: Demands, options: VirtualOptions, *, microbatches: int) -> Comparison:
     """Run pipelines in turn, several rounds over, on processes that wait instead of computing.
 
     Beside them, in every round, a trivial pipeline runs: the student alone, all forwards and then all backwards, stages
@@ -74,8 +72,7 @@ def compare_virtual_pipelines(
     plans = {name: _pipeline(name, costs, demands, options.devices, microbatches) for name in options.strategies}
     every = {_TRIVIAL: _trivial(costs, options.devices), **plans}
     steps = {
-        name: [enough_steps(options.steps, 3, plan.prediction.seconds_per_step, _LONG_SECONDS)]
-        for name, plan in every.items()
+        name: [enough_steps(options.steps, 3, plan.prediction.seconds_per_step, _LONG_SECONDS)] for name, plan in every.items()
     }
     runs = _launched(_run_pipelines, every, steps, options)
     seconds = {name: [traces[0].median_seconds_per_step for traces, _ in mine] for name, mine in runs.items()}
@@ -102,12 +99,7 @@ def compare_virtual_pipelines(
 
 
 def compare_virtual_blockwise(
-    profile: BlockProfile,
-    options: VirtualOptions,
-    *,
-    batch: int,
-    memory_bytes: float | None = None,
-    slower: float | None = None,
+    profile: BlockProfile, options: VirtualOptions, *, batch: int, memory_bytes: float | None = None, slower: float | None = None
 ) -> Comparison:
     """Run strategies of blockwise training in turn, several rounds over, on processes that wait instead of computing.
 
@@ -126,9 +118,7 @@ def compare_virtual_blockwise(
         PlanError: for a strategy that is unknown or cannot be planned.
     """
     plans = {
-        name: make_blockwise_plan(
-            profile, strategy=name, devices=options.devices, batch=batch, memory_bytes=memory_bytes
-        )
+        name: make_blockwise_plan(profile, strategy=name, devices=options.devices, batch=batch, memory_bytes=memory_bytes)
         for name in options.strategies
     }
     if slower is None:
@@ -136,9 +126,7 @@ def compare_virtual_blockwise(
     slowed = {name: _slowed(plan, slower) for name, plan in plans.items()}
     steps = {name: _steps_of_phases(plan, options.steps) for name, plan in slowed.items()}
     runs = _launched(_run_blockwise, slowed, steps, options)
-    runs = {
-        name: [([_at_speed(t, slower) for t in traces], late) for traces, late in mine] for name, mine in runs.items()
-    }
+    runs = {name: [([_at_speed(t, slower) for t in traces], late) for traces, late in mine] for name, mine in runs.items()}
     seconds = {
         name: [plan.total([trace.median_seconds_per_step for trace in traces]) for traces, _ in runs[name]]
         for name, plan in plans.items()
@@ -200,9 +188,7 @@ def _trivial(costs: Costs, devices: int) -> Plan:
     return make_plan(alike, devices=devices, strategy="gpipe", microbatches=2 * devices)
 
 
-def _run_pipelines(
-    plans: Mapping[str, Plan], steps: Mapping[str, Sequence[int]], rounds: int, timeout_seconds: float
-) -> Runs:
+def _run_pipelines(plans: Mapping[str, Plan], steps: Mapping[str, Sequence[int]], rounds: int, timeout_seconds: float) -> Runs:
     """Run every plan in every round, on every rank; complete on rank 0."""
 
     def run(name: str) -> tuple[list[Trace], float]:

@@ -58,8 +58,7 @@ def read_chrome_trace(path: str | Path) -> Trace:
         entries = content["traceEvents"]
         works = [entry for entry in entries if entry["ph"] == "X"]
         events = tuple(
-            Event(e["tid"] - 1, Action.parse(e["args"]["action"]), e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6)
-            for e in works
+            Event(e["tid"] - 1, Action.parse(e["args"]["action"]), e["ts"] / 1e6, (e["ts"] + e["dur"]) / 1e6) for e in works
         )
         num_ranks = sum(entry["name"] == "thread_name" for entry in entries)
         other = content["otherData"]  # whose names are older than those of a trace

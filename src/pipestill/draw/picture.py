@@ -8,19 +8,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipestill.draw.boxes import (
-    INSTANT,
-    LEGEND,
-    Box,
-    Unit,
-    Work,
-    boxes_in,
-    scale,
-    summary,
-    typical_seconds,
-    window,
-    write_bytes,
-)
+from pipestill.draw.boxes import INSTANT, LEGEND, Box, Unit, Work, boxes_in, scale, summary, typical_seconds, window, write_bytes
 from pipestill.errors import ConfigError
 from pipestill.schedule.trace import Trace
 
@@ -49,9 +37,7 @@ _FOOT = 0.75  # the axis and the legend
 _DIGIT_WIDTH = 0.64  # in font sizes
 
 
-def picture(
-    traces: Sequence[Trace], path: str | Path, *, titles: Sequence[str], num_steps: int = 2, unit: Unit = "s"
-) -> None:
+def picture(traces: Sequence[Trace], path: str | Path, *, titles: Sequence[str], num_steps: int = 2, unit: Unit = "s") -> None:
     """Write the steady state of `traces`, one above the other on one time axis, as SVG or PNG by the suffix of `path`.
 
     Each starts at 0 on the axis and shows `num_steps` steps (everything, where a trace has no two steps), so the
@@ -96,9 +82,7 @@ def _drawn(
             axes.set_xlim(0, span)
             _panel(axes, trace.num_ranks, boxes, end - start, 72 * inside / span, 72 * row, f"trace{i}")
             name = axes.annotate(titles[i], (0, 1), (0, 5), "axes fraction", "offset points", weight="bold", size=10)
-            axes.annotate(
-                summary(trace, boxes, end - start, unit), (1, 1), (10, 5), (name, "axes fraction"), "offset points"
-            )
+            axes.annotate(summary(trace, boxes, end - start, unit), (1, 1), (10, 5), (name, "axes fraction"), "offset points")
             top -= _GAP
         axes.xaxis.set_visible(True)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value * factor:g}")

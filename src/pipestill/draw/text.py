@@ -6,18 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 from math import ceil, floor, log10
 
-from pipestill.draw.boxes import (
-    INSTANT,
-    LEGEND,
-    ROUNDING,
-    Box,
-    Unit,
-    Work,
-    boxes_in,
-    scale,
-    typical_seconds,
-    window,
-)
+from pipestill.draw.boxes import INSTANT, LEGEND, ROUNDING, Box, Unit, Work, boxes_in, scale, typical_seconds, window
 from pipestill.schedule.action import Action, Op
 from pipestill.schedule.schedule import Schedule
 from pipestill.schedule.structure import Structure
@@ -83,8 +72,7 @@ def schedule_table(schedule: Schedule[Structure], *, transfers: bool = False) ->
     Block 0 has several shares, and `B0.1` is the student's step of its share 1.
     """
     rows = [
-        [_name(a, schedule.structure) for a in row if transfers or (a.computes and a.op is not Op.DATA)]
-        for row in schedule.rows
+        [_name(a, schedule.structure) for a in row if transfers or (a.computes and a.op is not Op.DATA)] for row in schedule.rows
     ]
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     head = len(f"rank {len(rows) - 1}")

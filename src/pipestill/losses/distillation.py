@@ -29,9 +29,7 @@ class SoftTarget:
     weight: float = 0.1
 
     def __post_init__(self) -> None:
-        raise_problems(
-            (*real_number("temperature", self.temperature, above=0), *real_number("weight", self.weight, least=0))
-        )
+        raise_problems((*real_number("temperature", self.temperature, above=0), *real_number("weight", self.weight, least=0)))
 
     def __call__(self, student: Tensor, teacher: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """Compute the parts `soft_target` and, with labels, `cross_entropy`.

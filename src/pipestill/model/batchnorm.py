@@ -80,9 +80,7 @@ def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
     """Put the batch-norm layers of `models` under a policy in the body; then leave them as they were."""
     norms = Norms()
     hooks = []
-    layers = [
-        m for model in models for m in model.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
-    ]
+    layers = [m for model in models for m in model.model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     try:
         for model in models:
             model.frozen_norms = layers if policy == "frozen" else []
@@ -104,9 +102,7 @@ def batch_norms(policy: str, models: Iterable[BlockModel]) -> Iterator[Norms]:
 def check_norms(policy: str, models: Iterable[BlockModel]) -> None:
     """Raise `ConfigError` for an unknown policy, and `ModelError` for layers that talk to other ranks within a forward."""
     if policy not in POLICIES:
-        raise ConfigError(
-            f"no batch norm policy '{policy}'{nearest(policy, POLICIES)}; there are {', '.join(POLICIES)}"
-        )
+        raise ConfigError(f"no batch norm policy '{policy}'{nearest(policy, POLICIES)}; there are {', '.join(POLICIES)}")
     for model in models:
         for name, module in model.model.named_modules():
             if isinstance(module, nn.SyncBatchNorm):

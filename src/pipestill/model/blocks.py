@@ -51,9 +51,7 @@ class BlockModel:
                 f"{type(model).__name__} has parameters without sizes ({', '.join(lazy[:5])}); call it once on a batch beforehand"
             )
         self.model = model
-        self.blocks: tuple[Block, ...] = tuple(
-            _block(model, cut) for cut in (_own_cuts(model) if cuts is None else cuts)
-        )
+        self.blocks: tuple[Block, ...] = tuple(_block(model, cut) for cut in (_own_cuts(model) if cuts is None else cuts))
         if not self.blocks:
             raise ModelError(f"{type(model).__name__} has no block; expected at least one")
         self.frozen_norms: Sequence[nn.Module] = ()
@@ -229,14 +227,10 @@ def _block(model: nn.Module, cut: str | Block) -> Block:
         known = {*names, *(name for named in tensors for name, _ in named)}
         for use in cut.uses:
             if use not in known:
-                raise ModelError(
-                    f"block '{cut.name}' uses '{use}', which {type(model).__name__} lacks{nearest(use, known)}"
-                )
+                raise ModelError(f"block '{cut.name}' uses '{use}', which {type(model).__name__} lacks{nearest(use, known)}")
         return cut
     if not isinstance(cut, str):
-        raise ModelError(
-            f"a cut of {type(model).__name__} is {shown(cut)}; expected the name of a submodule, or a Block"
-        )
+        raise ModelError(f"a cut of {type(model).__name__} is {shown(cut)}; expected the name of a submodule, or a Block")
     if cut not in names:
         raise ModelError(f"cut '{cut}' is no submodule of {type(model).__name__}{nearest(cut, names)}")
     return Block(cut, names[cut], (cut,))

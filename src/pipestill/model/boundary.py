@@ -139,9 +139,7 @@ class SplitBlock:
         for branch in self.branches:
             edges = [(GradientEdge(branch.node, i), g) for i, g in enumerate(branch.arrived) if g is not None]
             if edges:
-                torch.autograd.backward(
-                    [edge for edge, _ in edges], [gradient for _, gradient in edges], inputs=branch.weights
-                )
+                torch.autograd.backward([edge for edge, _ in edges], [gradient for _, gradient in edges], inputs=branch.weights)
         self.whole, self.branches = [], []
 
 

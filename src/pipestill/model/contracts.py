@@ -241,10 +241,7 @@ class Contract:
 
 
 def observe(
-    where: str,
-    few: Any,
-    more: Any,
-    gradients: tuple[Sequence[Tensor | None], Sequence[Tensor | None]] | None = None,
+    where: str, few: Any, more: Any, gradients: tuple[Sequence[Tensor | None], Sequence[Tensor | None]] | None = None
 ) -> Contract:
     """Derive a boundary's contract from its value at `FEW` rows and at `MORE` rows.
 
@@ -285,9 +282,7 @@ def _check_alike(where: str, few: Tensor, more: Any) -> None:
     if not isinstance(more, Tensor):
         raise ModelError(f"{where}: a tensor changes to {_show(more)} with the number of rows")
     if few.dim() != more.dim() or few.dtype != more.dtype:
-        raise ModelError(
-            f"{where}: a tensor changes from {few.dtype} {tuple(few.shape)} to {more.dtype} {tuple(more.shape)}"
-        )
+        raise ModelError(f"{where}: a tensor changes from {few.dtype} {tuple(few.shape)} to {more.dtype} {tuple(more.shape)}")
 
 
 def _tensor(where: str, few: Tensor, more: Tensor, gradients: Sequence[Tensor | None]) -> TensorLeaf:

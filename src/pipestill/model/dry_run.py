@@ -19,20 +19,12 @@ from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import why_whole
 from pipestill.model.contracts import FEW, MORE, Contract, observe
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
-from pipestill.model.pipeline_contracts import (
-    PipelineContracts,
-    PipelineContractsByLength,
-    length_of,
-    sample_lengths,
-    shortened,
-)
+from pipestill.model.pipeline_contracts import PipelineContracts, PipelineContractsByLength, length_of, sample_lengths, shortened
 from pipestill.model.stepwise import StepValues, call_block, stepwise, untouched
 from pipestill.model.tasks import Task, check_views, view
 
 
-def dry_run(
-    task: Task, inputs: Any, targets: Any, *, split: bool = False, length_axis: int | None = None
-) -> PipelineContracts:
+def dry_run(task: Task, inputs: Any, targets: Any, *, split: bool = False, length_axis: int | None = None) -> PipelineContracts:
     """Run forward, loss and backward on 2 and on 3 rows of a sample batch, without a trace left in the models.
 
     `split`: also find out which student blocks cannot take their backward in two halves. `length_axis`: batches may differ
@@ -163,8 +155,7 @@ def _alike(one: Any, other: Any) -> bool | None:
         return None
     pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
     return all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True)
-        for a, b in pairs
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs
     )
 
 

@@ -82,9 +82,7 @@ class Machine:
         """Read a name such as `a100` or `a100:bf16`; `ConfigError` that lists what there is for any other."""
         name, _, precision = text.lower().partition(":")
         if name not in DEVICES:
-            raise ConfigError(
-                f"no device '{name}'{nearest(name, DEVICES)} to compute costs for; there are {', '.join(DEVICES)}"
-            )
+            raise ConfigError(f"no device '{name}'{nearest(name, DEVICES)} to compute costs for; there are {', '.join(DEVICES)}")
         device = DEVICES[name]
         precision = precision or next(iter(device.flops))
         if precision not in device.flops:
@@ -133,14 +131,7 @@ def task_without_memory(build: Callable[[], Task], dtype: torch.dtype) -> Task:
 
 
 def estimate(
-    task: Task,
-    machine: Machine,
-    inputs: Any,
-    targets: Any,
-    *,
-    rows: int,
-    optimizer: OptimizerFactory,
-    split: bool = True,
+    task: Task, machine: Machine, inputs: Any, targets: Any, *, rows: int, optimizer: OptimizerFactory, split: bool = True
 ) -> Costs:
     """Compute the costs of a microbatch of `rows` rows whose form is that of a sample batch.
 
@@ -175,9 +166,7 @@ def estimate(
     )
     teacher = costs.teacher
     if isinstance(task, Momentum):  # the teacher's update reads both models' weights and writes its own
-        teacher = tuple(
-            dataclasses.replace(b, update_seconds=machine.kernel_seconds(0, 3 * b.parameter_bytes)) for b in teacher
-        )
+        teacher = tuple(dataclasses.replace(b, update_seconds=machine.kernel_seconds(0, 3 * b.parameter_bytes)) for b in teacher)
     return dataclasses.replace(costs, teacher=teacher, link=machine.link, source=machine.describe())
 
 

@@ -77,9 +77,7 @@ class LiveBytes(TorchDispatchMode):
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and memory_of(leaf) not in given and memory_of(leaf) not in self._known:
                 storage = leaf.untyped_storage()
-                self._known[memory_of(leaf)] = weakref.ref(
-                    storage, partial(self._forget, memory_of(leaf), storage.nbytes())
-                )
+                self._known[memory_of(leaf)] = weakref.ref(storage, partial(self._forget, memory_of(leaf), storage.nbytes()))
                 self.now += storage.nbytes()
         self.peak = max(self.peak, self.now)
         return result

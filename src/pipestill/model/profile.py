@@ -74,9 +74,7 @@ def costs_of(
         for i, block in enumerate(task.student_blocks.blocks)
     )
     views = task.demands.views
-    by_view = [
-        sum(seconds[what, i][v] for what in ("student", "backward") for i in range(len(student))) for v in range(views)
-    ]
+    by_view = [sum(seconds[what, i][v] for what in ("student", "backward") for i in range(len(student))) for v in range(views)]
     teacher: tuple[BlockCosts, ...] = ()
     if task.teacher_blocks is not None:
         # relative to each other, views cost the same in both models, and the teacher may see the first of them only
@@ -219,9 +217,7 @@ def profile(
             rounds.append(watch.seconds)
         if split:
             outputs = stepwise(task, inputs, targets).student[0]
-            fractions = weight_fractions(
-                blocks, outputs, lambda: nullcontext(Stopwatch()), repeats=3, whole=contracts.unsplit
-            )
+            fractions = weight_fractions(blocks, outputs, lambda: nullcontext(Stopwatch()), repeats=3, whole=contracts.unsplit)
         updates = [_update(blocks, i, optimizer) for i in range(len(blocks))]
     costs = costs_of(
         task,

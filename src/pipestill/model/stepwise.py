@@ -60,9 +60,7 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
     if task.teacher_blocks is not None:
         teacher = task.teacher_blocks
         with torch.no_grad():
-            teacher_values = [
-                _teacher_forward(teacher, view(task, inputs, v), done) for v in range(demands.teacher_views)
-            ]
+            teacher_values = [_teacher_forward(teacher, view(task, inputs, v), done) for v in range(demands.teacher_views)]
         _check_unwritten("teacher", written())
     with torch.enable_grad():
         forwards = [_student_forward(task.student_blocks, view(task, inputs, v), done) for v in range(demands.views)]
@@ -71,9 +69,7 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
         parts = _loss(task, [f.ends[-1].value for f in forwards], [values[-1] for values in teacher_values], targets)
         total = torch.stack([part.double() for part in parts.values()]).sum()
         if not total.requires_grad:
-            raise ModelError(
-                "the loss does not depend on any trained parameter of the student; nothing would be learnt"
-            )
+            raise ModelError("the loss does not depend on any trained parameter of the student; nothing would be learnt")
         total.backward()
         done("loss", 0)
         for forward in forwards:
@@ -82,9 +78,7 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
                 done("backward", i)
     return StepValues(
         student=[forward.outputs for forward in forwards],
-        gradients=[
-            [_of_distinct(*pair) for pair in zip(forward.outputs, forward.ends, strict=True)] for forward in forwards
-        ],
+        gradients=[[_of_distinct(*pair) for pair in zip(forward.outputs, forward.ends, strict=True)] for forward in forwards],
         teacher=teacher_values,
         loss_parts=tuple(parts),
         copies=frozenset(i for forward in forwards for i, written in enumerate(forward.written) if written()),

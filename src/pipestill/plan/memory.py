@@ -14,9 +14,7 @@ from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.schedule import Schedule
 from pipestill.schedule.structure import lane
 
-_SENDS_KEPT = (
-    32  # messages of a rank, as in runtime/transport/process_group.py: a send is not known to have arrived before
-)
+_SENDS_KEPT = 32  # messages of a rank, as in runtime/transport/process_group.py: a send is not known to have arrived before
 _VALUES = frozenset((Lane.TEACHER, Lane.ACTIVATION, Lane.GRADIENT))  # other transfers are a few numbers, or labels
 
 
@@ -35,10 +33,7 @@ def refuse_more_than(limit_bytes: float, held_bytes: Sequence[int]) -> None:
 
 
 def memory_bytes_of(
-    schedule: Schedule[PipelineStructure],
-    costs: Costs,
-    student_partition: Sequence[int],
-    teacher_partition: Sequence[int],
+    schedule: Schedule[PipelineStructure], costs: Costs, student_partition: Sequence[int], teacher_partition: Sequence[int]
 ) -> tuple[int, ...]:
     """The most bytes that each rank holds; () for costs that do not tell what blocks stash.
 
@@ -60,9 +55,7 @@ def memory_bytes_of(
     return tuple(w + _peak(rank, rows[rank], schedule.structure, stages, stash) for rank, w in enumerate(weights))
 
 
-def _peak(
-    rank: int, row: Sequence[Action], structure: PipelineStructure, costs: StageCosts, stash: Sequence[int]
-) -> int:
+def _peak(rank: int, row: Sequence[Action], structure: PipelineStructure, costs: StageCosts, stash: Sequence[int]) -> int:
     """The most bytes that values take on a rank, over enough steps for every order that its row can produce."""
     held = dict[Action, int]()
     sent = deque[tuple[Action, int]](maxlen=_SENDS_KEPT)

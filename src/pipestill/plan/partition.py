@@ -21,15 +21,10 @@ class Partitions(NamedTuple):
     teacher: tuple[int, ...]
 
 
-def partition_problems(
-    costs: Costs, devices: int, student: Sequence[int] | None, teacher: Sequence[int] | None
-) -> list[str]:
+def partition_problems(costs: Costs, devices: int, student: Sequence[int] | None, teacher: Sequence[int] | None) -> list[str]:
     """Say what is wrong with partitions that a user or a file gives; one that is None is chosen later, so nothing is."""
     problems = []
-    for role, partition, num_blocks in (
-        ("student", student, len(costs.student)),
-        ("teacher", teacher, len(costs.teacher)),
-    ):
+    for role, partition, num_blocks in (("student", student, len(costs.student)), ("teacher", teacher, len(costs.teacher))):
         if partition is None or (num_blocks == 0 and not partition):
             continue
         shown = f"{role} partition {list(partition)}"
@@ -60,12 +55,7 @@ def momentum_problems(costs: Costs, student: Sequence[int], teacher: Sequence[in
 
 
 def candidate_partitions(
-    costs: Costs,
-    devices: int,
-    demands: Demands,
-    strategy: str,
-    microbatches: int,
-    student_partition: Sequence[int] | None,
+    costs: Costs, devices: int, demands: Demands, strategy: str, microbatches: int, student_partition: Sequence[int] | None
 ) -> list[Partitions]:
     """Level partitions that are worth a simulation.
 
@@ -79,9 +69,7 @@ def candidate_partitions(
     candidates = [level(costs, devices, demands, student_weight=path)]
     if strategy in ("gpipe", "1f1b") and costs.teacher:
         student_seconds, teacher_seconds = _block_seconds(costs, demands)
-        candidates.append(
-            Partitions(balance(student_seconds, [], devices)[0], balance(teacher_seconds, [], devices)[0])
-        )
+        candidates.append(Partitions(balance(student_seconds, [], devices)[0], balance(teacher_seconds, [], devices)[0]))
     return candidates
 
 

@@ -89,17 +89,11 @@ class Plan:
         problems = []
         if self.strategy not in PIPELINE_STRATEGIES:
             known = ", ".join(PIPELINE_STRATEGIES)
-            problems.append(
-                f"no strategy '{self.strategy}'{nearest(str(self.strategy), PIPELINE_STRATEGIES)}; there are {known}"
-            )
+            problems.append(f"no strategy '{self.strategy}'{nearest(str(self.strategy), PIPELINE_STRATEGIES)}; there are {known}")
         counts = {"microbatches": self.microbatches}
         counts |= {n: v for n, v in (("run_ahead", self.run_ahead), ("staleness", self.staleness)) if v is not None}
-        problems += [
-            f"{name} is {count!r}; expected a whole number" for name, count in counts.items() if type(count) is not int
-        ]
-        problems += partition_problems(
-            self.costs, len(self.student_partition), self.student_partition, self.teacher_partition
-        )
+        problems += [f"{name} is {count!r}; expected a whole number" for name, count in counts.items() if type(count) is not int]
+        problems += partition_problems(self.costs, len(self.student_partition), self.student_partition, self.teacher_partition)
         if not problems and self.demands.momentum:
             problems += momentum_problems(self.costs, self.student_partition, self.teacher_partition)
         if len(self.costs.views) != self.demands.views:
@@ -141,12 +135,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """What the plan was made from, for `from_json`, which makes the same plan again."""
         given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
-        return {
-            "version": _VERSION,
-            **given,
-            "costs": self.costs.to_json(),
-            "demands": dataclasses.asdict(self.demands),
-        }
+        return {"version": _VERSION, **given, "costs": self.costs.to_json(), "demands": dataclasses.asdict(self.demands)}
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -217,8 +206,7 @@ def make_plan(
         for level in candidate_partitions(costs, devices, demands, strategy, microbatches, student_partition)
     ]
     plans = [
-        Plan(strategy, microbatches, *partitions, costs, demands=demands, **knobs)
-        for partitions in dict.fromkeys(candidates)
+        Plan(strategy, microbatches, *partitions, costs, demands=demands, **knobs) for partitions in dict.fromkeys(candidates)
     ]
     plan = min(plans, key=lambda plan: plan.prediction.seconds_per_step)
     if memory_bytes is not None:

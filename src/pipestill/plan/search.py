@@ -125,9 +125,7 @@ def search_pipelines(
         plan = None if same.plan is None else same.plan.with_stash(variant.stash)
         considered.append(dataclasses.replace(same, name=variant.name, plan=plan))
     found = _best(
-        considered,
-        lambda plan: plan.prediction.seconds_per_step,
-        lambda plan: (plan.proof.staleness, max(plan.proof.stash_peak)),
+        considered, lambda plan: plan.prediction.seconds_per_step, lambda plan: (plan.proof.staleness, max(plan.proof.stash_peak))
     )
     progress(f"{found.chosen.name}, with other partitions")
     return _repartitioned(found, memory_bytes)
@@ -174,9 +172,7 @@ def _worth_repartitioning(found: Search[Plan]) -> list[tuple[Considered[Plan], P
     chosen = found.chosen, found.plan
     near = [pair for pair in _planned(found.considered) if pair[1].prediction.seconds_per_step <= most_seconds]
     first_of_kind = {one.name.split(",")[0]: (one, plan) for one, plan in reversed([*near, chosen])}
-    return list({id(plan.schedule): (one, plan) for one, plan in reversed([chosen, *first_of_kind.values()])}.values())[
-        ::-1
-    ]
+    return list({id(plan.schedule): (one, plan) for one, plan in reversed([chosen, *first_of_kind.values()])}.values())[::-1]
 
 
 def search_blockwise(

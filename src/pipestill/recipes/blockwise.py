@@ -159,9 +159,7 @@ class BlockwiseWorkload:
         """Make the trainer of a whole model."""
         return make_trainer(task, training, self.train_loader, options, metrics=self.metrics, **others)
 
-    def _train_whole(
-        self, name: str, task: Task, training: Training, options: RunOptions, runner: Runner
-    ) -> dict[str, float]:
+    def _train_whole(self, name: str, task: Task, training: Training, options: RunOptions, runner: Runner) -> dict[str, float]:
         """Train a whole model on as many ranks as it has blocks at most; returns its metrics, on rank 0."""
         train = partial(
             runner.train, name, partial(self._trainer_of, task, training, options), self.train_loader, epochs=training.epochs,

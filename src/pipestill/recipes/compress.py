@@ -118,9 +118,7 @@ class Compress(BlockwiseRecipe):
     def workload(self, seed: int, num_samples: int | None = None) -> BlockwiseWorkload:
         """Build task, data and trainings. Raises `DataError` for data that is missing or broken."""
         images = self.images(seed)
-        train, test = images.loaders(
-            self.batch_size, augment=self.augment, num_samples=num_samples, workers=self.workers
-        )
+        train, test = images.loaders(self.batch_size, augment=self.augment, num_samples=num_samples, workers=self.workers)
         options = {"weight_decay": self.weight_decay} | ({"momentum": self.sgd_momentum} if self.optimizer == "sgd" else {})
         return BlockwiseWorkload(
             build=partial(self.task, images.channels, images.size, images.num_classes, seed),

@@ -91,9 +91,7 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ConfigError(
-            "the digits are read from scikit-learn, which is not installed; run pip install scikit-learn"
-        ) from None
+        raise ConfigError("the digits are read from scikit-learn, which is not installed; run pip install scikit-learn") from None
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
     labels = torch.tensor(data.target, dtype=torch.int64)
@@ -111,9 +109,7 @@ def open_images(path: str | Path, size: int, *, augment: bool, classes: Sequence
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError(
-            f"no directory '{path}'; pass one of CIFAR-10's files, or of 'train' and 'val' folders of images"
-        )
+        raise DataError(f"no directory '{path}'; pass one of CIFAR-10's files, or of 'train' and 'val' folders of images")
     for folder in (path, path / _CIFAR_FOLDER):
         if (folder.name == _CIFAR_FOLDER and folder.is_dir()) or (folder / "data_batch_1").exists():
             if classes is not None:
@@ -242,9 +238,7 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
     except OSError as error:
         raise DataError(f"cannot read the list of classes '{file}': {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(
-            f"the list of classes '{file}' is not text; expected the name of a folder in each line"
-        ) from None
+        raise DataError(f"the list of classes '{file}' is not text; expected the name of a folder in each line") from None
     names = [words[0] for line in lines if (words := line.partition("#")[0].split())]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -259,9 +253,7 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ConfigError(
-            "folders of images are read with Pillow, which is not installed; run pip install pillow"
-        ) from None
+        raise ConfigError("folders of images are read with Pillow, which is not installed; run pip install pillow") from None
     return Image
 
 

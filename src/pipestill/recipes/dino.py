@@ -105,9 +105,7 @@ class Dino(SelfSupervised):
         filled(self, {"depth": 3, "lr": _LR_OF_256 * self.batch_size / 256})
         problems = patch_problems(self, ("image_size", "local_size"), shape.patch if shape else 1)
         if self.final_weight_decay < 0 or (self.final_weight_decay and not self.weight_decay):
-            problems.append(
-                f"final_weight_decay is {self.final_weight_decay}; expected 0 or more, and 0 where weight_decay is"
-            )
+            problems.append(f"final_weight_decay is {self.final_weight_decay}; expected 0 or more, and 0 where weight_decay is")
         ones = ("local_size", "width", "depth", "hidden", "bottleneck")
         self.check(
             {**dict.fromkeys(ones, 1), "local_views": 0, "prototypes": 2, "temperature_epochs": 0},
@@ -121,9 +119,7 @@ class Dino(SelfSupervised):
         """How the student is trained: by AdamW, with a weight decay that grows."""
         grown = self.final_weight_decay / self.weight_decay if self.weight_decay else 1.0
         options = {"weight_decay": self.weight_decay}
-        return Training(
-            self.epochs, OPTIMIZERS["adamw"], self.lr, options, schedule, without_decay, partial(cosine, end=grown)
-        )
+        return Training(self.epochs, OPTIMIZERS["adamw"], self.lr, options, schedule, without_decay, partial(cosine, end=grown))
 
     def views(self, images: Images) -> list[View]:
         """Two large views, and small ones."""

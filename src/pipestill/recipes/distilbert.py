@@ -221,9 +221,7 @@ class DistilBert:
         else:
             assert self.layers and self.hidden_size and self.heads and self.intermediate_size and self.vocab_size
             positions = max(PRESETS[self.preset].positions, self.max_length)
-            teacher = Sizes(
-                self.layers, self.hidden_size, self.heads, self.intermediate_size, self.vocab_size, positions
-            )
+            teacher = Sizes(self.layers, self.hidden_size, self.heads, self.intermediate_size, self.vocab_size, positions)
         if self.student_model is not None:
             return teacher, language.read_student_sizes(self.student_model)
         fewer = self.student_layers or max(1, teacher.layers // 2)
@@ -243,11 +241,7 @@ class DistilBert:
         if tokens.size > teacher.vocab_size:
             problems.append(
                 f"the tokenizer {tokens.origin} has {tokens.size} tokens, the teacher's vocabulary {teacher.vocab_size}"
-                + (
-                    "; give --vocab_size"
-                    if self.teacher_model is None
-                    else "; give the tokenizer that it was trained with"
-                )
+                + ("; give --vocab_size" if self.teacher_model is None else "; give the tokenizer that it was trained with")
             )
         elif self.teacher_model is not None and tokens.size + _PADDING <= teacher.vocab_size:
             problems.append(
@@ -276,9 +270,7 @@ class DistilBert:
 
     def _loader(self, data: Sequences, masking: Masking) -> DataLoader[Any]:
         sampler = ByLengthSampler(data.lengths(), self.batch_size) if self.group_by_length else None
-        return DataLoader(
-            data, batch_size=self.batch_size, sampler=sampler, shuffle=sampler is None, collate_fn=masking
-        )
+        return DataLoader(data, batch_size=self.batch_size, sampler=sampler, shuffle=sampler is None, collate_fn=masking)
 
     def _training(self, epochs: int, lr: float) -> Training:
         schedule, groups = warmed_up(linear, self.warm_up), partial(_groups, self.weight_decay)

@@ -77,9 +77,7 @@ def linear_accuracy(known: Tensor, labels: Tensor, asked: Tensor, truth: Tensor)
     try:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
-        raise ConfigError(
-            "the linear probe is scikit-learn's, which is not installed; run pip install scikit-learn"
-        ) from None
+        raise ConfigError("the linear probe is scikit-learn's, which is not installed; run pip install scikit-learn") from None
     if len(labels.unique()) < 2:
         raise ConfigError("the training data has one class only; a linear probe needs two, so pass data with more")
     mean, deviation = known.mean(0), known.std(0).clamp_min(1e-6)

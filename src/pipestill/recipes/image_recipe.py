@@ -56,12 +56,7 @@ class ImageRecipe:
         )  # fmt: skip
 
     def check(
-        self,
-        least: Mapping[str, float],
-        *,
-        fractions: Sequence[str] = (),
-        above_0: Sequence[str] = (),
-        more: Sequence[str] = (),
+        self, least: Mapping[str, float], *, fractions: Sequence[str] = (), above_0: Sequence[str] = (), more: Sequence[str] = ()
     ) -> None:
         """Raise `ConfigError` with everything that is wrong with the options.
 
@@ -81,9 +76,7 @@ class ImageRecipe:
             raise ConfigError("; ".join(problems))
 
 
-def problems_of(
-    recipe: Any, least: Mapping[str, float], fractions: Sequence[str], above_0: Sequence[str]
-) -> list[str]:
+def problems_of(recipe: Any, least: Mapping[str, float], fractions: Sequence[str], above_0: Sequence[str]) -> list[str]:
     """What is wrong with options: those with a smallest value, numbers from 0 to below 1, and those above 0."""
 
     def wrong(names: Sequence[str] | Mapping[str, float], is_right: Any, expected: str) -> list[str]:

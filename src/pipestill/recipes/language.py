@@ -64,12 +64,7 @@ def read_student_sizes(path: str) -> Sizes:
     if config.model_type != "distilbert":
         raise ConfigError(f"the student '{path}' is a model of type '{config.model_type}'; expected 'distilbert'")
     return Sizes(
-        config.n_layers,
-        config.dim,
-        config.n_heads,
-        config.hidden_dim,
-        config.vocab_size,
-        config.max_position_embeddings,
+        config.n_layers, config.dim, config.n_heads, config.hidden_dim, config.vocab_size, config.max_position_embeddings
     )
 
 

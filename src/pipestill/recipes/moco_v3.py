@@ -77,6 +77,4 @@ class MocoV3(TwoViews):
         sizes = (shape.width, self.hidden, self.hidden, self.projection)
         teacher, student = self.pair(encoder, seed, sizes, last_norm=True)
         momentum = rising(self.momentum, self.epochs * steps_per_epoch)
-        return Momentum(
-            teacher, student, InfoNCE(self.temperature), momentum=momentum, views=2, batch_loss=True
-        )
+        return Momentum(teacher, student, InfoNCE(self.temperature), momentum=momentum, views=2, batch_loss=True)

@@ -43,9 +43,7 @@ class MomentumWorkload(EndToEndWorkload):
     def run(self, options: RunOptions, runner: Runner) -> dict[str, Any]:
         """Train student and teacher together; evaluate the teacher, and the same network untrained."""
         task = self.task()
-        main = runner.train(
-            "student", partial(self.trainer, task, options), self.loader, epochs=self.student_training.epochs
-        )
+        main = runner.train("student", partial(self.trainer, task, options), self.loader, epochs=self.student_training.epochs)
         metrics: dict[str, Any] = {
             "student": main.metrics,
             "parameters": {"student": num_parameters(task.student), "teacher": num_parameters(task.teacher)},

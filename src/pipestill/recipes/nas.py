@@ -207,18 +207,14 @@ class Nas(BlockwiseRecipe):
     def task(self, images: Images, steps: SearchSteps, seed: int) -> Blockwise:
         """Teacher and supernet for images of that form."""
         shape = self._shape(self.teacher_cells)
-        teacher = network(
-            shape, same_path(shape, _TEACHER), images.channels, images.num_classes, derive(seed, "teacher")
-        )
+        teacher = network(shape, same_path(shape, _TEACHER), images.channels, images.num_classes, derive(seed, "teacher"))
         student = supernet(
             self._shape(self.cells), self.kernels, self.expansions, images.channels, images.size, images.num_classes,
             steps=steps, seed=seed,
         )  # fmt: skip
         each = [BLOCK_LOSSES[self.block_loss]] * (len(student) - 1) + [losses.SoftCrossEntropy(self.temperature)]
         stages = search_stages(student)
-        return Blockwise(
-            teacher, student, [WithFlops(loss, s, self.flops_weight) for loss, s in zip(each, stages, strict=True)]
-        )
+        return Blockwise(teacher, student, [WithFlops(loss, s, self.flops_weight) for loss, s in zip(each, stages, strict=True)])
 
     def network(self, paths: Paths, images: Images, seed: int) -> Network:
         """A network of some paths, as it is initialised."""

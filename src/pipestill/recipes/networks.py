@@ -99,9 +99,7 @@ class VGG(nn.Module):
         side = size // 2 ** sum(halved) if shape.hidden else 1  # without hidden layers, the image is averaged
         self.avgpool = nn.AdaptiveAvgPool2d(side)
         units = [channels * side * side, *shape.hidden]
-        hidden = [
-            layer for before, after in pairwise(units) for layer in (nn.Linear(before, after), nn.ReLU(), nn.Dropout())
-        ]
+        hidden = [layer for before, after in pairwise(units) for layer in (nn.Linear(before, after), nn.ReLU(), nn.Dropout())]
         self.classifier = nn.Sequential(*hidden, nn.Linear(units[-1], classes))
         self.apply(_initialise)
 
@@ -127,9 +125,7 @@ class ResNet(nn.Module):
     see `network`; cut at its stages, the first block holds the first convolution too.
     """
 
-    def __init__(
-        self, shape: Shape, channels: int, size: int, classes: int, separable: bool, cuts: Cuts = "stages"
-    ) -> None:
+    def __init__(self, shape: Shape, channels: int, size: int, classes: int, separable: bool, cuts: Cuts = "stages") -> None:
         super().__init__()
         self.cuts = cuts
         large, width = size > _LARGE, shape.widths[0]

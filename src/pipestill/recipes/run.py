@@ -50,9 +50,7 @@ def costs_of_the_other_kind(file: str, recipe: Recipe, workload: Workload) -> st
     )
 
 
-def run_recipe(
-    recipe: Recipe, options: RunOptions, directory: RunDirectory | None, quiet: bool = False
-) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, options: RunOptions, directory: RunDirectory | None, quiet: bool = False) -> dict[str, Any]:
     """Train what the recipe says, on every rank of the world that this process is in; returns the summary on rank 0.
 
     Only rank 0 writes to `directory`; the others return {}, and may have None.

@@ -130,9 +130,7 @@ class SelfSupervised(ImageRecipe):
     def workload(self, seed: int, num_samples: int | None = None) -> MomentumWorkload:
         """Build task, data and training. Raises `DataError` for data that is missing or broken."""
         images = self.read_images(seed)
-        loader = view_loader(
-            images, self.views(images), self.batch_size, num_samples=num_samples, workers=self.workers
-        )
+        loader = view_loader(images, self.views(images), self.batch_size, num_samples=num_samples, workers=self.workers)
         return MomentumWorkload(
             build=lambda: self.task(images, seed, len(loader)),
             evaluate=FeatureQuality(images, encoder_of, workers=self.workers),

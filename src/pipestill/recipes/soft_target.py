@@ -145,18 +145,12 @@ class SoftTarget(ImageRecipe):
             foreign = model.partition(":")[0] in LIBRARIES and ":" in model
             if model not in MODELS and not foreign:
                 libraries = " or ".join(f"{library}:NAME" for library in LIBRARIES)
-                problems.append(
-                    f"no {role}_model '{model}'{nearest(model, MODELS)}; there are {', '.join(MODELS)}, {libraries}"
-                )
+                problems.append(f"no {role}_model '{model}'{nearest(model, MODELS)}; there are {', '.join(MODELS)}, {libraries}")
             if foreign:
                 given = [f"{role}_{size}" for size in ("width", "depth") if getattr(self, f"{role}_{size}") is not None]
-                problems += [
-                    f"{name} is for models that are here, and '{model}' is not; leave it out" for name in given
-                ]
+                problems += [f"{name} is for models that are here, and '{model}' is not; leave it out" for name in given]
         if self.dropout and self.student_model != CNN and self.student_model not in VITS:
-            problems.append(
-                f"dropout is for a cnn or a vit, and the student_model is '{self.student_model}'; leave it out"
-            )
+            problems.append(f"dropout is for a cnn or a vit, and the student_model is '{self.student_model}'; leave it out")
         return problems
 
     def workload(self, seed: int, num_samples: int | None = None) -> DistillationWorkload:
@@ -170,9 +164,7 @@ class SoftTarget(ImageRecipe):
         else:
             images = self.images(seed)
             channels, size, num_classes = images.channels, images.size, images.num_classes
-            loaders = images.loaders(
-                self.batch_size, augment=self.augment, num_samples=num_samples, workers=self.workers
-            )
+            loaders = images.loaders(self.batch_size, augment=self.augment, num_samples=num_samples, workers=self.workers)
         untrained = "random weights, as teacher_epochs is 0: the student is taught noise"
         return DistillationWorkload(
             build_teacher=lambda: self.model("teacher", channels, size, num_classes, seed),
@@ -257,9 +249,7 @@ class Head(nn.Module):
         return self.linear(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def cnn(
-    width: int, depth: int, dropout: float, seed: int, channels_in: int = 1, classes: int = CLASSES
-) -> nn.Sequential:
+def cnn(width: int, depth: int, dropout: float, seed: int, channels_in: int = 1, classes: int = CLASSES) -> nn.Sequential:
     """A first convolution, `depth` more (the middle one halves the image and doubles the channels) and a head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -75,9 +75,7 @@ def mbconv_flops(channels: int, width: int, stride: int, kernel: int, expansion:
 class Cell(nn.Module):
     """Operations that may stand in one place of the network, and `alpha`, whose softmax says how likely each is."""
 
-    def __init__(
-        self, place: tuple[int, int, int], size: int, kernels: Sequence[int], expansions: Sequence[int]
-    ) -> None:
+    def __init__(self, place: tuple[int, int, int], size: int, kernels: Sequence[int], expansions: Sequence[int]) -> None:
         super().__init__()
         channels, width, stride = place
         choices = [(kernel, expansion) for kernel in kernels for expansion in expansions]
@@ -298,8 +296,7 @@ def random_paths(net: nn.Sequential, seed: int) -> Paths:
 def largest_paths(net: nn.Sequential) -> Paths:
     """The operation of every cell that takes most work."""
     return tuple(
-        tuple(list(cell.paths)[cell.flops.index(max(cell.flops))] for cell in stage.choices())
-        for stage in search_stages(net)
+        tuple(list(cell.paths)[cell.flops.index(max(cell.flops))] for cell in stage.choices()) for stage in search_stages(net)
     )
 
 

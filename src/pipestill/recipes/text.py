@@ -78,9 +78,7 @@ def open_text(data: str | None, seed: int) -> Corpus:
             texts.append(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             problems.append(f"cannot read '{file}' as UTF-8 text: {error}")
-    problems += [
-        f"'{file}' is empty" for file, text in zip(files, texts, strict=False) if not problems and not text.strip()
-    ]
+    problems += [f"'{file}' is empty" for file, text in zip(files, texts, strict=False) if not problems and not text.strip()]
     if problems:
         raise DataError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
     return _split(f"'{path}'", tuple(texts), seed)
@@ -90,9 +88,7 @@ def _saved_dataset(path: Path, seed: int) -> Corpus:
     try:
         from datasets import load_from_disk
     except ImportError:
-        raise ConfigError(
-            f"'{path}' is a saved dataset, which needs the package datasets; run pip install datasets"
-        ) from None
+        raise ConfigError(f"'{path}' is a saved dataset, which needs the package datasets; run pip install datasets") from None
     try:
         found: Any = load_from_disk(str(path))
     except Exception as error:  # pyarrow and datasets raise many kinds
@@ -198,9 +194,7 @@ def open_tokens(path: str) -> Tokens:
     fast = from_pretrained("AutoTokenizer", path, "tokenizer")
     made = getattr(fast, "backend_tokenizer", None)
     if made is None:
-        raise ConfigError(
-            f"the tokenizer '{path}' has no tokenizer.json; save it with a fast tokenizer's save_pretrained"
-        )
+        raise ConfigError(f"the tokenizer '{path}' has no tokenizer.json; save it with a fast tokenizer's save_pretrained")
     made.no_padding()
     made.no_truncation()
     names = {name: getattr(fast, f"{name}_token") for name in ("pad", "cls", "sep", "mask")}
@@ -223,9 +217,7 @@ def _tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise ConfigError(
-            "text is read with tokenizers, which is not installed; run pip install tokenizers"
-        ) from None
+        raise ConfigError("text is read with tokenizers, which is not installed; run pip install tokenizers") from None
     return tokenizers
 
 

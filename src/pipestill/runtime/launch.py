@@ -22,10 +22,7 @@ from pipestill.errors import PipestillError, RankFailure, TransportError, UserEr
 from pipestill.runtime.world import start_process_group
 
 _GRACE_SECONDS = 1.0
-_PRELOAD = [
-    "pipestill.train.trainer",
-    "torch._dynamo",
-]  # what every rank is going to import; optimizers import the second
+_PRELOAD = ["pipestill.train.trainer", "torch._dynamo"]  # what every rank is going to import; optimizers import the second
 _KILL_SECONDS = 3.0
 
 
@@ -84,9 +81,7 @@ def launch(
             lifeline_end, lifeline = context.Pipe(duplex=False)
             settings = (rank, num_ranks, store.port, device_type, threads, timeout_seconds)
             process = context.Process(  # type: ignore[attr-defined]
-                target=_rank_main,
-                args=(target, arguments, settings, theirs, lifeline_end),
-                name=f"pipestill-rank-{rank}",
+                target=_rank_main, args=(target, arguments, settings, theirs, lifeline_end), name=f"pipestill-rank-{rank}"
             )
             process.start()
             theirs.close()

@@ -61,8 +61,7 @@ class Mailbox:
         """By work whose result is kept: the result, and how many uses are left."""
         awaited = {a.payload.at(0) for a in row if a.kind is Kind.RECEIVE and self.lane_of(a) is Lane.TOKEN}
         self.token_needs = {
-            work: [need for need in needs(work, self.structure) if need.at(0) in awaited]
-            for work in (works if awaited else [])
+            work: [need for need in needs(work, self.structure) if need.at(0) in awaited] for work in (works if awaited else [])
         }
         """By work of step 0: what it needs whose token comes from another rank."""
         self.token_uses = Counter(need.at(0) for mine in self.token_needs.values() for need in mine)

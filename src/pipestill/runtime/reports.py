@@ -98,9 +98,7 @@ class StepReports:
         self._given: tuple[int, LoggedStep, Lap] | None = None
         """On the reporting rank, what it has not collected yet: the number of its messages, its own figures, their time."""
 
-    def give(
-        self, number: int, step: int, epoch: int, lap: Lap, figures: Sequence[float], sizes: Sequence[int]
-    ) -> None:
+    def give(self, number: int, step: int, epoch: int, lap: Lap, figures: Sequence[float], sizes: Sequence[int]) -> None:
         """Send this rank's figures or, on the reporting rank, announce those of all ranks, by their sizes.
 
         `number` tells the messages of one logged step from those of others.

@@ -150,9 +150,7 @@ def may_share_memory() -> bool:
     return able and os.environ.get("PIPESTILL_SHARED_MEMORY", "1") != "0"
 
 
-def connect_peers(
-    ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_seconds: float
-) -> dict[int, socket.socket]:
+def connect_peers(ranks: Sequence[int], group: dist.ProcessGroup | None, timeout_seconds: float) -> dict[int, socket.socket]:
     """Connect to each of the other `ranks` that is on this machine, in the same network namespace, and may share memory.
 
     All ranks call this together, also those that may not. They exchange nothing but random names of sockets in the abstract
@@ -245,9 +243,7 @@ def choose_device_type(wanted: str | None, devices: int) -> str:
     if wanted not in ("cpu", "cuda"):
         raise DeviceError(f"no device type '{wanted}'; expected cpu or cuda")
     if wanted == "cuda" and available < here:
-        raise DeviceError(
-            f"{here} CUDA devices asked for, this machine has {available}; use --device cpu or fewer devices"
-        )
+        raise DeviceError(f"{here} CUDA devices asked for, this machine has {available}; use --device cpu or fewer devices")
     return wanted
 
 

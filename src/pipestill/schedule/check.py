@@ -85,9 +85,7 @@ def _transfer_problems(schedule: Schedule[Structure]) -> list[str]:
     for payload, source, destination in crossings(structure):
         expected[source, payload.send_to(destination)] = 1
         expected[destination, payload.receive_from(source)] = 1
-    found = Counter(
-        (rank, action.at(0)) for rank, row in enumerate(schedule.rows) for action in row if not action.computes
-    )
+    found = Counter((rank, action.at(0)) for rank, row in enumerate(schedule.rows) for action in row if not action.computes)
     return problems + [
         f"rank {rank}: {action} stands {found[rank, action]} times in the period, expected {expected[rank, action]}"
         for rank, action in sorted(expected | found, key=lambda item: (item[0], str(item[1])))
@@ -132,9 +130,7 @@ def _collective_problems(rows: list[list[Action]], structure: Structure) -> list
         for rank in group[1:]:
             for here, there in zip(orders[rank], first, strict=False):
                 if here not in structure.sharers(there):
-                    problems.append(
-                        f"rank {rank}: {here} is out of order: rank {group[0]} of its group has {there} then"
-                    )
+                    problems.append(f"rank {rank}: {here} is out of order: rank {group[0]} of its group has {there} then")
                     break
     return problems
 
@@ -150,8 +146,6 @@ def _order_problems(rows: list[list[Action]]) -> list[str]:
                 before, place = last.get((action.role, action.stage, action.op)), (action.step, action.microbatch or 0)
                 if before is not None and before[:2] > place and action.at(0) not in named:
                     named.add(action.at(0))
-                    problems.append(
-                        f"rank {rank}: {action} runs after {before[2]}; a stage takes microbatches in order"
-                    )
+                    problems.append(f"rank {rank}: {action} runs after {before[2]}; a stage takes microbatches in order")
                 last[action.role, action.stage, action.op] = *place, action
     return problems

@@ -31,9 +31,7 @@ class _Place(NamedTuple):
     step: int
 
 
-def connect(
-    strategy: str, structure: S, rows: Sequence[Sequence[Action]], stash: tuple[int, ...], run_ahead: int
-) -> Schedule[S]:
+def connect(strategy: str, structure: S, rows: Sequence[Sequence[Action]], stash: tuple[int, ...], run_ahead: int) -> Schedule[S]:
     """Rows of work without transfers -> a schedule with its data reads, sends and receives.
 
     A send stands right after its work. A receive posts its buffer `lead` actions before the work that needs
@@ -113,14 +111,10 @@ def _by_lane(
     for result in sorted(moments, key=places.__getitem__):
         source = structure.rank_of(result)
         lanes[source, lane(result.receive_from(source), rank, structure)].append(result)
-    return {
-        result: moment for sent in lanes.values() for result, moment in _in_turn(sent, moments, places, period).items()
-    }
+    return {result: moment for sent in lanes.values() for result, moment in _in_turn(sent, moments, places, period).items()}
 
 
-def _in_turn(
-    sent: list[Action], moments: dict[Action, int], places: Mapping[Action, _Place], period: int
-) -> dict[Action, int]:
+def _in_turn(sent: list[Action], moments: dict[Action, int], places: Mapping[Action, _Place], period: int) -> dict[Action, int]:
     """Moments that are no later than the given ones, and in the order in which one period after the other sends `sent`.
 
     Counted from the period that sends it, a result of s steps ahead has its moment s periods later. On that scale a result

@@ -168,9 +168,7 @@ class _Simulation:
                 stuck = item.action.at(period + item.action.step)
                 raise RuntimeError(f"rank {rank} never runs {stuck}: the schedule deadlocks")
         structure = self.structure
-        return Trace(
-            self.num_ranks, tuple(self.events), by_block=structure.by_block, batches_per_step=structure.batches_per_step
-        )
+        return Trace(self.num_ranks, tuple(self.events), by_block=structure.by_block, batches_per_step=structure.batches_per_step)
 
     def _advance(self, rank: int) -> None:
         """Send what is done, and start the next work if all that it needs is there."""

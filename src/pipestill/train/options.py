@@ -83,9 +83,7 @@ class TrainerOptions:
         schedules = {name: getattr(self, name) for name in ("lr_schedule", "weight_decay_schedule")}
         yield from optimizing(self.optimizer, self.lr, self.optimizer_options, self.param_groups, schedules)
         yield from one_of("device", self.device, (str, NoneType), "'cpu', 'cuda' or None")
-        yield from function(
-            "split_batch", self.split_batch, "a function from what the loader yields to (inputs, targets)"
-        )
+        yield from function("split_batch", self.split_batch, "a function from what the loader yields to (inputs, targets)")
         yield from whole("seed", self.seed)
         yield from listeners(self.callbacks)
         yield from real_number("timeout_seconds", self.timeout_seconds, above=0)

@@ -146,9 +146,7 @@ def optimizer_state(parameters: Mapping[str, nn.Parameter], optimizer: torch.opt
     }
 
 
-def load_optimizer_state(
-    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, saved: OptimizerState
-) -> None:
+def load_optimizer_state(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, saved: OptimizerState) -> None:
     """Put what was kept of parameters of these names into an optimizer; its groups and their rates stay as they are."""
     on_device = {id(p) for group in optimizer.param_groups if _counts_on_device(group) for p in group["params"]}
     for name, parameter in parameters.items():

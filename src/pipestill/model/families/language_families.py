@@ -99,9 +99,7 @@ _DISTILBERT_HALVES = (
         lambda layer, h, mask: layer.sa_layer_norm(layer.attention(h, attention_mask=mask)[0] + h),
         masked=True,
     ),
-    HalfLayer(
-        "feed_forward", ("ffn", "output_layer_norm"), lambda layer, h, _: layer.output_layer_norm(layer.ffn(h) + h)
-    ),
+    HalfLayer("feed_forward", ("ffn", "output_layer_norm"), lambda layer, h, _: layer.output_layer_norm(layer.ffn(h) + h)),
 )
 BERT = Family("bert", ("embeddings",), "encoder.layer", ("pooler",), _bert_embed, _BERT_HALVES)
 ROBERTA = Family("roberta", ("embeddings",), "encoder.layer", ("pooler",), _bert_embed, _BERT_HALVES)
@@ -117,10 +115,7 @@ def _gpt2_embed(base: Any, inputs: dict[str, Any]) -> Tensor:
 
 _GPT2_HALVES = (
     HalfLayer(
-        "attention",
-        ("ln_1", "attn"),
-        lambda layer, h, mask: layer.attn(layer.ln_1(h), attention_mask=mask)[0] + h,
-        masked=True,
+        "attention", ("ln_1", "attn"), lambda layer, h, mask: layer.attn(layer.ln_1(h), attention_mask=mask)[0] + h, masked=True
     ),
     HalfLayer("feed_forward", ("ln_2", "mlp"), lambda layer, h, _: h + layer.mlp(layer.ln_2(h))),
 )

@@ -60,9 +60,7 @@ def forward_class(model: nn.Module) -> type:
 def _is_its_halves(layer: nn.Module) -> bool:
     """Whether the layer's own call does nothing but call its two halves."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return not (
-        hooked or getattr(layer, "gradient_checkpointing", False) or getattr(layer, "chunk_size_feed_forward", 0)
-    )
+    return not (hooked or getattr(layer, "gradient_checkpointing", False) or getattr(layer, "chunk_size_feed_forward", 0))
 
 
 def _check_complete(model: nn.Module, family: Family, holders: set[str]) -> None:
@@ -95,9 +93,7 @@ def _first(family: Family, base: nn.Module, inputs: Any) -> dict[str, Tensor]:
     return value if mask is None else {**value, "mask": mask.bool()}
 
 
-def _through(
-    family: Family, base: nn.Module, half: HalfLayer, layer: nn.Module, value: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def _through(family: Family, base: nn.Module, half: HalfLayer, layer: nn.Module, value: dict[str, Tensor]) -> dict[str, Tensor]:
     """Run half a layer, or a whole one, on the hidden states."""
     mask = _mask(family, base, value) if half.masked else None
     return {**value, "hidden": half.call(layer, value["hidden"], mask)}
@@ -109,9 +105,7 @@ def _mask(family: Family, base: nn.Module, value: dict[str, Tensor]) -> Tensor |
 
     make = masking_utils.create_causal_mask if family.causal else masking_utils.create_bidirectional_mask
     rest = {"past_key_values": None} if family.causal else {}
-    mask: Tensor | None = make(
-        config=base.config, inputs_embeds=value["hidden"], attention_mask=value.get("mask"), **rest
-    )
+    mask: Tensor | None = make(config=base.config, inputs_embeds=value["hidden"], attention_mask=value.get("mask"), **rest)
     return mask
 
 

@@ -89,8 +89,7 @@ def _schedules(layout: _Layout, window: int) -> Iterator[tuple[Schedule[Blockwis
     """Yield the layout's schedule with the teacher's forwards in two orders, and the ranks that have something to do."""
     ranks = tuple(sorted({p.rank for portions in (*layout.teacher, *layout.student) for p in portions}))
     teacher, student = (
-        [[replace(p, rank=ranks.index(p.rank)) for p in portions] for portions in of]
-        for of in (layout.teacher, layout.student)
+        [[replace(p, rank=ranks.index(p.rank)) for p in portions] for portions in of] for of in (layout.teacher, layout.student)
     )
     for teacher_first in (True, False):
         yield sliced(window, teacher, student, len(ranks), teacher_first=teacher_first), ranks

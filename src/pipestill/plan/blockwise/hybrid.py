@@ -60,9 +60,7 @@ def hybrid(
     return _search(problem, range(devices), devices, num_candidates)
 
 
-def relay(
-    profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None
-) -> Hybrid:
+def relay(profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None) -> Hybrid:
     """Find what `hybrid` does with one rank for every stage. With fewer blocks than ranks, the slowest of the ranks stay idle."""
     problem = Problem(profile, batch, devices, speeds, memory_bytes)
     num_blocks = len(profile.blocks)
@@ -138,9 +136,7 @@ def _search(problem: Problem, ranks: Sequence[int], largest_group: int, num_cand
     while rank < len(ranks):
         ways = ((end, totals(rank, end)[block]) for start, end in groups if start == rank)
         group_end, sums = next((end, sums) for end, sums in ways if sums.min() <= total[rank, block] * _ROUNDING)
-        stages.append(
-            Stage(block, int((sums <= total[rank, block] * _ROUNDING).argmax()), tuple(ranks[rank:group_end]))
-        )
+        stages.append(Stage(block, int((sums <= total[rank, block] * _ROUNDING).argmax()), tuple(ranks[rank:group_end])))
         rank, block = group_end, stages[-1].end
     return _answer(problem, tuple(stages), num_candidates)
 

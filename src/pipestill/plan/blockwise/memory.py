@@ -50,9 +50,7 @@ def _peak(schedule: Schedule[BlockwiseStructure], rank: int, costs: BlockwiseCos
     uses = Counter(source.at(0) for action in row for source in used(action))
     ahead = 0 if structure.barrier else structure.ahead
     waiting = sum(
-        ahead * output(action, structure.share_of(action).part)
-        for action in row
-        if action.computes and action.at(0) in relayed
+        ahead * output(action, structure.share_of(action).part) for action in row if action.computes and action.at(0) in relayed
     )
     held, left, most = dict[Action, int](), dict[Action, int](), 0
     for action in schedule.unroll(2 + schedule.lookahead)[rank]:

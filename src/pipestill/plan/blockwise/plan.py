@@ -185,9 +185,7 @@ def make_blockwise_plan(
     """
     if strategy not in BLOCKWISE_STRATEGIES:
         known = ", ".join(BLOCKWISE_STRATEGIES)
-        raise PlanError(
-            f"no strategy '{strategy}' for blocks{nearest(strategy, BLOCKWISE_STRATEGIES)}; there are {known}"
-        )
+        raise PlanError(f"no strategy '{strategy}' for blocks{nearest(strategy, BLOCKWISE_STRATEGIES)}; there are {known}")
     Problem(profile, batch, devices, speeds, memory_bytes)  # raises what is wrong with it
     blocks, everybody = range(len(profile.blocks)), tuple(range(devices))
     costs = BlockwiseCosts(profile, batch, tuple(speeds or ()))

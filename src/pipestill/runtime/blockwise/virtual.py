@@ -44,9 +44,7 @@ class VirtualWorker:
         self.clock.work(self.costs.profile.blocks[block].teacher(len(value)) / self.speed)
         return torch.zeros(len(value), 1)
 
-    def train(
-        self, block: int, value: Tensor | None, target: object, weight: float, batch: int, unit: int, group: Any
-    ) -> None:
+    def train(self, block: int, value: Tensor | None, target: object, weight: float, batch: int, unit: int, group: Any) -> None:
         """Take the time of a student block's training step, its update included."""
         if value is not None:
             self.clock.work(self.costs.profile.blocks[block].student(len(value)) / self.speed)

@@ -217,9 +217,7 @@ class OptimizerState:
                     )
         return packed
 
-    def unpack(
-        self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], packed: Sequence[Tensor]
-    ) -> None:
+    def unpack(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], packed: Sequence[Tensor]) -> None:
         """Give an optimizer the state that `pack` took from another."""
         has_state, rest = packed[0].tolist(), iter(packed[1:])
         for parameter, template, known in zip(parameters, self.templates, has_state, strict=True):

@@ -86,12 +86,8 @@ class Student(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]: ...
-    def enter(
-        self, tensors: Sequence[Tensor], rows: int, unit: int, length: int
-    ) -> tuple[Any, list[Tensor | None]]: ...
-    def forward(
-        self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int, length: int
-    ) -> Any: ...
+    def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]: ...
+    def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int, length: int) -> Any: ...
     def infer(self, value: Any, step: int, unit: int) -> Any: ...
     def end_batch(self) -> None: ...
     def loss(
@@ -268,9 +264,7 @@ class PipelineExecutor:
             if self.metric is not None:
                 self.metric(outputs[Role.STUDENT][number], target, rows)
             else:
-                self.student.loss(
-                    number, outputs[Role.STUDENT], outputs[Role.TEACHER], target, action.step, rows / batch.rows
-                )
+                self.student.loss(number, outputs[Role.STUDENT], outputs[Role.TEACHER], target, action.step, rows / batch.rows)
 
     def _backward(self, action: Action, batch: Batch) -> Waiting:
         gradients = None  # the last stage's come from the loss

@@ -69,9 +69,7 @@ class Reference:
         self.trained = {name: p for name, p in self.task.student.named_parameters() if p.requires_grad}
         self.optimizer = self.settings.optimizer(self.trained)
         self.rates = self.settings.schedules.rates(self.optimizer)
-        self.average = (
-            MovingAverage(self.task, range(len(self.task.teacher_blocks))) if isinstance(self.task, Momentum) else None
-        )
+        self.average = MovingAverage(self.task, range(len(self.task.teacher_blocks))) if isinstance(self.task, Momentum) else None
         averaged = [mine for mine, _ in self.average.pairs] if self.average else []
         self.student_weights = PreviousWeights(list(self.trained.values()), self.student_staleness)
         self.teacher_weights = PreviousWeights(averaged, self.staleness)

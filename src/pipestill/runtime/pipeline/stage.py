@@ -47,9 +47,7 @@ def guard_batch(value: Any) -> Callable[[str], None]:
 
     def unchanged(who: str) -> None:
         if changed():
-            raise ModelError(
-                f"the first block of the {who} changes its input in place, and the other model reads it too"
-            )
+            raise ModelError(f"the first block of the {who} changes its input in place, and the other model reads it too")
 
     return unchanged
 
@@ -169,11 +167,7 @@ class StudentStage:
         self.model.in_mode(train=True)
         with self.versions.of(step):
             blocks: list[_SplitForward] = []
-            output = (
-                self._forward_split(value, step, unit, blocks)
-                if self.split
-                else self._run(self.blocks, value, step, unit)
-            )
+            output = self._forward_split(value, step, unit, blocks) if self.split else self._run(self.blocks, value, step, unit)
         contract = self._contract(unit, self.blocks[-1], length)
         self.stash[step, unit] = _Held(gradients, contract.split(output, rows), blocks)
         return output
@@ -349,9 +343,7 @@ def placed(task: Task, device: torch.device) -> Iterator[None]:
 def gradient_squares(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The squared norm of each parameter's gradient, 0 without one: float64, on the CPU."""
     squares = [
-        p.new_zeros((), dtype=torch.float64)
-        if p.grad is None
-        else torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
+        p.new_zeros((), dtype=torch.float64) if p.grad is None else torch.linalg.vector_norm(p.grad, dtype=torch.float64).square()
         for p in parameters
     ]
     return torch.stack(squares).cpu() if squares else torch.zeros(0, dtype=torch.float64)

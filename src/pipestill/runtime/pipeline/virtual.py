@@ -128,12 +128,7 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
 
     stages = [range(i, i + 1) for i in range(plan.num_devices)]
     boundaries = Boundaries(
-        structure,
-        _contracts(structure, plan.num_devices),
-        stages,
-        stages,
-        num_trained=(0,) * plan.num_devices,
-        views=False,
+        structure, _contracts(structure, plan.num_devices), stages, stages, num_trained=(0,) * plan.num_devices, views=False
     )
     executor = PipelineExecutor(
         schedule, rank, boundaries=boundaries, student=VirtualStudent(rank, structure, costs, clock),

@@ -26,9 +26,7 @@ class ProcessGroup:
     on all that have edges where they are `among_some`.
     """
 
-    def __init__(
-        self, timeout_seconds: float, edges: Iterable[tuple[int, int, Lane]] = (), *, among_some: bool = False
-    ) -> None:
+    def __init__(self, timeout_seconds: float, edges: Iterable[tuple[int, int, Lane]] = (), *, among_some: bool = False) -> None:
         self.rank = dist.get_rank()
         self.timeout = timedelta(seconds=timeout_seconds)
         self.posted: dict[Message, tuple[list[Tensor], list[dist.Work]]] = {}

@@ -122,9 +122,7 @@ class VirtualRecorder(Recorder):
 EventsBySegment = dict[int, list[Event]]
 
 
-def run_timed(
-    world: World, clock: VirtualClock, run: Callable[[], EventsBySegment]
-) -> tuple[EventsBySegment, float] | None:
+def run_timed(world: World, clock: VirtualClock, run: Callable[[], EventsBySegment]) -> tuple[EventsBySegment, float] | None:
     """Call `run` on all ranks at once.
 
     Returns on rank 0 the events of all ranks, by segment and in the order in which they started, and the fraction of the

@@ -50,9 +50,7 @@ def _row(structure: BlockwiseStructure, rank: int) -> list[Action]:
     return [a for a in structure.actions() if a.op is not Op.DATA and structure.rank_of(a) == rank]
 
 
-def _connected(
-    strategy: str, structure: BlockwiseStructure, rows: Sequence[Sequence[Action]]
-) -> Schedule[BlockwiseStructure]:
+def _connected(strategy: str, structure: BlockwiseStructure, rows: Sequence[Sequence[Action]]) -> Schedule[BlockwiseStructure]:
     """The rows with transfers. The teacher's run-ahead counts steps, and nothing is stashed between actions."""
     steps_ahead = max((a.step for row in rows for a in row), default=0)
     return connect(strategy, structure, rows, (0,) * structure.num_ranks, run_ahead=steps_ahead)

@@ -73,9 +73,7 @@ class BlockTimes:
         if any(size <= before for before, size in pairwise((1, *groups))):
             problems.append(f"allreduce_ranks are {list(groups)}, expected ascending sizes from 2")
         problems += [
-            f"allreduce_seconds holds {s}, expected 0 or more"
-            for s in self.allreduce_seconds
-            if not 0 <= s < float("inf")
+            f"allreduce_seconds holds {s}, expected 0 or more" for s in self.allreduce_seconds if not 0 <= s < float("inf")
         ]
         if problems:
             raise PlanError(f"times of block '{self.name}': {'; '.join(problems)}")

@@ -61,9 +61,7 @@ def read(text: str, problems: list[str]) -> tuple[list[Values], Values]:
     if not lines and not problems:
         problems.append("no line follows the header; expected one for each block and row count")
     if _UNREAD not in lines and sorted(lines) != list(range(len(lines))):
-        problems.append(
-            f"blocks are {', '.join(map(str, sorted(lines)))}; expected 0 to {len(lines) - 1} without a gap"
-        )
+        problems.append(f"blocks are {', '.join(map(str, sorted(lines)))}; expected 0 to {len(lines) - 1} without a gap")
     link = _link(header, [values for points in lines.values() for values in points], problems)
     lines.pop(_UNREAD, None)
     for block, points in sorted(lines.items()):

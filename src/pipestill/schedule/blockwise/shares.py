@@ -20,9 +20,7 @@ WHOLE: Part = (Fraction(0), Fraction(1))
 
 _NUMBER = "(?:0|[1-9][0-9]{0,8})"
 _FRACTION = f"{_NUMBER}(?:/[1-9][0-9]{{0,8}})?"
-_SHARE = re.compile(
-    f"(?P<batch>{_NUMBER})@(?P<rank>{_NUMBER})(?::(?P<first>{_FRACTION})-(?P<end>{_FRACTION}))?", re.ASCII
-)
+_SHARE = re.compile(f"(?P<batch>{_NUMBER})@(?P<rank>{_NUMBER})(?::(?P<first>{_FRACTION})-(?P<end>{_FRACTION}))?", re.ASCII)
 _BLOCK = re.compile(f"(?:teacher|student) ({_NUMBER})")
 
 

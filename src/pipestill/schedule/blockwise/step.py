@@ -33,9 +33,7 @@ class BlockwiseStep:
 
     def __post_init__(self) -> None:
         if not self.teacher or len(self.teacher) != len(self.student):
-            raise ValueError(
-                f"{len(self.teacher)} teacher and {len(self.student)} student blocks; expected as many of both"
-            )
+            raise ValueError(f"{len(self.teacher)} teacher and {len(self.student)} student blocks; expected as many of both")
         if self.window < 1 or self.ahead < 0:
             raise ValueError(f"a window of {self.window} batches, {self.ahead} steps ahead; expected at least 1 and 0")
         self._check_shares()

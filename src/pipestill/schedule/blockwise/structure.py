@@ -62,9 +62,7 @@ class BlockwiseStructure(BlockwiseStep):
     """Everything that one step of blockwise training computes, and what waits for what (fields: see `BlockwiseStep`)."""
 
     line_names: ClassVar[tuple[str, ...]] = ("ranks", "window", "ahead", "barrier")
-    receives_by_lane: ClassVar[bool] = (
-        True  # what a lane carries in one period may belong to batches of different steps
-    )
+    receives_by_lane: ClassVar[bool] = True  # what a lane carries in one period may belong to batches of different steps
     by_block: ClassVar[bool] = True
 
     def needs(self, work: Action) -> list[Action]:

@@ -203,13 +203,7 @@ class _Search:
             for latest in (True, False) if self.structure.momentum else (False,):
                 candidates = self.candidates
                 rows = weave(
-                    self.structure,
-                    self.costs,
-                    candidates.orders,
-                    candidates.stash,
-                    candidates.run_ahead,
-                    period,
-                    latest,
+                    self.structure, self.costs, candidates.orders, candidates.stash, candidates.run_ahead, period, latest
                 )
                 if rows is not None:
                     self._time(rows)

@@ -70,16 +70,12 @@ def least_stash(structure: PipelineStructure) -> int:
     return min(structure.num_units(Role.STUDENT), len(structure.units_of_loss(0, Role.STUDENT)) + structure.last)
 
 
-def one_f_one_b(
-    num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any
-) -> Schedule[PipelineStructure]:
+def one_f_one_b(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule[PipelineStructure]:
     """Run all teacher forwards, and then the student's forwards and backwards in turn, on every rank.
 
     1F1B with a flush (Narayanan et al., SC 2021), section 2.2. `work`: further fields of the `PipelineStructure`.
     """
     structure = pipeline(num_stages, num_microbatches, teacher=teacher, **work)
     warm_ups = warm_up(structure, least_stash(structure))
-    rows = [
-        teacher_order(stage, structure) + student_order(stage, structure, ahead) for stage, ahead in enumerate(warm_ups)
-    ]
+    rows = [teacher_order(stage, structure) + student_order(stage, structure, ahead) for stage, ahead in enumerate(warm_ups)]
     return connect("1f1b", structure, rows, warm_ups, structure.num_units(Role.TEACHER) if teacher else 0)

@@ -91,9 +91,7 @@ def packed(windows: Sequence[Window], structure: PipelineStructure, costs: Stage
     mean_view = sum(costs.views[:views]) / views
     rows = []
     for window, seconds in zip(windows, costs.teacher, strict=True):
-        slots = [
-            Timed(start, None) for start in _slots(window, units, seconds * mean_view * costs.interference, policy)
-        ]
+        slots = [Timed(start, None) for start in _slots(window, units, seconds * mean_view * costs.interference, policy)]
         rows.append(sorted((*slots, *window.work), key=lambda timed: (timed.start, timed.action is not None)))
     return labelled(rows, structure, costs, windows[0].period)
 
@@ -101,11 +99,7 @@ def packed(windows: Sequence[Window], structure: PipelineStructure, costs: Stage
 def _slots(window: Window, units: int, seconds: float, policy: str) -> list[float]:
     """Start times of teacher forwards of `seconds` each: as many as fit in each gap, the rest where most is left."""
     gaps = [_Gap(*gap) for gap in window.gaps]
-    order = {
-        "largest": lambda gap: -gap.left,
-        "earliest": lambda gap: gap.start,
-        "latest": lambda gap: -gap.start,
-    }[policy]
+    order = {"largest": lambda gap: -gap.left, "earliest": lambda gap: gap.start, "latest": lambda gap: -gap.start}[policy]
     starts: list[float] = []
     for gap in sorted(gaps, key=order):
         todo = units - len(starts)
@@ -124,9 +118,7 @@ def _slots(window: Window, units: int, seconds: float, policy: str) -> list[floa
     return sorted(starts)
 
 
-def labelled(
-    rows: Sequence[Sequence[Timed]], structure: PipelineStructure, costs: StageCosts, period: float
-) -> Rows | None:
+def labelled(rows: Sequence[Sequence[Timed]], structure: PipelineStructure, costs: StageCosts, period: float) -> Rows | None:
     """Find which forward of a frozen teacher each None in `rows` is.
 
     The teacher's forwards of all steps form one sequence: step * units + unit. A rank runs all units of one step in every

@@ -15,9 +15,7 @@ from pipestill.schedule.pipeline.work import Rows
 from pipestill.schedule.schedule import Schedule
 
 
-def sequential(
-    num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any
-) -> Schedule[PipelineStructure]:
+def sequential(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule[PipelineStructure]:
     """Run each microbatch through the whole teacher, the whole student and back before the next one starts.
 
     A loss over the whole batch comes between all forwards and all backwards. `work`: further fields of the `PipelineStructure`.

@@ -199,9 +199,7 @@ def _bounds(
             if held > peak:
                 peak = held
                 if held > stash[rank]:
-                    problems.append(
-                        f"rank {rank}: {action} makes {held} stashed microbatches, the bound is {stash[rank]}"
-                    )
+                    problems.append(f"rank {rank}: {action} makes {held} stashed microbatches, the bound is {stash[rank]}")
             if most_ahead > run_ahead and action.role is Role.TEACHER:
                 problems.append(f"rank {rank}: {action} runs {most_ahead} microbatches ahead, the bound is {run_ahead}")
                 break

@@ -38,20 +38,12 @@ def tspipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **wo
         teacher_forwards = [action.at(1) for action in teacher_order(stage, structure)]
         early = 2 * (num_stages - 1 - stage) * structure.pieces
         rows.append(
-            [
-                *passes[:units],
-                *teacher_forwards[:early],
-                *passes[units:],
-                *teacher_forwards[early:],
-                *step_end(stage, structure),
-            ]
+            [*passes[:units], *teacher_forwards[:early], *passes[units:], *teacher_forwards[early:], *step_end(stage, structure)]
         )
     return connect("tspipe", structure, rows, (units,) * num_stages, 2 * structure.num_units(Role.TEACHER))
 
 
-def asynchronous(
-    num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any
-) -> Schedule[PipelineStructure]:
+def asynchronous(num_stages: int, num_microbatches: int, *, teacher: bool = True, **work: Any) -> Schedule[PipelineStructure]:
     """Let no step wait for the update of the one before: teacher and student read weights that are one step old.
 
     `work`: further fields of the `PipelineStructure`. Raises `PlanError` without a momentum teacher: with a frozen one nothing

@@ -71,10 +71,7 @@ def _with_frozen_teacher(
     """Insert a frozen teacher's forwards: they may be of any step, so where they stand is chosen first, then which they are."""
     if not all(weaver.insert(action, 0, latest) for of_stage in forwards for action in of_stage):
         return None
-    timed = [
-        [Timed(start, None if action.role is Role.TEACHER else action) for start, action in row]
-        for row in weaver.timed()
-    ]
+    timed = [[Timed(start, None if action.role is Role.TEACHER else action) for start, action in row] for row in weaver.timed()]
     return labelled(timed, structure, costs, period)
 
 

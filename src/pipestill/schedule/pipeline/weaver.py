@@ -237,9 +237,7 @@ class Weaver:
     def result(self) -> Rows:
         """Every rank's row of one period, which ends with what ends a step there."""
         rows = [[self._actions[placed.node].at(placed.ahead) for placed in row] for row in self._rows]
-        return (
-            [self._with_teacher_update(rank, row) for rank, row in enumerate(rows)] if self.structure.momentum else rows
-        )
+        return [self._with_teacher_update(rank, row) for rank, row in enumerate(rows)] if self.structure.momentum else rows
 
     def timed(self) -> list[list[tuple[float, Action]]]:
         """Every rank's row with start times that keep the period."""
