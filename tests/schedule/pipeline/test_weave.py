@@ -53,7 +53,7 @@ def woven(period: float, run_ahead: int | None = None, **work: Any) -> tuple[Row
     structure = pipeline(2, 3, **work)
     costs = uniform(2, 1, 1, 2, weight=1)
     made = Candidates(structure, costs, 3, run_ahead)
-    return weave(structure, costs, made.orders, made.stash, run_ahead, period, latest=structure.momentum), made
+    return weave(made, period, latest=structure.momentum), made
 
 
 @pytest.mark.parametrize(

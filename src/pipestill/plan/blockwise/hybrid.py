@@ -9,9 +9,8 @@ They are those of Pipe-BD (Jang et al., DATE 2023), whose own search tries every
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -32,8 +31,6 @@ class Hybrid:
     stages: tuple[Stage, ...]
     stage_seconds: tuple[float, ...]
     """Predicted seconds of each stage for one batch."""
-    num_candidates: int
-    """How many layouts the choice was from."""
     memory_bytes: tuple[int, ...] = ()
     """The most bytes that each rank holds; empty when the profile does not say what blocks hold."""
 
@@ -56,52 +53,24 @@ def hybrid(
     the least sum among stages that are no slower. Raises `PlanError` when nothing fits, with what the least would be.
     """
     problem = Problem(profile, batch, devices, speeds, memory_bytes)
-    num_candidates = math.comb(devices + len(profile.blocks) - 2, devices - 1)
-    return _search(problem, range(devices), devices, num_candidates)
+    return _search(problem, range(devices), devices)
 
 
 def relay(profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None) -> Hybrid:
     """Find what `hybrid` does with one rank for every stage. With fewer blocks than ranks, the slowest of the ranks stay idle."""
     problem = Problem(profile, batch, devices, speeds, memory_bytes)
-    num_blocks = len(profile.blocks)
-    fastest = sorted(range(devices), key=lambda rank: -problem.pace[rank])[:num_blocks]
-    return _search(problem, sorted(fastest), 1, math.comb(num_blocks - 1, len(fastest) - 1))
+    fastest = sorted(range(devices), key=lambda rank: -problem.pace[rank])[: len(profile.blocks)]
+    return _search(problem, sorted(fastest), 1)
 
 
-def exhaustive(
-    profile: BlockProfile, batch: int, devices: int, *, memory_bytes: float | None = None, speeds: Speeds = None
-) -> Hybrid:
-    """Find what `hybrid` does by trying each of the C(devices + blocks - 2, devices - 1) candidates, for small searches."""
-    problem = Problem(profile, batch, devices, speeds, memory_bytes)
-    every = list(_candidates(len(profile.blocks), devices))
-    fitting = [stages for stages in every if problem.fits(stages)]
-    if not fitting:
-        raise problem.nothing_fits(min(max(map(problem.bytes_of, stages)) for stages in every))
-    costs = [(tuple(map(problem.seconds_of, stages)), stages) for stages in fitting]
-    worst = min(max(seconds) for seconds, _ in costs) * _ROUNDING
-    costs = [(seconds, stages) for seconds, stages in costs if max(seconds) <= worst]
-    sums = [sum(s * len(stage.ranks) for s, stage in zip(seconds, stages, strict=True)) for seconds, stages in costs]
-    best = [stages for total, (_, stages) in zip(sums, costs, strict=True) if total <= min(sums) * _ROUNDING]
-    return _answer(problem, min(best, key=lambda stages: [(len(s.ranks), s.end) for s in stages]), len(every))
-
-
-def _candidates(num_blocks: int, num_ranks: int) -> Iterator[tuple[Stage, ...]]:
-    """Yield every way to divide blocks and ranks into stages."""
-    for num_stages in range(1, min(num_blocks, num_ranks) + 1):
-        for cuts in combinations(range(1, num_blocks), num_stages - 1):
-            for bounds in combinations(range(1, num_ranks), num_stages - 1):
-                blocks, ranks = pairwise((0, *cuts, num_blocks)), pairwise((0, *bounds, num_ranks))
-                yield tuple(Stage(*held, tuple(range(*group))) for held, group in zip(blocks, ranks, strict=True))
-
-
-def _answer(problem: Problem, stages: tuple[Stage, ...], num_candidates: int) -> Hybrid:
+def _answer(problem: Problem, stages: tuple[Stage, ...]) -> Hybrid:
     """The stages with what the cost model says about them."""
     held = {rank: problem.bytes_of(stage) for stage in stages for rank in stage.ranks}
     memory = tuple(held.get(rank, 0) for rank in range(problem.devices)) if problem.profile.memory_known else ()
-    return Hybrid(stages, tuple(map(problem.seconds_of, stages)), num_candidates, memory)
+    return Hybrid(stages, tuple(map(problem.seconds_of, stages)), memory)
 
 
-def _search(problem: Problem, ranks: Sequence[int], largest_group: int, num_candidates: int) -> Hybrid:
+def _search(problem: Problem, ranks: Sequence[int], largest_group: int) -> Hybrid:
     """Find the best stages that use all of `ranks`, in groups of at most `largest_group`."""
     num_blocks = len(problem.profile.blocks)
     tables = [_cost_tables(problem, k) for k in range(1, largest_group + 1)]
@@ -138,7 +107,7 @@ def _search(problem: Problem, ranks: Sequence[int], largest_group: int, num_cand
         group_end, sums = next((end, sums) for end, sums in ways if sums.min() <= total[rank, block] * _ROUNDING)
         stages.append(Stage(block, int((sums <= total[rank, block] * _ROUNDING).argmax()), tuple(ranks[rank:group_end])))
         rank, block = group_end, stages[-1].end
-    return _answer(problem, tuple(stages), num_candidates)
+    return _answer(problem, tuple(stages))
 
 
 def _cost_tables(problem: Problem, k: int) -> tuple[_Table, _Table, _Table]:

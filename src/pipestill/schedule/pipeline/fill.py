@@ -18,9 +18,8 @@ A fast `clock` times them all. The fastest few are connected, proved and simulat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil, inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
@@ -114,26 +113,15 @@ def stash_units(stash: int | str | None, structure: PipelineStructure) -> int:
     return min(units, wanted)
 
 
-@dataclass(frozen=True)
-class _Timed:
-    """Rows that can run, and what they are sorted by."""
+class _Found(NamedTuple):
+    """Rows that can run, or a schedule that is proved."""
 
     seconds: float
-    """Seconds of a step, by the clock."""
+    """Of a step: of rows by the clock, of a schedule by the simulator."""
     ahead: int
     """How many units the teacher is ahead at most."""
     rows: Rows
-
-
-@dataclass(frozen=True)
-class _Proved:
-    """A schedule that is proved, and what it is chosen by."""
-
-    seconds: float
-    """Seconds of a step, by the simulator."""
-    ahead: int
-    """How many units the teacher is ahead at most."""
-    schedule: Schedule[PipelineStructure]
+    schedule: Schedule[PipelineStructure] | None = None
 
 
 class _Search:
@@ -145,9 +133,9 @@ class _Search:
         self.run_ahead = inf if run_ahead is None else run_ahead
         self.candidates = Candidates(structure, costs, stash, run_ahead)
         self.clock = Clock(structure, costs)
-        self.timed: list[_Timed] = []  # the fastest first
+        self.timed: list[_Found] = []  # the fastest first
         self.tried: list[Rows] = []  # that were proved, or could not be
-        self.best: _Proved | None = None
+        self.best: _Found | None = None
         self.goal = self._shortest_period() * (1 + _ROUNDING)
         """Seconds of a step that end the search."""
 
@@ -201,10 +189,7 @@ class _Search:
             if self.timed and self.timed[0].seconds <= period:
                 continue
             for latest in (True, False) if self.structure.momentum else (False,):
-                candidates = self.candidates
-                rows = weave(
-                    self.structure, self.costs, candidates.orders, candidates.stash, candidates.run_ahead, period, latest
-                )
+                rows = weave(self.candidates, period, latest)
                 if rows is not None:
                     self._time(rows)
                     return
@@ -235,8 +220,8 @@ class _Search:
         if ahead <= self.run_ahead:
             period = self.clock.period(rows)
             if period is not None:
-                self.timed.append(_Timed(round(period, 12), ahead, rows))
-                self.timed.sort(key=lambda timed: (timed.seconds, timed.ahead))
+                self.timed.append(_Found(round(period, 12), ahead, rows))
+                self.timed.sort(key=lambda found: found[:2])
 
     def _prove(self, rows: Rows) -> None:
         """Make the schedule of `rows` the best one, if it is valid and faster."""
@@ -249,5 +234,5 @@ class _Search:
         if not never_stuck(schedule) or examine(schedule).problems:
             return
         seconds = round(simulate(schedule, self.costs).seconds_per_step, 12)
-        if self.best is None or (seconds, ahead) < (self.best.seconds, self.best.ahead):
-            self.best = _Proved(seconds, ahead, schedule)
+        if self.best is None or (seconds, ahead) < self.best[:2]:
+            self.best = _Found(seconds, ahead, rows, schedule)

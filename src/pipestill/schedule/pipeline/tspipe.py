@@ -34,12 +34,10 @@ def tspipe(num_stages: int, num_microbatches: int, *, teacher: bool = True, **wo
     units = structure.num_units(Role.STUDENT)
     rows = []
     for stage in range(num_stages):
-        passes = student_passes(stage, structure, units)
-        teacher_forwards = [action.at(1) for action in teacher_order(stage, structure)]
+        passes, ends = student_passes(stage, structure, units), step_end(stage, structure)
+        forwards = [action.at(1) for action in teacher_order(stage, structure)]
         early = 2 * (num_stages - 1 - stage) * structure.pieces
-        rows.append(
-            [*passes[:units], *teacher_forwards[:early], *passes[units:], *teacher_forwards[early:], *step_end(stage, structure)]
-        )
+        rows.append([*passes[:units], *forwards[:early], *passes[units:], *forwards[early:], *ends])
     return connect("tspipe", structure, rows, (units,) * num_stages, 2 * structure.num_units(Role.TEACHER))
 
 

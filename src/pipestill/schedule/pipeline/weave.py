@@ -10,69 +10,46 @@ from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil
 
-from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Op, Role
+from pipestill.schedule.pipeline.candidates import Candidates
 from pipestill.schedule.pipeline.pack import labelled
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.pipeline.weaver import Bound, Weaver
 from pipestill.schedule.pipeline.work import Rows, Timed
 
 
-def weave(
-    structure: PipelineStructure,
-    costs: StageCosts,
-    orders: Sequence[Sequence[Action]],
-    stash: Sequence[int],
-    run_ahead: int | None,
-    period: float,
-    latest: bool,
-) -> Rows | None:
+def weave(base: Candidates, period: float, latest: bool) -> Rows | None:
     """Weave rows that repeat in `period` seconds; None where that does not come out.
 
     Args:
-        structure: what a step computes
-        costs: seconds of each kind of work on each stage
-        orders: each rank's fixed order of one step
-        stash: for each stage, the most units between forward and backward
-        run_ahead: the most units that a momentum teacher may be ahead of the student (None: as many as it takes)
+        base: the student's orders, and what is to be kept
         period: seconds
         latest: see `Weaver.insert`
     """
-    s, stages = structure, range(len(orders))
+    s, stages = base.structure, range(len(base.orders))
     weights = [_units_of(s, Role.STUDENT, stage, Op.WEIGHT) for stage in stages] if s.split else []
     forwards = [_units_of(s, Role.TEACHER, stage, Op.FORWARD) for stage in stages] if s.teacher_ranks else []
     bounds = [bound for of_stage in weights for bound in in_order(of_stage)]
     for stage in stages:
         if s.split:
-            bounds += stash_bounds(s, stage, stash[stage])
+            bounds += stash_bounds(s, stage, base.stash[stage])
         if s.momentum:
-            bounds += [*teacher_bounds(s, stage, run_ahead), *in_order(forwards[stage])]
-    fixed = [[action for action in order if action.op is not Op.EMA] for order in orders]
+            bounds += [*teacher_bounds(s, stage, base.run_ahead), *in_order(forwards[stage])]
+    fixed = [[action for action in order if action.op is not Op.EMA] for order in base.orders]
     flexible = [action for of_stage in (*weights, *forwards) for action in of_stage]
-    weaver = Weaver(s, costs, fixed, flexible, period, bounds)
+    weaver = Weaver(s, base.costs, fixed, flexible, period, bounds)
     last_first = [action for of_stage in weights for action in reversed(of_stage)]
     if not (weaver.feasible and all(weaver.insert(action, 0, latest) for action in last_first)):
         return None
-    if s.teacher_ranks and not s.momentum:
-        return _with_frozen_teacher(weaver, s, costs, forwards, period, latest)
-    last_first = [action for of_stage in reversed(forwards) for action in reversed(of_stage)]
-    inserted = all(weaver.insert(action, 1 + s.staleness, latest) for action in last_first)
-    return weaver.result() if inserted else None
-
-
-def _with_frozen_teacher(
-    weaver: Weaver,
-    structure: PipelineStructure,
-    costs: StageCosts,
-    forwards: Sequence[Sequence[Action]],
-    period: float,
-    latest: bool,
-) -> Rows | None:
-    """Insert a frozen teacher's forwards: they may be of any step, so where they stand is chosen first, then which they are."""
+    if s.momentum or not s.teacher_ranks:
+        last_first = [action for of_stage in reversed(forwards) for action in reversed(of_stage)]
+        inserted = all(weaver.insert(action, 1 + s.staleness, latest) for action in last_first)
+        return weaver.result() if inserted else None
+    # A frozen teacher's forwards may be of any step: where they stand is chosen first, and then which they are.
     if not all(weaver.insert(action, 0, latest) for of_stage in forwards for action in of_stage):
         return None
     timed = [[Timed(start, None if action.role is Role.TEACHER else action) for start, action in row] for row in weaver.timed()]
-    return labelled(timed, structure, costs, period)
+    return labelled(timed, s, base.costs, period)
 
 
 def _units_of(structure: PipelineStructure, role: Role, stage: int, op: Op) -> list[Action]:
