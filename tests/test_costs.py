@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pipestill.costs import BlockCosts, Costs, Link, StageCosts
 from pipestill.errors import ConfigError, PlanError, UserError

@@ -7,19 +7,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipestill import losses as losses
-    from pipestill import lr_schedules as lr_schedules
+    from pipestill import losses as losses, lr_schedules as lr_schedules
     from pipestill.costs import Costs as Costs
-    from pipestill.errors import PipestillError as PipestillError
-    from pipestill.errors import RankFailure as RankFailure
-    from pipestill.errors import UserError as UserError
+    from pipestill.errors import PipestillError as PipestillError, RankFailure as RankFailure, UserError as UserError
     from pipestill.model.block import Block as Block
     from pipestill.model.blocks import BlockModel as BlockModel
     from pipestill.model.blockwise.task import Blockwise as Blockwise
     from pipestill.model.blockwise.training import batch_number as batch_number
-    from pipestill.model.tasks import Distillation as Distillation
-    from pipestill.model.tasks import Momentum as Momentum
-    from pipestill.model.tasks import Supervised as Supervised
+    from pipestill.model.tasks import Distillation as Distillation, Momentum as Momentum, Supervised as Supervised
     from pipestill.plan import Plan as Plan
     from pipestill.plan.blockwise.plan import BlockwisePlan as BlockwisePlan
     from pipestill.runtime.launch import launch as launch

@@ -4,8 +4,7 @@ import re
 
 import pytest
 from draw.traces import blockwise_trace, measured, shifted, trace_of, without_updates
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pipestill import draw
 from pipestill.errors import ConfigError

@@ -9,8 +9,7 @@ import pytest
 from pipestill import Plan
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.errors import ConfigError, PlanError
-from pipestill.plan import make_plan
-from pipestill.plan import plan as plan_module
+from pipestill.plan import make_plan, plan as plan_module
 from pipestill.schedule import PIPELINE_STRATEGIES
 
 COSTS = Costs(

@@ -6,8 +6,7 @@ import pytest
 
 from pipestill.costs import Costs, Link
 from pipestill.errors import PlanError
-from pipestill.plan import make_plan
-from pipestill.plan import search as search_module
+from pipestill.plan import make_plan, search as search_module
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.plan.search import search_blockwise, search_pipelines
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes

@@ -17,8 +17,7 @@ from pipestill.model.profile import profile
 from pipestill.model.tasks import Momentum
 from pipestill.recipes import RECIPES, find
 from pipestill.recipes.byol import Byol
-from pipestill.recipes.dino import PRESETS as DINO_PRESETS
-from pipestill.recipes.dino import Dino
+from pipestill.recipes.dino import PRESETS as DINO_PRESETS, Dino
 from pipestill.recipes.moco_v3 import MocoV3
 from pipestill.recipes.momentum import MomentumWorkload
 from pipestill.recipes.run import run_recipe

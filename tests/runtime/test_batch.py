@@ -3,8 +3,7 @@
 from itertools import islice
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pipestill.runtime.batch import Batch, Window, header_length, microbatch_rows, windows
 

@@ -1,8 +1,7 @@
 """Actions print, parse and refuse what makes no sense."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pipestill.schedule import Action, Kind, Op, Role
 

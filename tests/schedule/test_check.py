@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.tasks import assert_refused, places, rows_of, swapped, with_row
 from schedule.valid import STALE, VALID, each_schedule
 

@@ -3,8 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.tasks import Task, lists_of, tasks, texts_of
 
 from pipestill.schedule import Action, Kind, Lane, Op, PipelineStructure, Schedule, check, generate

@@ -1,8 +1,7 @@
 """Ranks that wait for each other for ever are found, whatever the length of a run."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.tasks import assert_refused, rows_of, with_row
 
 from pipestill.costs import StageCosts

@@ -5,8 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.tasks import Task, assert_refused, places, stage_costs, swapped, tasks, uniform, with_row
 
 from pipestill.costs import StageCosts

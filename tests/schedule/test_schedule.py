@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.tasks import Task, rows_of, tasks
 
 from pipestill.schedule import KINDS, Action, Op, PipelineStructure, Schedule, generate

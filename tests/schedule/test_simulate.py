@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pipestill.costs import Link, StageCosts
 from pipestill.schedule import Action, Op, PipelineStructure, Schedule, Trace, generate

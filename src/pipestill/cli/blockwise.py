@@ -200,9 +200,7 @@ class BlockwisePlanner:
     def figures(self, microbatches: int) -> dict[str, Any]:
         """The profile, for JSON."""
         profile = self.profile
-        return {
-            "batch": profile.batch, "blocks": [asdict(block) for block in profile.blocks], "link": profile.link.to_json(),
-        }  # fmt: skip
+        return {"batch": profile.batch, "blocks": [asdict(block) for block in profile.blocks], "link": profile.link.to_json()}
 
     def tell(self, console: Console, devices: int) -> None:
         """Print the profile, which was measured with so many processes."""

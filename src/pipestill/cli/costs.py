@@ -30,9 +30,7 @@ Planner = PipelinePlanner | BlockwisePlanner
 """Costs of either kind, with what commands do with them. Both classes have the same methods, documented at the first."""
 PlanReport = PipelineReport | BlockwiseReport
 """A plan of either kind, with what commands show of it."""
-_PLANNERS: dict[Kind, tuple[str, ...]] = {
-    "pipeline": PipelinePlanner.strategies, "blockwise": BlockwisePlanner.strategies,
-}  # fmt: skip
+_PLANNERS: dict[Kind, tuple[str, ...]] = {"pipeline": PipelinePlanner.strategies, "blockwise": BlockwisePlanner.strategies}
 
 
 def recipe_of(command: str, words: Sequence[str], group: type[T], asked_for: Iterable[str] = ()) -> tuple[Recipe, T, list[str]]:

@@ -13,9 +13,7 @@ from pipestill.train.engine import REFERENCE
 PEERS: dict[str, Literal["1f1b", "gpipe"]] = {"torch-1f1b": "1f1b", "torch-gpipe": "gpipe"}
 """Schedules of `torch.distributed.pipelining`, the teacher run first: what users would have without us."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "split": {"split_backward": True}, "stale": {"staleness": 1}, "all": {"stash": "all"},
-}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {"split": {"split_backward": True}, "stale": {"staleness": 1}, "all": {"stash": "all"}}
 """Knobs that may follow `fill` after a `+`, each alone or with others: fill+split, fill+split+stale, fill+split+all."""
 
 

@@ -152,9 +152,7 @@ def _comparison(
 ) -> Comparison:
     """Put the figures together; `calibration` holds those that only this kind of training has."""
     late = median(late for mine in runs.values() for _, late in mine)
-    common = {
-        "virtual": True, "devices": options.devices, "rounds": options.rounds, "steps": options.steps, "late": late,
-    }  # fmt: skip
+    common = {"virtual": True, "devices": options.devices, "rounds": options.rounds, "steps": options.steps, "late": late}
     traces = {name: runs[name][-1][0][-1] for name in results}
     return Comparison({"calibration": {**common, **calibration}, "results": [*results.values()]}, traces)
 

@@ -149,9 +149,7 @@ class ResNet(nn.Module):
         if self.cuts == "residual":
             return self.residual_blocks()
         stages: list[str | Block] = [f"layer{number}" for number in range(2, self.num_stages + 1)]
-        return [
-            Block("layer1", self._begin, ("conv1", "bn1", "layer1")), *stages, Block("classifier", self._classify, ("fc",)),
-        ]  # fmt: skip
+        return [Block("layer1", self._begin, ("conv1", "bn1", "layer1")), *stages, Block("classifier", self._classify, ("fc",))]
 
     def residual_blocks(self) -> list[str | Block]:
         """A cut after every residual block."""

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pipestill import lr_schedules
 from pipestill.errors import nearest
-from pipestill.losses import SoftTarget as SoftTargetLoss
-from pipestill.losses import accuracy, cross_entropy
+from pipestill.losses import SoftTarget as SoftTargetLoss, accuracy, cross_entropy
 from pipestill.model.families.load import LIBRARIES, load_model
 from pipestill.model.seeding import derive
 from pipestill.recipes.datasets import Images, digits

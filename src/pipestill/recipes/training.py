@@ -12,9 +12,7 @@ from torch import nn
 from pipestill.lr_schedules import LrSchedule
 from pipestill.optim import LARS
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS,
-}  # fmt: skip
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW, "lars": LARS}
 
 
 @dataclass(frozen=True)

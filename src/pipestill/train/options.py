@@ -126,6 +126,5 @@ class TrainerOptions:
             parameters: what the optimizer trains, by name.
         """
         return make_optimizer(
-            self.optimizer, parameters, lr=self.lr, options=dict(self.optimizer_options or {}),
-            param_groups=self.param_groups,
-        )  # fmt: skip
+            self.optimizer, parameters, lr=self.lr, options=dict(self.optimizer_options or {}), param_groups=self.param_groups
+        )

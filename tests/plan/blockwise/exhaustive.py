@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from itertools import combinations, pairwise
 
 from pipestill.plan.blockwise.cost_model import Problem, Speeds, Stage
-from pipestill.plan.blockwise.hybrid import Hybrid
-from pipestill.plan.blockwise.hybrid import _answer as hybrid_of
+from pipestill.plan.blockwise.hybrid import Hybrid, _answer as hybrid_of
 from pipestill.schedule.blockwise.profile import BlockProfile
 
 ROUNDING = 1 + 1e-12  # sums that differ by less are equal

@@ -5,8 +5,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.blockwise.tasks import HYBRID, RELAY, block_schedules, costs_of, half_a_block_moves, line
 from schedule.tasks import assert_refused, places, rows_of, swapped, with_row, work_of
 

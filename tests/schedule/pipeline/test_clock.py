@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.pipeline.tables import rows_of_task
 from schedule.tasks import Task, lists_of, stage_costs, tasks, uniform
 

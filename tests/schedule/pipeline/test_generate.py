@@ -5,16 +5,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.pipeline.tables import drawn, timed, work
 from schedule.tasks import uniform
 
 from pipestill.errors import PlanError
 from pipestill.schedule import PIPELINE_STRATEGIES, Role, check, generate
-from pipestill.schedule.pipeline import gpipe as gpipe_module
-from pipestill.schedule.pipeline import one_f_one_b as one_f_one_b_module
-from pipestill.schedule.pipeline import sequential as sequential_module
+from pipestill.schedule.pipeline import gpipe as gpipe_module, one_f_one_b as one_f_one_b_module, sequential as sequential_module
 from pipestill.schedule.simulate import simulate
 
 # ---------------------------------------------------------------- the drawn tables

@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from pipestill.schedule import Action, Lane, Op, PipelineStructure
 from pipestill.schedule.structure import lane, needs

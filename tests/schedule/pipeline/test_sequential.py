@@ -1,8 +1,7 @@
 """Schedules in the order of a plain loop."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from schedule.pipeline.tables import work
 
 from pipestill.costs import StageCosts

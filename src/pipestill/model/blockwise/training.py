@@ -38,9 +38,8 @@ def batch_number() -> int:
 
 
 def train_block(
-    task: Blockwise, block: int, value: Any, target: Any, weight: float, *, seed: int, batch: int, unit: int,
-    device: torch.device,
-) -> Tensor:  # fmt: skip
+    task: Blockwise, block: int, value: Any, target: Any, weight: float, *, seed: int, batch: int, unit: int, device: torch.device
+) -> Tensor:
     """Run forward, loss and backward of one student block and of its candidates, on some rows of a batch.
 
     `weight` is the fraction of the batch's rows that these are: weighted so, losses and gradients of all parts of a batch

@@ -129,11 +129,9 @@ KNOWN = {
     "RobertaForMaskedLM": (ROBERTA, logits_of("lm_head")),
     "RobertaForSequenceClassification": (ROBERTA, logits_of("classifier")),
     "DistilBertModel": (DISTILBERT, Head(pooler_output)),
-    "DistilBertForMaskedLM": (
-        DISTILBERT, Head(_distilbert_words, ("vocab_transform", "vocab_layer_norm", "vocab_projector")),
-    ),
+    "DistilBertForMaskedLM": (DISTILBERT, Head(_distilbert_words, ("vocab_transform", "vocab_layer_norm", "vocab_projector"))),
     "DistilBertForSequenceClassification": (DISTILBERT, Head(_distilbert_classes, ("pre_classifier", "classifier"))),
     "GPT2Model": (GPT2, Head(pooler_output)),
     "GPT2LMHeadModel": (GPT2, logits_of("lm_head")),
-}  # fmt: skip
+}
 """The family and the head of each class of `transformers` that can be cut."""

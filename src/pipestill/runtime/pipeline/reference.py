@@ -155,7 +155,7 @@ class Reference:
                     self.student, Role.STUDENT, copied(inputs[unit % views]) if writes else inputs[unit % views], step, unit
                 )
                 for unit in range(microbatch.number * views, (microbatch.number + 1) * views)
-            }  # fmt: skip
+            }
 
     def _forward(self, model: BlockModel, role: Role, inputs: Any, step: int, unit: int) -> Any:
         return run_blocks(model, range(len(model)), inputs, self.settings.seed, role, step, unit, self.device)
