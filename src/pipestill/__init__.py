@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from pipestill.errors import PipestillError as PipestillError, RankFailure as RankFailure, UserError as UserError
     from pipestill.model.block import Block as Block
     from pipestill.model.blocks import BlockModel as BlockModel
-    from pipestill.model.blockwise.task import Blockwise as Blockwise
-    from pipestill.model.blockwise.training import batch_number as batch_number
+    from pipestill.model.blockwise.task import Blockwise as Blockwise, batch_number as batch_number
     from pipestill.model.tasks import Distillation as Distillation, Momentum as Momentum, Supervised as Supervised
     from pipestill.plan import Plan as Plan
     from pipestill.plan.blockwise.plan import BlockwisePlan as BlockwisePlan
@@ -43,7 +42,7 @@ _HOMES = {
     "Supervised": "model.tasks",
     "Trainer": "train.trainer",
     "UserError": "errors",
-    "batch_number": "model.blockwise.training",
+    "batch_number": "model.blockwise.task",
     "launch": "runtime.launch",
 }
 """Public classes and functions, with the modules that they are in."""

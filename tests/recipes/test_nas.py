@@ -15,7 +15,7 @@ from pipestill.errors import ConfigError
 from pipestill.losses import mse
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
 from pipestill.model.blockwise.profile import measure_blocks
-from pipestill.model.blockwise.training import current_batch, train_block
+from pipestill.model.blockwise.task import current_batch, train_block
 from pipestill.model.seeding import derive
 from pipestill.optim import Schedules
 from pipestill.recipes import RECIPES

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipestill.model.blockwise.training import batch_number
+from pipestill.model.blockwise.task import batch_number
 from pipestill.model.seeding import derive
 from pipestill.recipes.architecture_search import SearchSteps
 

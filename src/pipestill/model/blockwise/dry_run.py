@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pipestill.errors import ModelError
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
-from pipestill.model.blockwise.training import current_batch, untouched_blocks
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, current_batch, untouched_blocks
 from pipestill.model.contracts import FEW, MORE, observe
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of, watched
 from pipestill.model.stepwise import call_block

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from pipestill.costs import Link
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
-from pipestill.model.blockwise.training import teacher_output, train_block, untouched_blocks
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, teacher_output, train_block, untouched_blocks
 from pipestill.model.measure import LiveBytes, now, state_bytes, trial_optimizer
 from pipestill.model.nests import copied, distinct_tensors, num_bytes, rows_of, to_device
 from pipestill.optim import OptimizerFactory

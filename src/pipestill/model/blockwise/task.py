@@ -1,11 +1,14 @@
-"""The task of blockwise distillation: every student block is trained alone against the teacher block of its number."""
+"""The task of blockwise distillation, every student block against the teacher block of its number, and the work on one block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipestill.arguments import hinted, one_of, raise_problems, shown
@@ -13,7 +16,10 @@ from pipestill.errors import ModelError
 from pipestill.losses import BlockLoss, mse
 from pipestill.model.block import Block
 from pipestill.model.contracts import Contract
+from pipestill.model.seeding import seed_block
+from pipestill.model.stepwise import restored
 from pipestill.model.tasks import CutModels, check_parts
+from pipestill.schedule import Role
 
 _BESIDE_BLOCKS = ("output_projectors", "input_projectors", "candidates")
 """Arguments that give modules by block number, which are trained beside the student's own blocks."""
@@ -208,3 +214,58 @@ class BlockwiseContracts:
     def before(self, block: int) -> Contract:
         """The contract of the input of one block."""
         return self.outputs[block - 1] if block else self.inputs
+
+
+def teacher_output(task: Blockwise, block: int, value: Any) -> Any:
+    """Run one teacher block, without a graph."""
+    with torch.no_grad():
+        return task.teacher_blocks.blocks[block].call(value)
+
+
+current_batch: ContextVar[int] = ContextVar("batch")
+"""The number of the batch that a student block is being trained on."""
+
+
+def batch_number() -> int:
+    """The number of the batch, counted from 0 over the whole run, that the running student block is trained on.
+
+    A block of a `ps.Blockwise` task calls this where what it does changes with the batch, as a supernet's random paths do.
+
+    Raises:
+        LookupError: no student block is being trained.
+    """
+    return current_batch.get()
+
+
+def train_block(
+    task: Blockwise, block: int, value: Any, target: Any, weight: float, *, seed: int, batch: int, unit: int,
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """Run forward, loss and backward of one student block and of its candidates, on some rows of a batch.
+
+    `weight` is the fraction of the batch's rows that these are: weighted so, losses and gradients of all parts of a batch
+    add up to those of its mean loss. Returns the weighted sum of the variants' losses, detached. Random numbers follow from
+    (seed, batch, block, unit), so they are the same on any schedule.
+    """
+    total: Tensor | None = None
+    current_batch.set(batch)
+    with torch.enable_grad():
+        for number, variant in enumerate(task.variants(block)):
+            seed_block(seed, Role.STUDENT, block, batch, unit * len(task.variants(block)) + number, device)
+            loss = task.loss_of(block)(variant(value), target)
+            part = loss * weight
+            if part.requires_grad:  # a block may have nothing to train
+                part.backward()
+            total = part.detach() if total is None else total + part.detach()
+    assert total is not None
+    return total
+
+
+@contextmanager
+def untouched_blocks(task: Blockwise) -> Iterator[None]:
+    """Run the body with the task's modules in their training modes, and leave no trace in them or in the random state."""
+    modules = [task.teacher, task.student]
+    modules += [module for block in range(task.num_blocks) for module in task.modules_of(block).values()]
+    with restored(modules):
+        task.in_mode(train=True)
+        yield

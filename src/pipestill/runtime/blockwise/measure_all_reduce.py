@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
-from pipestill.model.blockwise.training import teacher_output, untouched_blocks
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, teacher_output, untouched_blocks
 from pipestill.model.measure import now
 from pipestill.model.nests import copied, distinct_tensors, rows_of, to_device
 from pipestill.optim import Schedules

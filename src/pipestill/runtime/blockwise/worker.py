@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipestill.errors import ModelError
-from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts
-from pipestill.model.blockwise.training import teacher_output, train_block
+from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, teacher_output, train_block
 from pipestill.model.nests import copied
 from pipestill.optim import OptimizerFactory, Schedules
 from pipestill.runtime.pipeline.stage import move
