@@ -1,4 +1,4 @@
-"""Tasks of blocks that are trained alone: what makes none."""
+"""Tasks of blockwise distillation, and one block's forward, loss and backward."""
 
 from __future__ import annotations
 
