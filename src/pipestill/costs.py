@@ -159,12 +159,11 @@ class Costs:
     def __post_init__(self) -> None:
         if not self.views:
             raise PlanError("costs have no view; expected at least one")
-        for view in self.views:
-            _check_amount("the cost of a view", view)
         if not self.student:
             raise PlanError("costs hold no student block; expected at least one")
-        for name in ("loss_seconds", "data_seconds"):
-            _check_amount(name, getattr(self, name))
+        amounts = [("loss_seconds", self.loss_seconds), ("data_seconds", self.data_seconds)]
+        for what, amount in (*(("the cost of a view", view) for view in self.views), *amounts):
+            _check_amount(what, amount)
         if not 1.0 <= self.interference < float("inf"):
             raise PlanError(f"interference is {self.interference}, expected 1 or more")
 
@@ -202,13 +201,9 @@ class Costs:
             times = ("forward_seconds", "backward_seconds", "weight_seconds", "update_seconds")
             return dataclasses.replace(block, **{name: getattr(block, name) * factor for name in times})
 
-        return dataclasses.replace(
-            self,
-            student=tuple(map(longer, self.student)),
-            teacher=tuple(map(longer, self.teacher)),
-            loss_seconds=self.loss_seconds * factor,
-            data_seconds=self.data_seconds * factor,
-        )
+        student, teacher = (tuple(map(longer, blocks)) for blocks in (self.student, self.teacher))
+        loss, data = self.loss_seconds * factor, self.data_seconds * factor
+        return dataclasses.replace(self, student=student, teacher=teacher, loss_seconds=loss, data_seconds=data)
 
     def seconds_of_step(self, microbatches: int, teacher_views: int = 1) -> float:
         """Seconds of one step on one device.
@@ -298,8 +293,7 @@ class Costs:
             raise ConfigError(f"costs: expected a JSON object with version {_VERSION}; a run's plan.json holds one")
         rest = {k: v for k, v in data.items() if k != "version"}
         try:
-            for role in ("student", "teacher"):
-                rest[role] = tuple(BlockCosts(**block) for block in rest.get(role, ()))
+            rest |= {role: tuple(BlockCosts(**block) for block in rest.get(role, ())) for role in ("student", "teacher")}
             return cls(**{**rest, "link": Link.from_json(rest.get("link", {})), "views": tuple(rest.get("views", (1.0,)))})
         except TypeError as error:
             raise ConfigError(f"costs: {error}") from None
