@@ -1,7 +1,5 @@
 """Teacher-student training over pipelines whose bubbles the teacher fills."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any

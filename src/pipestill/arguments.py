@@ -1,7 +1,5 @@
 """Checks of what users give: most functions yield the problems that they find, as text."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

@@ -6,8 +6,6 @@ A step is one update of the student; the first is step 0. The returned functions
 may have a copy. They also fit `weight_decay_schedule`, where the factor is on the weight decay.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial

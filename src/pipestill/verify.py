@@ -1,7 +1,5 @@
 """Trains a workload under a strategy and by the plain loop, and compares every weight."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext

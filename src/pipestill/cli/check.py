@@ -1,7 +1,5 @@
 """`pipestill check RECIPE --strategy S --devices N`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

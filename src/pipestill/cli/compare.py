@@ -3,8 +3,6 @@
 With `--virtual`, on devices that wait instead of computing: of a recipe or a costs file, or of uniform stages.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

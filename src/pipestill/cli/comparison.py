@@ -1,7 +1,5 @@
 """A comparison of strategies, for a person."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """`pipestill doctor`: what this machine has, what is missing, how to mend it."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

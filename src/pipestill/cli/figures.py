@@ -1,7 +1,5 @@
 """Figures for a person: in words, in tables and in paragraphs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich import box

@@ -1,7 +1,5 @@
 """Files that commands write: whether they can be written is seen before minutes of work, not after."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What tells the two kinds of costs apart, pipelines and blocks that are trained alone; and what a search reports."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

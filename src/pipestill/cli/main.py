@@ -1,7 +1,5 @@
 """`pipestill COMMAND ...`: finds the command, and turns every error into one message and a status."""
 
-from __future__ import annotations
-
 import os
 import sys
 import textwrap

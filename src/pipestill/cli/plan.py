@@ -1,7 +1,5 @@
 """`pipestill plan RECIPE --devices N -o plan.json`: every strategy that could train it, timed, and the fastest one."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import dataclass

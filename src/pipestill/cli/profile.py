@@ -1,7 +1,5 @@
 """`pipestill profile RECIPE -o FILE`: what every block costs, and the links between devices."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """`pipestill recipes [--json]`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec

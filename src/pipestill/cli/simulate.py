@@ -1,7 +1,5 @@
 """`pipestill simulate PLAN|RECIPE ...` or `--uniform T,F,BI,BW`: time a schedule without running it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`pipestill trace RUN_DIR`: what happened in a run, below what was predicted, as a picture and for Perfetto."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`pipestill train RECIPE|config.yaml [--KEY VALUE ...]`."""
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Costs without a recipe: uniform stages or a file, and the task that they are of."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal

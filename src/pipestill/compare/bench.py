@@ -1,7 +1,5 @@
 """A workload on the ranks of this machine, ready to be trained by one strategy after the other."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Measures strategies of each kind of training: of students as a whole (with the plain loop and peers) and of single blocks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rounds in which strategies are measured in turn, and the figures of a comparison that come from their seconds."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Compares strategies on real devices, beside what the machine itself can do."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Names of strategies to compare: a workload's own, `fill` with knobs behind a `+`, and PyTorch's own pipelines."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, Literal

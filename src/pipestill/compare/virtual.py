@@ -1,7 +1,5 @@
 """Compares strategies on virtual devices: the real runtime, while work and links wait for as long as their costs say."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Traces as boxes: the looks, labels and windows that all pictures have in common."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Traces written to and read from the Trace Event Format, which Perfetto shows."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Timelines of traces and tables of schedules for terminals."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import groupby, zip_longest
 from math import ceil, floor, log10

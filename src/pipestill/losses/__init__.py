@@ -4,8 +4,6 @@ A loss takes outputs of the student and of the teacher, and the target. It retur
 scalar or as a dict of scalars whose sum is the loss; their names are logged. A metric takes an output and the target.
 """
 
-from __future__ import annotations
-
 from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, normalised_mse
 from pipestill.losses.distillation import Cosine, LogitsMSE, MaskedDistillation, SoftTarget, masked_cross_entropy
 from pipestill.losses.momentum import Dino, InfoNCE, byol

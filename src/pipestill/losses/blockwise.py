@@ -1,7 +1,5 @@
 """Losses of (output of a student block, output of its teacher block), for `ps.Blockwise`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

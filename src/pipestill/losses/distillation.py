@@ -1,7 +1,5 @@
 """Losses of (student output, teacher output, target), for `ps.Distillation`, and of masked language models without a teacher."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Losses of (student outputs, teacher outputs, target), with one output a view, for `ps.Momentum`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What losses and metrics take and return."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

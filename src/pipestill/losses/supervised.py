@@ -1,7 +1,5 @@
 """Functions of (output, target): the loss of a classifier without a teacher, and metrics of validation data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch.nn.functional as F

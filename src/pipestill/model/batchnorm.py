@@ -6,8 +6,6 @@
 - `frozen`: microbatches are normalised by the running statistics, which are not updated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A block: an indivisible slice of a model, the atom that partitions into stages are made of."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

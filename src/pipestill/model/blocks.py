@@ -1,7 +1,5 @@
 """Cuts any `nn.Module` into ordered blocks, whose tensors keep the names of the unsplit model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 

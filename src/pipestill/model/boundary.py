@@ -15,8 +15,6 @@ second half runs each of these nodes again for its weights alone. Nothing is com
 apart, and each weight's gradient is made by the same kernels from the same numbers as in a whole backward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

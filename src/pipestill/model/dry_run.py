@@ -3,8 +3,6 @@
 Beyond taking each other's values, a task's blocks must fulfil what makes a pipeline compute what the model does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from functools import partial

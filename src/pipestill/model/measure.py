@@ -1,7 +1,5 @@
 """Measures seconds of finished work, on the CPU and on GPUs, what an optimizer's steps take, and the bytes of living tensors."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence

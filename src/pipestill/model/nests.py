@@ -4,8 +4,6 @@ A batch's inputs, a batch's targets and the value between two blocks are nests. 
 (an alias); functions that make new tensors keep such places alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Seeds random numbers by what they are drawn for, so that they do not depend on which rank draws them, or when."""
 
-from __future__ import annotations
-
 from hashlib import blake2b
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Takes one training step block by block, with the graph divided at every boundary, and leaves no trace in the models."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The tasks of models that are trained end to end: which models take part, what the loss is, how the teacher changes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,5 @@
 """Balance: divide both models' blocks into stages together, so that the work of the most loaded rank is least."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """The memory of a pipeline: what a schedule makes each rank hold at its worst moment."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from math import ceil

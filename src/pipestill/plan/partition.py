@@ -3,8 +3,6 @@
 A partition is the number of consecutive blocks of each stage, such as (3, 2, 1) for six blocks on three devices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Search: plan every strategy that could train a task, time each plan, and choose one."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Views of images: random parts, colours and blurs, drawn anew each time, in torch alone."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

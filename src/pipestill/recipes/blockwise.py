@@ -1,7 +1,5 @@
 """The workload of blockwise training: a teacher, student blocks each trained alone, and the student they make."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What recipes have in common that train image classifiers block by block: options, data, and trainings of whole models."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType

@@ -1,7 +1,5 @@
 """BYOL: two views of each image, a momentum teacher, no labels."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Block-by-block compression of a CNN: a VGG or ResNet teacher, a student of depthwise-separable convolutions."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal

@@ -1,7 +1,5 @@
 """Images to learn from: the embedded digits, CIFAR-10's own files, folders of images, and noise."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import random

@@ -1,7 +1,5 @@
 """DINO: many small views of each image that agree with what a momentum teacher makes of two large ones, no labels."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Distil a BERT into a DistilBERT of fewer layers."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The workload of a distillation: a teacher that is trained once or read, its student, and the same student without a teacher."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What workloads have in common whose student is trained as a whole, by a pipeline or a plain loop."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

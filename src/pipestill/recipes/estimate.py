@@ -1,7 +1,5 @@
 """Computes what a recipe's blocks would cost on a device that is not here."""
 
-from __future__ import annotations
-
 import math
 from itertools import islice
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics of a whole model on data with labels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

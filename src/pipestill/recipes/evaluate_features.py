@@ -1,7 +1,5 @@
 """How much features tell of labels that they were learnt without: nearest neighbours and a linear probe."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

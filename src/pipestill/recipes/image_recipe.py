@@ -1,7 +1,5 @@
 """What recipes have in common that learn from images: their data, and checks of their options."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """BERT teachers and DistilBERT students, of transformers' ordinary classes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Measures what a recipe's blocks cost, over as many processes as it is to be planned for."""
 
-from __future__ import annotations
-
 import torch
 
 from pipestill.costs import Costs

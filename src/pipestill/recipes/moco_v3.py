@@ -1,7 +1,5 @@
 """MoCo v3: Vision Transformers that tell each image's two views from all others, with a momentum teacher and no labels."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

@@ -1,7 +1,5 @@
 """The workload of a training with a momentum teacher: student and teacher together, and what the teacher's features are worth."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

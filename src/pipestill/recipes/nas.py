@@ -1,7 +1,5 @@
 """Search for a network block by block: a MobileNetV2 teacher, a student drawn from a supernet of its operations."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """VGG and ResNet of any widths, with whole or depthwise-separable convolutions, cut at their stages."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """What a recipe is: a frozen dataclass of options that builds a workload, which is models, data and how they are trained."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 

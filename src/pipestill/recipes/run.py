@@ -1,7 +1,5 @@
 """Checks and runs a recipe of any kind."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

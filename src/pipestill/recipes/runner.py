@@ -1,7 +1,5 @@
 """Trains the models of a run one after the other, each with its own metrics file, log and progress."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any

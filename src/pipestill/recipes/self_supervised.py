@@ -1,7 +1,5 @@
 """What recipes with a momentum teacher share: models in a row, perceptrons, the teacher's momentum, options and workload."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

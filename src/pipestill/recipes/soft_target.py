@@ -1,7 +1,5 @@
 """Soft-target distillation of image classifiers: a CNN on scikit-learn's digits, or ViT-L -> ResNet-152 on ImageNet."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal

@@ -3,8 +3,6 @@
 More devices than there are blocks may train blocks alone; a pipeline has at most one stage for each block.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

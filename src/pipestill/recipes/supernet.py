@@ -1,7 +1,5 @@
 """MobileNetV2 and a supernet of such networks, in stages that learn alone; networks out of one path of the supernet."""
 
-from __future__ import annotations
-
 import copy
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence

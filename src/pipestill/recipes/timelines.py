@@ -1,7 +1,5 @@
 """Timelines of a run: its trace files, and pictures of what was predicted above what happened."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

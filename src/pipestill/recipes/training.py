@@ -1,7 +1,5 @@
 """How one model is trained: its optimizer, its rates and for how long."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any

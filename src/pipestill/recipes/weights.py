@@ -1,7 +1,5 @@
 """Files of trained weights: written, read into a model, and how many there are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from safetensors import SafetensorError

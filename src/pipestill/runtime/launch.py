@@ -1,7 +1,5 @@
 """Starts one process per rank on this machine, and ends them all when one of them fails."""
 
-from __future__ import annotations
-
 import multiprocessing as mp
 import os
 import pickle

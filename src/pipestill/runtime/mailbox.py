@@ -3,8 +3,6 @@
 The data of each step is read on one rank, announced to all, and sent whole to those that need it.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Records when each action really started and ended, and the peak memory of a rank."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections import deque

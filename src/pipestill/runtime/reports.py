@@ -1,7 +1,5 @@
 """What a run reports while it trains: who listens, what a logged step and a validation say, and when a loss is refused."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence

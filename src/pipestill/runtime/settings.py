@@ -1,7 +1,5 @@
 """How to train, besides the plan: what is the same on every rank of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Processes find out here which of them are on one machine, and are connected by sockets.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import socket

@@ -4,8 +4,6 @@ What is true of every kind of training is proved here and in `deadlock`; the str
 such as weight versions (`pipeline/structure.py`).
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from dataclasses import replace
 

@@ -12,8 +12,6 @@ position 3 (-1 modulo 4), and one step ahead of the period in which it is posted
 step after its period's own: seen from that step's period, t0@1 stands at moment -1, and its receive at -2.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The proof that the ranks of a schedule never wait for each other in a circle, and a story for those that do."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter

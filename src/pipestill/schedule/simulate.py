@@ -1,7 +1,5 @@
 """Schedule + costs -> trace: when every action would start and end."""
 
-from __future__ import annotations
-
 import heapq
 from collections import defaultdict
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ Schedules, their proof and simulation, transfers, texts and pictures ask these q
 kind: transfers, and reads of the data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar

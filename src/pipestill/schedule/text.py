@@ -1,7 +1,5 @@
 """Lines of a schedule's text: numbers, and yes or no."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

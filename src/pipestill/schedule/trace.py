@@ -1,7 +1,5 @@
 """Actions with start and end: what a simulation predicts and what an executor records."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from statistics import median

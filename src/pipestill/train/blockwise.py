@@ -1,7 +1,5 @@
 """The engine of blockwise training: every student block is trained alone, on any number of devices."""
 
-from __future__ import annotations
-
 import math
 import time
 import uuid

@@ -1,7 +1,5 @@
 """Reading the user's loader in the background, epoch after epoch, as batches that a schedule can run."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import traceback

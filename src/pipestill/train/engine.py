@@ -1,7 +1,5 @@
 """An `Engine` is what a trainer needs of one kind of training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The arguments of a trainer, as one value that its engine reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property

@@ -1,7 +1,5 @@
 """The engine of models that are trained as a whole: a pipeline, or the plain loop."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence

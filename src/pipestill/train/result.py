@@ -1,7 +1,5 @@
 """The result of a run, as a value."""
 
-from __future__ import annotations
-
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import version

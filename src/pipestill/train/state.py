@@ -1,7 +1,5 @@
 """The state of a training, from which it can go on: taken from models and optimizers, and put back, in this one place."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """The trainer: from a task and a loader to a trained student, on any number of devices."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """One tiny training step of every block before anything starts, which finds the contracts and what cannot work."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Measures what teacher blocks and student blocks take at every share of a batch, for the search of a blockwise plan."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The task of blockwise distillation, every student block against the teacher block of its number, and the work on one block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar

@@ -3,8 +3,6 @@
 A model is known by the name of its class. Neither library is imported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@ BERT, RoBERTa, DistilBERT and GPT-2 are cut into embeddings, the attention and t
 comes after the layers: a final norm, a head.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -8,8 +8,6 @@ attention makes its own mask of (rows, 1, length, length) from that. The last bl
 model's own output: `last_hidden_state`, and `logits` where the model has a head or `pooler_output` where it has a pooler.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

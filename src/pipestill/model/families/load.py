@@ -1,7 +1,5 @@
 """Builds image models of timm and torchvision by name."""
 
-from __future__ import annotations
-
 from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version

@@ -11,8 +11,6 @@ first batches of the window and on its neighbour for the others, every batch who
 that alone is longer than a piece is shared by rows instead.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

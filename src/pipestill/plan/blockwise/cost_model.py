@@ -3,8 +3,6 @@
 It is that of Pipe-BD (Jang et al., DATE 2023). Plans are searched for with it, and then timed by the simulator.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

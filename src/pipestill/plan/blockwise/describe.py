@@ -1,7 +1,5 @@
 """A blockwise plan in words: which rank trains which blocks."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 from pipestill.plan.blockwise.plan import BlockwisePlan, Phase

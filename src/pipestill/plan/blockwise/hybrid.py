@@ -6,8 +6,6 @@
 They are those of Pipe-BD (Jang et al., DATE 2023), whose own search tries every candidate.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The memory of blockwise training: what a schedule makes each rank hold at its worst moment."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """A plan of blockwise training: which ranks train which blocks when, and how long that should take."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Blockwise plans as JSON: what they were found from, so that the same plan is found again, and their figures for readers."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs one rank's row of a schedule of blocks that are trained alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count

@@ -1,7 +1,5 @@
 """Measures what it costs ranks to share the rows of a student block, for the search of a blockwise plan."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from statistics import median

@@ -4,8 +4,6 @@ Beside it are the groups of ranks that share batches, and the reference: a plain
 the other, each over all of the data.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A blockwise plan on virtual devices (see `transport.virtual`): blocks that only take the time that their costs say."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Gradients of a block are added up over the ranks that share its batches while th
 to another rank together with the state of its optimizer, as tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

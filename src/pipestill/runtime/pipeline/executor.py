@@ -4,8 +4,6 @@ The row is walked as a generator that yields whenever it has to wait, so the sam
 (where the transport itself waits) and interleaved with the other ranks in one process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, repeat

@@ -1,7 +1,5 @@
 """One rank of a pipeline run: its stages, its executor, and what it does between steps; and the run of the plain loop."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

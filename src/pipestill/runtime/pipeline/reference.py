@@ -23,8 +23,6 @@ microbatch in one view: unit u of a model that sees V views is view u % V of mic
 from (seed, model, block, step, unit), so they do not depend on what ran before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A stage: consecutive blocks of one role that one rank runs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The peer that our schedules are timed against: `torch.distributed.pipelining`, with the teacher run first."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import chain, pairwise

@@ -1,7 +1,5 @@
 """A pipeline on virtual devices (see `transport.virtual`): stages that only take the time that their costs say."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

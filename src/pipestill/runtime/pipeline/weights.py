@@ -1,7 +1,5 @@
 """Weights that a rank trains, older versions of them for steps that read stale ones, and a momentum teacher's average."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager

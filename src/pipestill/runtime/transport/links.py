@@ -4,8 +4,6 @@ A link is what two ranks exchange messages over. Its costs (`pipestill.costs.Lin
 what a message takes away from the work of both ranks: handling it, copying it, and waking up for it.
 """
 
-from __future__ import annotations
-
 import time
 from statistics import median
 

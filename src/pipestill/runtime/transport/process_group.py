@@ -1,7 +1,5 @@
 """The transport between processes: gloo on CPU, NCCL on CUDA, through `torch.distributed`."""
 
-from __future__ import annotations
-
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ while everything that the runtime does in between (Python, schedules, messages) 
 moment at which it arrives, by the costs' link, and nobody takes it sooner.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

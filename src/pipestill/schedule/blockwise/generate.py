@@ -7,8 +7,6 @@
 A period is one batch, or a window of batches when blocks move between ranks within it (`sliced`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """CSV texts of block profiles: one line for each block and row count, read with all of their problems at once."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

@@ -4,8 +4,6 @@
 0@1:1/3-1      its rows after the first third are
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

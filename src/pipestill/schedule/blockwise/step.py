@@ -1,7 +1,5 @@
 """What one step of blockwise training computes: who takes which rows of which batch through every block."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ inside     each teacher forward right before the student forward some units earl
 plain      the teacher first, then the student as in 1F1B
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -16,8 +16,6 @@ No rule gives the best order for all costs, so several are tried, until one reac
 A fast `clock` times them all. The fastest few are connected, proved and simulated, and the fastest of these is the schedule.
 """
 
-from __future__ import annotations
-
 from math import ceil, inf
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The schedule that a strategy's name stands for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pipestill.costs import StageCosts

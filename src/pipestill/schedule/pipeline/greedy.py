@@ -7,8 +7,6 @@ Some steps are played out with the given costs. The order in which a rank did th
 if it has settled: that is, if it then did all the work of exactly one period.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -9,8 +9,6 @@ Flexible are the teacher's forwards and gradients of weights. A move takes one o
 Rows repeat, so a move over the end of the row goes on at its beginning, where the same forward has another step.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import random
 

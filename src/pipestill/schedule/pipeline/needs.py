@@ -1,7 +1,5 @@
 """What each action of a pipeline waits for, and on which lane its result travels."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from itertools import pairwise
 

@@ -4,8 +4,6 @@ rank 0   T0 T1 T2 F0 F1 .. B0 F2 B1 .. B2 U
 rank 1   .. T0 T1 T2 F0 B0 F1 B1 F2 B2 U     (time runs right; here all work takes equally long)
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from pipestill.schedule.action import Action, Op, Role

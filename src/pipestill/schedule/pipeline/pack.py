@@ -8,8 +8,6 @@ A frozen teacher may run any step ahead, so its forwards are placed in two steps
 (`packed`), and then which step and unit each of these is (`labelled`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor

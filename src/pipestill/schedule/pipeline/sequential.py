@@ -4,8 +4,6 @@ rank 0   T0 .. F0 .. .. B0 T1 .. F1 .. .. B1 U
 rank 1   .. T0 .. F0 B0 .. .. T1 .. F1 B1 U        (time runs right; here all work takes equally long)
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from pipestill.schedule.action import Op, Role

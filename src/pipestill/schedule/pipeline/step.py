@@ -1,7 +1,5 @@
 """What one step of a pipeline computes, in the order of a plain loop."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ rank 0   F0 F1 t0 t1 B0 B1 U        (time runs right; t: the teacher's forward o
 rank 1   .. F0 F1 B0 B1 t0 t1 U
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from pipestill.costs import StageCosts

@@ -4,8 +4,6 @@ The student's forwards and gradients of inputs keep their order. Gradients of we
 it by a `Weaver`, from the last one of a step to the first, so that each leaves room for those before it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil

@@ -16,8 +16,6 @@ that of modulo scheduling, Rau 1994.)
 A frozen teacher's forwards are just so much work here: which of them stands where is settled afterwards (see `pack.labelled`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What each piece of work of a pipeline takes and waits for, looked up once: searches for schedules ask again and again."""
 
-from __future__ import annotations
-
 from math import ceil
 from typing import NamedTuple
 
