@@ -138,7 +138,8 @@ class SplitBlock:
             edges = [(GradientEdge(branch.node, i), g) for i, g in enumerate(branch.arrived) if g is not None]
             if edges:
                 torch.autograd.backward([edge for edge, _ in edges], [gradient for _, gradient in edges], inputs=branch.weights)
-        self.whole, self.branches = [], []
+        self.whole = []
+        self.branches = []
 
 
 class Unsplittable(Exception):

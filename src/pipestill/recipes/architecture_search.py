@@ -52,7 +52,9 @@ class Interleaved:
 
     def __init__(self, train: DataLoader[Any], held_out: DataLoader[Any], steps: SearchSteps) -> None:
         assert len(train) == steps.batches
-        self.train, self.held_out, self.steps = train, held_out, steps
+        self.train = train
+        self.held_out = held_out
+        self.steps = steps
         self.epoch_of = threading.local()  # under 'ls' several ranks of one process read at once
 
     @property

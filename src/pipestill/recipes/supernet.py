@@ -156,7 +156,9 @@ class Stage(nn.Module):
 
     def __init__(self, stem: nn.Module, cells: Iterable[nn.Module], head: nn.Module) -> None:
         super().__init__()
-        self.stem, self.cells, self.head = stem, nn.ModuleList(cells), head
+        self.stem = stem
+        self.cells = nn.ModuleList(cells)
+        self.head = head
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -177,7 +179,9 @@ class SearchStage(Stage):
         self, stem: nn.Module, cells: Iterable[Cell], head: nn.Module, *, steps: SearchSteps, seed: int, number: int
     ) -> None:
         super().__init__(stem, cells, head)
-        self.steps, self.seed, self.number = steps, seed, number
+        self.steps = steps
+        self.seed = seed
+        self.number = number
 
     def choices(self) -> list[Cell]:
         """The cells, as such."""

@@ -299,7 +299,8 @@ class ByLengthSampler(torch.utils.data.Sampler[int]):
     _GROUP = 50  # batches
 
     def __init__(self, lengths: Tensor, batch_size: int) -> None:
-        self.lengths, self.batch_size = lengths, batch_size
+        self.lengths = lengths
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return len(self.lengths)

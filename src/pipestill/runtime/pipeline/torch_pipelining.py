@@ -109,8 +109,10 @@ class _Blocks(nn.Module):
         self, model: BlockModel, blocks: range, edges: Sequence[Contract], rows: int, copies: Set[int] = frozenset()
     ) -> None:
         super().__init__()
-        self.model, self.blocks = model, blocks
-        self.is_first, self.is_last = blocks.start == 0, blocks.stop == len(model)
+        self.model = model
+        self.blocks = blocks
+        self.is_first = blocks.start == 0
+        self.is_last = blocks.stop == len(model)
         (entry,), (exit,) = edges[blocks.start].tensor_leaves, edges[blocks.stop].tensor_leaves
         self.into_order, order = exit.value.order(rows), entry.value.order(rows)
         self.out_of_order = sorted(range(len(order)), key=order.__getitem__)
@@ -150,14 +152,16 @@ class _Loss:
     """The loss of the step under way. PyTorch passes it the index of a microbatch as the target."""
 
     def __init__(self, task: Task, rows: int, num_microbatches: int) -> None:
-        self.task, self.rows, self.share = task, rows, 1 / num_microbatches
+        self.task = task
+        self.rows = rows
+        self.fraction = 1 / num_microbatches  # of the batch that a microbatch is
         self.taught: list[Tensor] = []
         self.targets: Any = None
 
     def __call__(self, output: Tensor, index: Tensor) -> Tensor:
         m = int(index)
         target = rows_of(self.targets, slice(m * self.rows, (m + 1) * self.rows))
-        return weighted_loss(self.task.loss_parts([output], self.taught[m : m + 1], target), self.share)
+        return weighted_loss(self.task.loss_parts([output], self.taught[m : m + 1], target), self.fraction)
 
 
 def _apart(batches: Iterable[tuple[Any, Any]], seed: int) -> Iterator[tuple[Any, Any]]:

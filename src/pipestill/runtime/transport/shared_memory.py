@@ -344,7 +344,8 @@ class _Peer:
             announced, taken = self.announced[:_NOTES_A_PACKET], self.taken[:_NOTES_A_PACKET]
             notes = map(_NUMBER.pack, (*announced, *taken))
             self.outgoing.append((b"".join((_HEADER.pack(_NOTES, len(announced), 0), *notes)), None))
-            self.announced, self.taken = self.announced[_NOTES_A_PACKET:], self.taken[_NOTES_A_PACKET:]
+            self.announced = self.announced[_NOTES_A_PACKET:]
+            self.taken = self.taken[_NOTES_A_PACKET:]
         while self.outgoing:
             packet, descriptor = self.outgoing[0]
             try:

@@ -115,7 +115,7 @@ class _Found(NamedTuple):
     """Rows that can run, or a schedule that is proved."""
 
     seconds: float
-    """Of a step: of rows by the clock, of a schedule by the simulator."""
+    """The seconds of a step: the clock's for a candidate's rows, the simulator's for a schedule."""
     ahead: int
     """How many units the teacher is ahead at most."""
     rows: Rows
