@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields as fields_of
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Lane, Op, Role
@@ -14,8 +14,8 @@ from pipestill.schedule.pipeline.step import PipelineStep
 from pipestill.schedule.structure import Proof, Versions
 from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers, parse_truth, yes_or_no
 
-_FORMS: dict[str, tuple[Callable[[Any], str], Callable[[str, Fields], Any]]] = {
-    "tuple[int, ...]": (numbers, parse_numbers), "int": (str, parse_number), "bool": (yes_or_no, parse_truth),
+_FORMS: dict[Any, tuple[Callable[[Any], str], Callable[[str, Fields], Any]]] = {
+    tuple[int, ...]: (numbers, parse_numbers), int: (str, parse_number), bool: (yes_or_no, parse_truth),
 }  # fmt: skip
 """How fields of each type are written in a schedule's text, and read from it; in the order of its lines."""
 
@@ -101,9 +101,10 @@ class PipelineStructure(PipelineStep):
         return cls(**{name: _FORMS[kind][1](line, fields) for name, line, kind in cls._lines()})
 
     @classmethod
-    def _lines(cls) -> list[tuple[str, str, str]]:
+    def _lines(cls) -> list[tuple[str, str, Any]]:
         """(field, name of its line, its type) in the order of the lines."""
-        found = [(f.name, f.name.removeprefix("num_").replace("_", " "), str(f.type)) for f in fields_of(cls)]
+        types = get_type_hints(cls)
+        found = [(f.name, f.name.removeprefix("num_").replace("_", " "), types[f.name]) for f in fields_of(cls)]
         return sorted(found, key=lambda line: list(_FORMS).index(line[2]))
 
     def label(self, action: Action) -> str:
