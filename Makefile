@@ -40,8 +40,9 @@ slow: $(STAMP)  ## the tests marked slow
 fuzz: $(STAMP)  ## the property tests on new random examples, ROUNDS times over (20)
 	for round in $$(seq $(ROUNDS)); do $(BIN)/pytest -q -m hypothesis --hypothesis-profile fuzz || exit; done
 
-lint: $(STAMP)  ## ruff: likely bugs and style
+lint: $(STAMP)  ## ruff: likely bugs, style, layout
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
 
 types: $(STAMP)  ## mypy, strict, of the package and the benchmarks
 	$(BIN)/mypy

@@ -126,9 +126,7 @@ class Sample:
         return {"values": list(self.values), "mean": self.mean, "standard_deviation": spread}
 
 
-def staleness(
-    recipe: str, seeds: range, words: Sequence[str], runs: Path, timeout: float
-) -> tuple[str, dict[str, Any]]:
+def staleness(recipe: str, seeds: range, words: Sequence[str], runs: Path, timeout: float) -> tuple[str, dict[str, Any]]:
     """One recipe under every strategy."""
     found: dict[str, list[dict[str, Any]]] = {}
     for name, choice in PIPELINE_STRATEGIES.items():
@@ -139,9 +137,7 @@ def staleness(
         name: {metric: Sample(tuple(s["metrics"]["teacher"][metric] for s in summaries)) for metric in metrics}
         for name, summaries in found.items()
     }
-    untrained = {
-        metric: Sample(tuple(s["metrics"]["untrained"][metric] for s in found[REFERENCE])) for metric in metrics
-    }
+    untrained = {metric: Sample(tuple(s["metrics"]["untrained"][metric] for s in found[REFERENCE])) for metric in metrics}
     same = all(_same_weights(recipe, words, seed, runs) for seed in seeds)
     head = [f"{metric} | over `reference`" for metric in metrics]
     lines = [
@@ -173,9 +169,7 @@ def _same_weights(recipe: str, words: Sequence[str], seed: int, runs: Path) -> b
     return True
 
 
-def margins(
-    recipes: Sequence[str], seeds: range, words: Sequence[str], runs: Path, timeout: float
-) -> tuple[str, dict[str, Any]]:
+def margins(recipes: Sequence[str], seeds: range, words: Sequence[str], runs: Path, timeout: float) -> tuple[str, dict[str, Any]]:
     """Every recipe beside its baseline."""
     lines = [
         "| recipe | metric | result | baseline | better by, seed by seed | least | seconds |",

@@ -107,9 +107,7 @@ def main() -> None:
         "date": date.today().isoformat(), "torch": torch.__version__, "devices": arguments.devices, "workloads": {},
     }  # fmt: skip
     for name in WORKLOADS:
-        figures["workloads"][name] = launch(
-            counted, (name, arguments.devices), arguments.devices, device_type="cpu", threads=1
-        )
+        figures["workloads"][name] = launch(counted, (name, arguments.devices), arguments.devices, device_type="cpu", threads=1)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
     arguments.out.with_suffix(".md").write_text(text(figures))

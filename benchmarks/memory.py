@@ -117,13 +117,7 @@ def stash_bytes(trace: Trace, units: list[UnitBytes]) -> list[int]:
 
 
 def train(
-    knobs: dict[str, Any],
-    threshold: int | None,
-    units: list[UnitBytes],
-    microbatches: int,
-    rows: int,
-    size: int,
-    steps: int,
+    knobs: dict[str, Any], threshold: int | None, units: list[UnitBytes], microbatches: int, rows: int, size: int, steps: int
 ) -> dict[str, Any]:
     """On every rank of fresh processes; complete on rank 0."""
     if threshold is not None and not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold):
@@ -232,9 +226,7 @@ def main() -> None:
         "arguments": vars(arguments) | {"out": str(arguments.out)},
         "unit_bytes": [asdict(unit) for unit in units],
     }
-    command = " ".join(
-        f"--{name} {getattr(arguments, name)}" for name in ("rounds", "steps", "microbatches", "rows", "size")
-    )
+    command = " ".join(f"--{name} {getattr(arguments, name)}" for name in ("rounds", "steps", "microbatches", "rows", "size"))
     text = f"""\
 Measured {where["date"]} on {where["machine"]}, torch {where["torch"]}, {where["libc"]}, malloc
 {where["malloc"] or "as it comes"}, by `benchmarks/memory.py {command}`.

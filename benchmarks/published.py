@@ -55,16 +55,12 @@ def figures_of(pair: str, devices: int, device: str) -> dict[str, Any]:
     computed = time.perf_counter()
     demands = task.demands
     try:
-        found = search_pipelines(
-            costs, demands, devices=devices, microbatches=devices, staleness=1 if demands.momentum else None
-        )
+        found = search_pipelines(costs, demands, devices=devices, microbatches=devices, staleness=1 if demands.momentum else None)
     except PlanError as error:
         return {"pair": pair, "title": title, "devices": devices, "refused": str(error), "costs": costs.source}
     planned = time.perf_counter()
     steps = {one.name: one.plan.prediction.seconds_per_step for one in found.considered if one.plan is not None}
-    exact = {
-        one.name: steps[one.name] for one in found.considered if one.plan is not None and not one.plan.proof.staleness
-    }
+    exact = {one.name: steps[one.name] for one in found.considered if one.plan is not None and not one.plan.proof.staleness}
     plan, one = found.plan, costs.seconds_of_step(devices, demands.teacher_views)
     return {
         "pair": pair, "title": title, "devices": devices, "batch": workload.train_loader.batch_size, "rows": costs.rows,

@@ -69,8 +69,7 @@ def layers() -> dict[str, Layer]:
         "attention": Layer(Attention(), tokens),
         "Embedding": Layer(nn.Embedding(10_000, 256), torch.randint(0, 10_000, (32, 128))),
         SCHEDULED[0]: Layer(
-            nn.Sequential(*(Convolution(64, 64, 1, 0.0) for _ in range(3))),
-            torch.randn(16, 64, 16, 16, requires_grad=True),
+            nn.Sequential(*(Convolution(64, 64, 1, 0.0) for _ in range(3))), torch.randn(16, 64, 16, 16, requires_grad=True)
         ),
         SCHEDULED[1]: Layer(nn.TransformerEncoderLayer(256, 4, 512, dropout=0.0, batch_first=True), tokens),
     }
@@ -205,10 +204,7 @@ def main() -> None:
     records = [figures_of(name, of_layer, whole[name]) for name, of_layer in rounds.items()]
     by_name = {record["layer"]: record for record in records}
     schedules = [
-        predict(by_name[name], momentum, devices)
-        for name in SCHEDULED
-        for momentum in (False, True)
-        for devices in DEVICES
+        predict(by_name[name], momentum, devices) for name in SCHEDULED for momentum in (False, True) for devices in DEVICES
     ]
     where = {
         "date": date.today().isoformat(), "machine": f"{platform.processor() or platform.machine()}, 1 thread",

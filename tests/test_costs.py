@@ -17,9 +17,7 @@ num_bytes = st.integers(0, 10**12)
 
 @st.composite
 def blocks(draw: st.DrawFn) -> BlockCosts:
-    whole = BlockCosts(
-        draw(st.text(max_size=5)), *(draw(amount) for _ in range(3)), *(draw(num_bytes) for _ in range(3))
-    )
+    whole = BlockCosts(draw(st.text(max_size=5)), *(draw(amount) for _ in range(3)), *(draw(num_bytes) for _ in range(3)))
     return replace(whole, weight_seconds=draw(st.floats(0.0, whole.backward_seconds)))
 
 
@@ -38,8 +36,7 @@ all_costs = st.builds(
 
 SIX = Costs(
     student=tuple(
-        BlockCosts(f"s{i}", 1.0 + i, 10.0 + i, 100.0 + i, output_bytes=1000 + i, weight_seconds=4.0 + i)
-        for i in range(4)
+        BlockCosts(f"s{i}", 1.0 + i, 10.0 + i, 100.0 + i, output_bytes=1000 + i, weight_seconds=4.0 + i) for i in range(4)
     ),
     teacher=tuple(BlockCosts(f"t{i}", 0.5 + i, update_seconds=7.0 + i, output_bytes=2000 + i) for i in range(2)),
     loss_seconds=0.25,

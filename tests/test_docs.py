@@ -41,9 +41,7 @@ def text_of(page: Path | str) -> str:
 def fences_of(page: Path | str, language: str) -> list[str]:
     """The code blocks of a page that are marked as `language`."""
     return [
-        code
-        for found, code in re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
-        if found == language
+        code for found, code in re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL) if found == language
     ]
 
 
@@ -160,10 +158,7 @@ def test_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng():
-            exec(
-                compile("\n".join(fences_of("docs/tutorial.md", "python")), "docs/tutorial.md", "exec"),
-                {"__name__": "distil"},
-            )
+            exec(compile("\n".join(fences_of("docs/tutorial.md", "python")), "docs/tutorial.md", "exec"), {"__name__": "distil"})
     finally:
         torch.set_num_threads(threads)
     assert {p.name for p in tmp_path.iterdir()} == {"student-0.pt", "timeline.svg", "trace.json.gz"}
@@ -174,10 +169,7 @@ def test_blockwise_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that the student learnt."""
     monkeypatch.delenv("RANK", raising=False)
     with torch.random.fork_rng():
-        exec(
-            compile("\n".join(fences_of("docs/blockwise.md", "python")), "docs/blockwise.md", "exec"),
-            {"__name__": "page"},
-        )
+        exec(compile("\n".join(fences_of("docs/blockwise.md", "python")), "docs/blockwise.md", "exec"), {"__name__": "page"})
 
 
 def test_language_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,20 +177,14 @@ def test_language_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.delenv("RANK", raising=False)
     with torch.random.fork_rng():
-        exec(
-            compile("\n".join(fences_of("docs/language.md", "python")), "docs/language.md", "exec"),
-            {"__name__": "page"},
-        )
+        exec(compile("\n".join(fences_of("docs/language.md", "python")), "docs/language.md", "exec"), {"__name__": "page"})
 
 
 def test_momentum_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that the features got better, and that the pipeline equals the plain loop."""
     monkeypatch.delenv("RANK", raising=False)
     with torch.random.fork_rng():
-        exec(
-            compile("\n".join(fences_of("docs/momentum.md", "python")), "docs/momentum.md", "exec"),
-            {"__name__": "page"},
-        )
+        exec(compile("\n".join(fences_of("docs/momentum.md", "python")), "docs/momentum.md", "exec"), {"__name__": "page"})
 
 
 def test_readme_example_runs() -> None:

@@ -64,10 +64,7 @@ def test_every_schedule_can_be_sent_to_another_process():
     [
         (lambda: lr_schedules.cosine(0), "total_steps is 0; expected at least 1"),
         (lambda: lr_schedules.cosine(1.5), "total_steps is 1.5; expected a whole number"),
-        (
-            lambda: lr_schedules.linear(5, warm_up_steps=-1, end=-1),
-            "warm_up_steps is -1; .*; end is -1; expected 0 or more",
-        ),
+        (lambda: lr_schedules.linear(5, warm_up_steps=-1, end=-1), "warm_up_steps is -1; .*; end is -1; expected 0 or more"),
         (lambda: lr_schedules.steps([0.5]), "a milestone is 0.5; expected a whole number"),
         (lambda: lr_schedules.warm_up(-1), "warm_up_steps is -1; expected at least 0"),
     ],

@@ -33,18 +33,12 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
 
 
 WRONG = {
-    "strategy of pipelines": (
-        "--strategy fill",
-        "strategy 'fill' is of recipes that train end to end; recipe 'compress'",
-    ),
+    "strategy of pipelines": ("--strategy fill", "strategy 'fill' is of recipes that train end to end; recipe 'compress'"),
     "unknown strategy": ("--strategy relay-dup", "no strategy 'relay-dup' (did you mean 'relay-dpu'?)"),
     "staleness": ("--staleness 1", "staleness is of a momentum teacher"),
     "missing profile": ("--costs p.csv", "cannot read block profile 'p.csv'"),
     "profile of other blocks": ("--costs three.csv", "the costs are of 3 blocks, the models have 6"),
-    "profile without memory": (
-        "--widths 4,6 --depths 1,1 --student_depths 1,1 --costs three.csv --memory 1GB",
-        "memory",
-    ),
+    "profile without memory": ("--widths 4,6 --depths 1,1 --student_depths 1,1 --costs three.csv --memory 1GB", "memory"),
     "memory in words": ("--memory much", "memory takes an amount such as 80GB or 512MiB, got 'much'"),
     "memory that nothing fits into": ("--memory 1KB --devices 2 --widths 2 --depths 1 --student_depths 1", "fits into"),
     "reference on two devices": ("--strategy reference --devices 2", "'reference' runs on one device, not 2"),
@@ -56,10 +50,7 @@ WRONG = {
     "missing teacher": ("--teacher t.safetensors", "cannot read weights from 't.safetensors'"),
     "teacher that is no file of weights": ("--teacher three.csv", "cannot read weights from 'three.csv'"),
     "clip of nothing": ("--clip_grad_norm 0", "clip_grad_norm is 0"),
-    "partition that does not add up": (
-        "--devices 2 --student_partition 2,2",
-        "adds up to 4, but the student has 6 blocks",
-    ),
+    "partition that does not add up": ("--devices 2 --student_partition 2,2", "adds up to 4, but the student has 6 blocks"),
 }
 
 
@@ -79,10 +70,7 @@ def test_wrong_input_is_one_line_and_status_2(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (
-            "--strategy relay",
-            "strategy 'relay' is of recipes that train block by block; recipe 'soft-target' trains end to end",
-        ),
+        ("--strategy relay", "strategy 'relay' is of recipes that train block by block; recipe 'soft-target' trains end to end"),
         (
             "--costs p.csv",
             "costs 'p.csv' are of models that are trained block by block, and recipe 'soft-target' trains end to end; "
@@ -171,19 +159,7 @@ def test_recipes_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("strategy", ["ls", pytest.param("relay", marks=pytest.mark.slow), "relay-dpu"])
 def test_check_is_exact_where_blocks_see_whole_batches(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "check",
-        "compress",
-        *SMALL,
-        "--strategy",
-        strategy,
-        "--devices",
-        "2",
-        "--steps",
-        "9",
-        "--batch_size",
-        "16",
-    ]
+    words = ["check", "compress", *SMALL, "--strategy", strategy, "--devices", "2", "--steps", "9", "--batch_size", "16"]
     status, out, _ = run(capsys, *words, "--transport", "in-process" if strategy == "ls" else "both", "--json")
     result = json.loads(out)
     assert status == 0
@@ -219,19 +195,7 @@ def test_check_of_a_broken_run_is_status_1(
                 next(iter(self.blocks[block].parameters.values())).data.add_(1e-6)
 
     monkeypatch.setattr(BlockwiseWorker, "update", further)
-    words = [
-        "check",
-        "compress",
-        *SMALL,
-        "--strategy",
-        strategy,
-        "--devices",
-        "2",
-        "--steps",
-        "5",
-        "--batch_size",
-        "16",
-    ]
+    words = ["check", "compress", *SMALL, "--strategy", strategy, "--devices", "2", "--steps", "5", "--batch_size", "16"]
     status, out, _ = run(capsys, *words, "--transport", "in-process", "--json")
     result = json.loads(out)
     assert status == 1
@@ -243,9 +207,7 @@ def test_page_shows_the_presets_as_they_are() -> None:
     page = (Path(__file__).parents[2] / "docs/blockwise.md").read_text()
     for (preset, network), (teacher, _) in SHAPES.items():
         data = DATA[preset]
-        listed = [
-            ",".join(map(str, numbers)) or "linear" for numbers in (teacher.widths, teacher.depths, teacher.hidden)
-        ]
+        listed = [",".join(map(str, numbers)) or "linear" for numbers in (teacher.widths, teacher.depths, teacher.hidden)]
         epochs = f"{data.teacher_epochs}, {data.epochs}, {data.fine_tuning_epochs}"
         row = f"| `{preset}` | `{network}` | {' | '.join(listed)} | {data.image_size} | {data.batch_size} | {epochs} |"
         assert row in page

@@ -47,9 +47,7 @@ def test_a_missing_dependency_is_bad_and_says_how_to_install_it(
     assert found["safetensors"]["remedy"] == f"{sys.executable} -m pip install safetensors"
 
 
-def test_a_recipe_that_lacks_packages_is_noted(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_that_lacks_packages_is_noted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "missing_packages", lambda needs: [need for need in needs if need == "tokenizers"])
     status, found = report(capsys)
     assert status == 0, "the other recipes run"
@@ -67,9 +65,7 @@ def test_ranks_that_cannot_meet_are_bad(capsys: pytest.CaptureFixture[str], monk
     assert found["two gloo processes"]["found"] == "rank 1 never came"
 
 
-def test_little_space_and_few_files_are_noted(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_little_space_and_few_files_are_noted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(2**30))
     monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (256, 256))
     status, found = report(capsys)

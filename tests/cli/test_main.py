@@ -9,18 +9,7 @@ import pytest
 
 from pipestill.cli import main
 
-SMALL = [
-    "--teacher_width",
-    "4",
-    "--teacher_depth",
-    "2",
-    "--epochs",
-    "1",
-    "--teacher_epochs",
-    "1",
-    "--batch_size",
-    "256",
-]
+SMALL = ["--teacher_width", "4", "--teacher_depth", "2", "--epochs", "1", "--teacher_epochs", "1", "--batch_size", "256"]
 
 
 @pytest.fixture(autouse=True)
@@ -178,17 +167,9 @@ def test_train_leaves_a_whole_run_directory(capsys: pytest.CaptureFixture[str]) 
     assert set(wanted.split()) <= set(json.loads((directory / "summary.json").read_text()))
     assert (summary["steps"], summary["samples"], summary["exact"]) == (6, 1437, True)
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert {
-        "step",
-        "loss",
-        "soft_target",
-        "cross_entropy",
-        "lr",
-        "grad_norm",
-        "seconds",
-        "samples_per_second",
-        "bubble",
-    } <= set(logged[0])
+    assert {"step", "loss", "soft_target", "cross_entropy", "lr", "grad_norm", "seconds", "samples_per_second", "bubble"} <= set(
+        logged[0]
+    )
     assert logged[-1]["validation_accuracy"] == summary["metrics"]["student"]["accuracy"]
     assert json.loads(run(capsys, "trace", str(directory), "--json")[1])["devices"] == 1
     assert run(capsys, "simulate", str(directory / "plan.json"), "--json")[0] == 0
@@ -214,9 +195,7 @@ def test_simulate_prints_json_alone(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_check_says_exact_and_proves_the_versions(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["check", "soft-target", "--devices", "3", "--transport", "in-process", "--steps", "8", "--json"]
-    status, out, _ = run(
-        capsys, *words, "--optimizer", "adamw", "--dropout", "0.2", "--microbatches", "3", "--batch_size", "32"
-    )
+    status, out, _ = run(capsys, *words, "--optimizer", "adamw", "--dropout", "0.2", "--microbatches", "3", "--batch_size", "32")
     result = json.loads(out)
     assert status == 0
     assert (result["exact"], result["max_abs_difference"], result["problems"]) == (True, 0.0, [])
@@ -262,19 +241,7 @@ def test_help_is_status_0(words: list[str], capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.slow
 def test_compare_measures_in_one_run(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "compare",
-        "soft-target",
-        "--devices",
-        "2",
-        "--rounds",
-        "1",
-        "--steps",
-        "6",
-        "--batch_size",
-        "64",
-        "--json",
-    ]
+    words = ["compare", "soft-target", "--devices", "2", "--rounds", "1", "--steps", "6", "--batch_size", "64", "--json"]
     status, out, _ = run(capsys, *words, "--strategies", "sequential,fill,torch-1f1b", "--draw", "all.svg")
     figures = json.loads(out)
     assert status == 0

@@ -28,9 +28,7 @@ BLOCKS = BlockProfile(
         for i, n in enumerate((3, 1, 2, 1))
     )
 )  # fmt: skip
-OTHER_BLOCKS = (
-    "block,rows,teacher_forward_seconds,student_step_seconds,input_bytes_per_row,parameter_bytes\n0,8,0.1,0.2,8,8\n"
-)
+OTHER_BLOCKS = "block,rows,teacher_forward_seconds,student_step_seconds,input_bytes_per_row,parameter_bytes\n0,8,0.1,0.2,8,8\n"
 SMALL = ["--teacher_width", "4", "--teacher_depth", "2", "--batch_size", "64"]
 TINY = ["--widths", "4,6", "--depths", "1,1", "--student_depths", "1,1", "--batch_size", "16"]
 
@@ -115,9 +113,7 @@ def test_plan_of_a_pipeline_is_what_simulate_reads(capsys: pytest.CaptureFixture
     found = figures(capsys, "plan --costs costs.json --microbatches 4 -o plan.json")
     chosen = next(one for one in found["considered"] if one["chosen"])
     assert (found["kind"], found["chosen"], found["file"]) == ("pipeline", chosen["name"], "plan.json")
-    assert chosen["seconds_per_step"] == pytest.approx(
-        min(one["seconds_per_step"] for one in found["considered"]), rel=1e-3
-    )
+    assert chosen["seconds_per_step"] == pytest.approx(min(one["seconds_per_step"] for one in found["considered"]), rel=1e-3)
     simulated = figures(capsys, "simulate plan.json")
     assert simulated == {key: chosen[key] for key in simulated}
     assert figures(capsys, "plan --costs plan.json --microbatches 4 --strategy fill")["chosen"].startswith("fill"), (
@@ -194,9 +190,7 @@ def test_a_profile_of_a_pipeline_serves_every_command(capsys: pytest.CaptureFixt
     found = figures(capsys, f"profile soft-target {small} --devices 2 --threads 1 -o measured.json")
     assert found["costs"]["link"]["bytes_per_second"] > 0, "measured between two processes"
     assert Costs.load("measured.json") == Costs.from_json(found["costs"])
-    assert any(block["weight_seconds"] for block in found["costs"]["student"][1:]), (
-        "the halves of backwards are measured"
-    )
+    assert any(block["weight_seconds"] for block in found["costs"]["student"][1:]), "the halves of backwards are measured"
     simulated = figures(capsys, f"simulate soft-target {small} --costs measured.json")
     assert simulated["strategy"] == "fill"
     _, out, _ = run(capsys, f"plan soft-target {small} --costs measured.json --strategy gpipe")
@@ -225,9 +219,7 @@ def test_a_profile_of_blocks_serves_every_command(capsys: pytest.CaptureFixture[
     assert planned["batch"] == 16
     assert figures(capsys, f"simulate compress {tiny} --costs measured.csv")["strategy"] == "balanced"
     _, out, _ = run(capsys, f"plan compress {tiny} --costs measured.csv --memory 1GB")
-    assert (
-        f"pipestill train compress {tiny} --devices 2 --strategy" in out and "--memory 1000000000 --costs measured.csv" in out
-    )
+    assert f"pipestill train compress {tiny} --devices 2 --strategy" in out and "--memory 1000000000 --costs measured.csv" in out
 
 
 def test_the_config_of_a_run_serves_plan(capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,14 +232,7 @@ def test_the_config_of_a_run_serves_plan(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_figures_are_readable() -> None:
-    assert [milliseconds(s) for s in (0.0, 1e-6, 0.0123, 0.04, 0.0999, 1.5)] == [
-        "0.00",
-        "0.00100",
-        "12.3",
-        "40.0",
-        "100",
-        "1500",
-    ]
+    assert [milliseconds(s) for s in (0.0, 1e-6, 0.0123, 0.04, 0.0999, 1.5)] == ["0.00", "0.00100", "12.3", "40.0", "100", "1500"]
     assert [shown_bytes(n) for n in (0, 320, 65536, 1.5e6, 3e11)] == ["0 B", "320 B", "64.0 KiB", "1.43 MiB", "279 GiB"]
 
 

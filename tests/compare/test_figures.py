@@ -99,9 +99,7 @@ def test_processes_that_help_each_other_do_not_interfere() -> None:
     [(12, 3, 0.1, 12), (12, 3, 4.0, 5), (12, 3, 100.0, 3), (2, 3, 0.1, 3)],
     ids=["as wanted", "as last 20 s", "the fewest that tell", "never less"],
 )
-def test_steps_that_take_long_are_measured_fewer_times(
-    wanted: int, fewest: int, seconds_per_step: float, steps: int
-) -> None:
+def test_steps_that_take_long_are_measured_fewer_times(wanted: int, fewest: int, seconds_per_step: float, steps: int) -> None:
     assert enough_steps(wanted, fewest, seconds_per_step, 20.0) == steps
 
 

@@ -70,8 +70,6 @@ def test_one_device_is_this_process() -> None:
     ],
     ids=["of blocks", "of another strategy", "on one device"],
 )
-def test_what_cannot_be_compared_is_refused_before_a_process_starts(
-    options: RunOptions, name: str, message: str
-) -> None:
+def test_what_cannot_be_compared_is_refused_before_a_process_starts(options: RunOptions, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compare(Vectors(), options, [name], rounds=1, steps=6)

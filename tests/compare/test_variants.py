@@ -23,9 +23,7 @@ def test_peers_are_of_workloads_that_run_as_pipelines() -> None:
 
 
 def test_knobs_of_fill_are_left_to_fill() -> None:
-    given = RunOptions(
-        devices=2, strategy="fill", stash="all", staleness=1, split_backward=True, run_ahead=3, costs="costs.json"
-    )
+    given = RunOptions(devices=2, strategy="fill", stash="all", staleness=1, split_backward=True, run_ahead=3, costs="costs.json")
     assert options_of("fill", given, KNOWN) == replace(given, costs=None)
     assert options_of("gpipe", given, KNOWN) == RunOptions(devices=2, strategy="gpipe")
     assert options_of("fill+stale", replace(given, staleness=None), KNOWN).staleness == 1
@@ -35,11 +33,7 @@ def test_knobs_of_fill_are_left_to_fill() -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [
-        ("fil", "no strategy 'fil'.*did you mean 'fill'"),
-        ("fill+x", "no variant 'fill+x'"),
-        ("1f1b+split", "no variant"),
-    ],
+    [("fil", "no strategy 'fil'.*did you mean 'fill'"), ("fill+x", "no variant 'fill+x'"), ("1f1b+split", "no variant")],
 )
 def test_unknown_names_are_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("+", r"\+")):

@@ -47,9 +47,7 @@ def test_every_kind_of_work_has_a_name_and_a_letter(tmp_path: Path) -> None:
     costs = replace(uniform(2), weight=(1.0, 1.0), update=(0.5, 0.5), ema=(0.5, 0.5))
     schedule = generate("fill", 2, 3, costs=costs, momentum=True, split_backward=True, clip=True)
     trace = simulate(schedule, costs)
-    names = {
-        (e["name"].rstrip("0123456789"), e["cat"]) for e in draw.chrome_trace(trace)["traceEvents"] if e["ph"] == "X"
-    }
+    names = {(e["name"].rstrip("0123456789"), e["cat"]) for e in draw.chrome_trace(trace)["traceEvents"] if e["ph"] == "X"}
     assert names == {
         ("D", "data"),
         ("t", "teacher forward"),

@@ -97,10 +97,7 @@ def test_text_of_an_empty_window_is_refused(start: float, end: float) -> None:
 
 
 def test_table_marks_work_for_later_steps() -> None:
-    texts = (
-        "S0F0@0 S0F1@0 T0F0@1 S0B0@0 T0F1@2 S0B1@0 S0U@0",
-        "S1F0@0 S1L0@0 S1B0@0 S1F1@0 S1L1@0 S1B1@0 S1U@0 T1F0@1",
-    )
+    texts = ("S0F0@0 S0F1@0 T0F0@1 S0B0@0 T0F1@2 S0B1@0 S0U@0", "S1F0@0 S1L0@0 S1B0@0 S1F1@0 S1L1@0 S1B1@0 S1U@0 T1F0@1")
     rows = tuple(tuple(map(Action.parse, text.split())) for text in texts)
     schedule = Schedule("mine", PipelineStructure((0, 1), (0, 1), num_microbatches=2), rows, stash=(2, 1), run_ahead=2)
     assert draw.schedule_table(schedule) == (

@@ -82,10 +82,7 @@ def masked_case() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tenso
     """Two sequences of three tokens, of which the last is padding; two of the five are masked."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (
-        {
-            "logits": torch.randn(2, 3, 4, generator=generator),
-            "last_hidden_state": torch.randn(2, 3, 5, generator=generator),
-        }
+        {"logits": torch.randn(2, 3, 4, generator=generator), "last_hidden_state": torch.randn(2, 3, 5, generator=generator)}
         for _ in range(2)
     )
     labels = torch.tensor([[1, 0, 3], [2, 1, 0]])
@@ -104,8 +101,7 @@ def test_masked_distillation_by_hand() -> None:
     )
     labels = -sum(math.log(softmax(student["logits"][at], 1.0)[int(target["labels"][at])]) for at in masked)
     hidden = sum(
-        1 - float(F.cosine_similarity(student["last_hidden_state"][at], teacher["last_hidden_state"][at], dim=0))
-        for at in real
+        1 - float(F.cosine_similarity(student["last_hidden_state"][at], teacher["last_hidden_state"][at], dim=0)) for at in real
     )
     assert list(parts) == ["soft_target", "cross_entropy", "cosine"]
     assert parts["soft_target"].item() == pytest.approx(5.0 * 4.0 * divergence / 5, rel=1e-5)

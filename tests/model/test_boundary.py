@@ -293,8 +293,7 @@ def test_training_with_a_block_that_stays_whole(kind: str) -> None:
 def words() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     return [
-        (torch.randint(9, (n, 5), generator=generator), torch.randint(CLASSES, (n,), generator=generator))
-        for n in (10, 10, 7)
+        (torch.randint(9, (n, 5), generator=generator), torch.randint(CLASSES, (n,), generator=generator)) for n in (10, 10, 7)
     ]
 
 

@@ -25,14 +25,7 @@ def contract() -> Contract:
 
 def test_a_contract_tells_what_travels() -> None:
     leaves = contract().leaves
-    assert [type(leaf) for leaf in leaves] == [
-        TensorLeaf,
-        AliasLeaf,
-        TensorLeaf,
-        ConstantLeaf,
-        ConstantLeaf,
-        ConstantLeaf,
-    ]
+    assert [type(leaf) for leaf in leaves] == [TensorLeaf, AliasLeaf, TensorLeaf, ConstantLeaf, ConstantLeaf, ConstantLeaf]
     assert [form.shape_of(7) for form in contract().values] == [(7, 4), (7, 4)]
     assert [form.dtype for form in contract().values] == [torch.float32, torch.bool]
     assert contract().num_bytes(7) == 7 * 4 * 5
@@ -59,10 +52,7 @@ def changed(**changes: Any) -> Any:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (
-            changed(x=torch.zeros(5, 3)),
-            r"here: the tensor .* was float32 \(5, 4\) on the sample .* now float32 \(5, 3\)",
-        ),
+        (changed(x=torch.zeros(5, 3)), r"here: the tensor .* was float32 \(5, 4\) on the sample .* now float32 \(5, 3\)"),
         (changed(x=torch.zeros(5, 4).double()), r"now float64 \(5, 4\)"),
         (changed(x="text"), "now 'text'"),
         (changed(rows=17), "the value .* was 16 .* is now 17"),

@@ -70,11 +70,7 @@ def test_contracts_say_what_travels() -> None:
     (student,), (teacher,) = contracts.student, contracts.teacher
     assert len(student) == 4 and len(teacher) == 4
     leaves = [leaf for leaf in student[0].leaves if isinstance(leaf, TensorLeaf)]
-    assert [(leaf.tracked, leaf.gradient is not None) for leaf in leaves] == [
-        (True, True),
-        (False, False),
-        (True, True),
-    ]
+    assert [(leaf.tracked, leaf.gradient is not None) for leaf in leaves] == [(True, True), (False, False), (True, True)]
     assert student[-1].values[0].shape_of(7) == (7, CLASSES)
     assert not any(leaf.tracked for contract in teacher for leaf in contract.tensor_leaves)
     assert [form.shape_of(5) for form in contracts.inputs.values + contracts.targets.values] == [(5, 4), (5,)]
@@ -108,10 +104,7 @@ def fails(self: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (
-            lambda: supervised(nn.Linear(4, 8), nn.Linear(9, 8)),
-            r"student block 1 \('1'\) cannot take float32\[2, 8\]: Runtime",
-        ),
+        (lambda: supervised(nn.Linear(4, 8), nn.Linear(9, 8)), r"student block 1 \('1'\) cannot take float32\[2, 8\]: Runtime"),
         (lambda: broken(fails), r"student block 1 \('1'\) cannot take float32\[2, 8\]: KeyError: 'inside'"),
         (
             lambda: ps.Distillation(
@@ -124,10 +117,7 @@ def fails(self: Any, x: Tensor) -> Tensor:
             rf"the loss cannot take student output float32\[2, {CLASSES + 1}\], teacher output float32\[2, {CLASSES}\], "
             r"target int64\[2\]: .*; make the outputs fit each other, or choose another loss",
         ),
-        (
-            lambda: ps.Supervised(nn.Sequential(nn.Linear(4, 8)), lambda x, y: x),
-            "the loss gave a tensor of shape .* as 'loss'",
-        ),
+        (lambda: ps.Supervised(nn.Sequential(nn.Linear(4, 8)), lambda x, y: x), "the loss gave a tensor of shape .* as 'loss'"),
         (lambda: ps.Supervised(nn.Sequential(nn.Linear(4, 8)), lambda x, y: {"a": 1.0}), "the loss gave 1.0 as 'a'"),
         (lambda: ps.Supervised(nn.Sequential(nn.Linear(4, 8)), lambda x, y: {}), "the loss gave no part"),
         (
@@ -171,9 +161,7 @@ def test_a_block_names_all_that_it_trains() -> None:
             ]
 
     task = ps.Supervised(Model(), ps.losses.cross_entropy)
-    with pytest.raises(
-        ModelError, match=r"student block 1 \('last'\) trains 'scale' without naming them in its `uses`"
-    ):
+    with pytest.raises(ModelError, match=r"student block 1 \('last'\) trains 'scale' without naming them in its `uses`"):
         dry_run(task, X, Y)
     task.student.scale.requires_grad_(False)
     dry_run(task, X, Y)  # what nobody trains is the same in every copy

@@ -148,10 +148,7 @@ def test_the_optimizers_own_state_counts() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("a10", "no device 'a10' .did you mean 'a100'"),
-        ("v100:bf16", "a v100 does not compute in bf16; there are fp32, fp16"),
-    ],
+    [("a10", "no device 'a10' .did you mean 'a100'"), ("v100:bf16", "a v100 does not compute in bf16; there are fp32, fp16")],
 )
 def test_unknown_devices_and_precisions_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -27,9 +27,7 @@ def test_a_stopwatch_notes_the_seconds_of_every_piece(clock: list[float]) -> Non
 def test_a_trial_optimizer_changes_no_model() -> None:
     layer = nn.Linear(3, 2)
     before = [parameter.clone() for parameter in layer.parameters()]
-    optimizer = trial_optimizer(
-        dict(layer.named_parameters()), lambda p: torch.optim.SGD(p.values(), 0.1, momentum=0.9)
-    )
+    optimizer = trial_optimizer(dict(layer.named_parameters()), lambda p: torch.optim.SGD(p.values(), 0.1, momentum=0.9))
     assert optimizer is not None
     optimizer.step()
     assert state_bytes(optimizer) == (3 * 2 + 2) * 4

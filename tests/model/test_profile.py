@@ -112,9 +112,7 @@ def test_what_blocks_keep_for_their_backward_is_counted_once() -> None:
     layers = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     task = Supervised(layers, cross_entropy)
     few = (torch.rand(3, 8), torch.tensor([0, 1, 2]))
-    costs = profile(
-        task, dry_run(task, *few), *few, rows=5, optimizer=lambda p: torch.optim.SGD(p.values(), 0.1), repeats=1
-    )
+    costs = profile(task, dry_run(task, *few), *few, rows=5, optimizer=lambda p: torch.optim.SGD(p.values(), 0.1), repeats=1)
     assert [b.stash_bytes for b in costs.student] == [4 * 5 * 8, 4 * 5 * 16, 0]
     assert [b.training_bytes for b in costs.student] == [b.parameter_bytes for b in costs.student], "gradients"
 

@@ -45,9 +45,7 @@ def test_a_gradient_that_depends_on_the_rows_is_refused() -> None:
         Call(some),
         nn.Linear(4, CLASSES),
     )
-    with pytest.raises(
-        ModelError, match=r"after student block 0 \('0'\): a tensor gets a gradient for 2 rows or for 3"
-    ):
+    with pytest.raises(ModelError, match=r"after student block 0 \('0'\): a tensor gets a gradient for 2 rows or for 3"):
         dry_run(task, X, Y)
 
 

@@ -21,9 +21,7 @@ def model() -> nn.Sequential:
 def test_blocks_of_both_models() -> None:
     task = ps.Distillation(model(), model(), ps.losses.LogitsMSE(), teacher_cuts=["0", "1", "2"])
     assert task.teacher_blocks is not None
-    assert (
-        [b.name for b in task.teacher_blocks.blocks] == [b.name for b in task.student_blocks.blocks] == ["0", "1", "2"]
-    )
+    assert [b.name for b in task.teacher_blocks.blocks] == [b.name for b in task.student_blocks.blocks] == ["0", "1", "2"]
     assert task.student_blocks is task.student_blocks
     assert task.student_blocks.model is task.student
 
@@ -58,9 +56,7 @@ def test_a_loss_with_something_to_train_is_refused() -> None:
             self.projection = nn.Linear(4, 4)
 
     for make in (lambda loss: ps.Distillation(model(), model(), loss), lambda loss: ps.Supervised(model(), loss)):
-        with pytest.raises(
-            ModelError, match=r"the loss has parameters to train \(projection.weight, projection.bias\)"
-        ):
+        with pytest.raises(ModelError, match=r"the loss has parameters to train \(projection.weight, projection.bias\)"):
             make(Projected())
         make(Projected().requires_grad_(False))
 

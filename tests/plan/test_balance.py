@@ -22,11 +22,7 @@ def loads(seconds: Sequence[float], sizes: Sequence[int]) -> list[float]:
 
 
 def worst(
-    student: Sequence[float],
-    teacher: Sequence[float],
-    student_cut: Sequence[int],
-    teacher_cut: Sequence[int],
-    weight: float,
+    student: Sequence[float], teacher: Sequence[float], student_cut: Sequence[int], teacher_cut: Sequence[int], weight: float
 ) -> float:
     """The most loaded rank."""
     own = loads(student, student_cut)

@@ -13,9 +13,7 @@ from pipestill.plan import Plan, make_plan
 from pipestill.plan.search import search_pipelines
 from pipestill.schedule.pipeline.structure import Demands
 
-STUDENT = BlockCosts(
-    "s", 1.0, 2.0, parameter_bytes=100, training_bytes=200, stash_bytes=10, output_bytes=3, weight_seconds=1.0
-)
+STUDENT = BlockCosts("s", 1.0, 2.0, parameter_bytes=100, training_bytes=200, stash_bytes=10, output_bytes=3, weight_seconds=1.0)
 TEACHER = BlockCosts("t", 1.0, parameter_bytes=50, output_bytes=4)
 WEIGHTS, UNIT, OUTPUT = 300, 13, 3
 
@@ -100,10 +98,7 @@ def test_another_cut_is_taken_where_it_is_faster() -> None:
     plain = make_plan(costs, devices=2, strategy="tspipe", microbatches=2)
     assert found.chosen.repartitioned
     assert found.plan.prediction.seconds_per_step < plain.prediction.seconds_per_step
-    assert (
-        found.plan.student_partition != plain.student_partition
-        or found.plan.teacher_partition != plain.teacher_partition
-    )
+    assert found.plan.student_partition != plain.student_partition or found.plan.teacher_partition != plain.teacher_partition
     assert [one for one in found.considered if one is found.chosen], "the table shows what was chosen"
 
 

@@ -7,9 +7,7 @@ from pipestill.errors import PlanError
 from pipestill.plan.partition import Partitions, candidate_partitions, level, momentum_problems, partition_problems
 from pipestill.schedule.pipeline.structure import Demands
 
-SIX_AND_FIVE = Costs(
-    tuple(BlockCosts(f"s{i}", 1.0, 2.0) for i in range(6)), tuple(BlockCosts(f"t{i}", 1.0) for i in range(5))
-)
+SIX_AND_FIVE = Costs(tuple(BlockCosts(f"s{i}", 1.0, 2.0) for i in range(6)), tuple(BlockCosts(f"t{i}", 1.0) for i in range(5)))
 MOMENTUM = Demands(momentum=True)
 
 

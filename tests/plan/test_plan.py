@@ -69,12 +69,7 @@ def test_a_plan_is_made_and_proved_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_json_round_trip() -> None:
     level = Costs.uniform(3, 1.0, 1.0, 2.0)  # quick to find a schedule for
-    for made in (
-        plan(level),
-        plan(ALONE),
-        plan(level, run_ahead=5),
-        plan(strategy="1f1b", student_partition=[4, 1, 1]),
-    ):
+    for made in (plan(level), plan(ALONE), plan(level, run_ahead=5), plan(strategy="1f1b", student_partition=[4, 1, 1])):
         text = json.dumps(made.to_json())
         back = Plan.from_json(text)
         assert back == made

@@ -14,16 +14,7 @@ from pipestill.schedule.pipeline.structure import Demands
 
 FROZEN = Costs.uniform(4, 1, 1, 2, weight=1)
 MOMENTUM, TWO_VIEWS = Demands(True, 2, 2), Costs.uniform(4, 1, 1, 2, weight=1, views=2)
-EXACT = [
-    "sequential",
-    "gpipe",
-    "1f1b",
-    "fill",
-    "fill, stash all",
-    "fill+split, stash n",
-    "fill+split",
-    "fill+split, stash all",
-]
+EXACT = ["sequential", "gpipe", "1f1b", "fill", "fill, stash all", "fill+split, stash n", "fill+split", "fill+split, stash all"]
 UNEVEN = BlockProfile(
     tuple(
         BlockTimes(f"b{i}", (4, 8, 16), tuple(0.1 * n * (1 + rows / 16) for rows in (4, 8, 16)),

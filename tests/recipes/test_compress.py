@@ -87,9 +87,7 @@ def test_teacher_and_student_are_the_same_every_time() -> None:
 
 def test_the_student_learns_what_the_teacher_knows() -> None:
     """From chance, by blocks that never saw a label; a smaller network than docs/blockwise.md tells of."""
-    recipe = Compress(
-        widths=Numbers((16, 32, 48)), depths=Numbers((1, 1, 1)), student_depths=Numbers((1, 2, 2)), epochs=8
-    )
+    recipe = Compress(widths=Numbers((16, 32, 48)), depths=Numbers((1, 1, 1)), student_depths=Numbers((1, 2, 2)), epochs=8)
     workload = recipe.workload(0)
     options = RunOptions(devices=2, strategy="relay-dpu", seed=0)
     plain = RunOptions(strategy="reference", microbatches=1)

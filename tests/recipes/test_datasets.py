@@ -24,12 +24,7 @@ def cifar(folder: Path, rows: int = 3, **changed: Any) -> Path:
     for number, name in enumerate(NAMES):
         data = np.full((rows, 3072), number, dtype=np.uint8)
         data[:, 1024:2048] = 100  # the green plane
-        content = {
-            b"batch_label": b"a batch",
-            b"labels": [number] * rows,
-            b"data": data,
-            b"filenames": [b"x.png"] * rows,
-        }
+        content = {b"batch_label": b"a batch", b"labels": [number] * rows, b"data": data, b"filenames": [b"x.png"] * rows}
         if name == "data_batch_2":
             content |= {key.encode(): value for key, value in changed.items()}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))

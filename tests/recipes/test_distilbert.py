@@ -49,22 +49,10 @@ def bert(**changes: int) -> Any:
 
 def test_presets_are_the_published_models() -> None:
     base, large = (PRESETS[name] for name in ("bert-base", "bert-large"))
-    assert (base.layers, base.student_layers, base.hidden_size, base.heads, base.intermediate_size) == (
-        12,
-        6,
-        768,
-        12,
-        3072,
-    )
+    assert (base.layers, base.student_layers, base.hidden_size, base.heads, base.intermediate_size) == (12, 6, 768, 12, 3072)
     assert (large.layers, large.student_layers, large.hidden_size, large.heads) == (24, 12, 1024, 16)
     for preset in (base, large):
-        assert (preset.vocab_size, preset.positions, preset.batch_size, preset.epochs, preset.lr) == (
-            30_522,
-            512,
-            24,
-            3,
-            5e-4,
-        )
+        assert (preset.vocab_size, preset.positions, preset.batch_size, preset.epochs, preset.lr) == (30_522, 512, 24, 3, 5e-4)
     recipe = DistilBert(preset="bert-large")
     assert recipe.sizes()[0] == Sizes(24, 1024, 16, 4096, 30_522, 512)
     assert recipe.sizes()[1] == Sizes(12, 1024, 16, 4096, 30_522, 512)
@@ -77,19 +65,10 @@ def test_presets_are_the_published_models() -> None:
 
 
 @pytest.mark.parametrize("preset", ["bert-base", "bert-large"])
-def test_a_published_preset_says_that_its_teacher_is_random(
-    preset: Any, small: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_published_preset_says_that_its_teacher_is_random(preset: Any, small: str, capsys: pytest.CaptureFixture[str]) -> None:
     """At its depth and a small width, two steps over two stages."""
     recipe = DistilBert(
-        preset=preset,
-        data=small,
-        hidden_size=16,
-        heads=2,
-        intermediate_size=24,
-        vocab_size=150,
-        max_length=16,
-        batch_size=4,
+        preset=preset, data=small, hidden_size=16, heads=2, intermediate_size=24, vocab_size=150, max_length=16, batch_size=4
     )
     workload = recipe.workload(0)
     task = workload.task()
@@ -129,9 +108,7 @@ def test_positions_are_frozen_where_the_teacher_gives_them(small: str) -> None:
         assert workload.build_student().get_parameter(name).requires_grad, "without a teacher they have to be learnt"
         task = workload.task()
         before = task.student.get_parameter(name).clone()
-        workload.trainer(task, RunOptions(microbatches=2)).fit(
-            workload.train_loader, steps=2
-        )
+        workload.trainer(task, RunOptions(microbatches=2)).fit(workload.train_loader, steps=2)
         assert torch.equal(task.student.get_parameter(name), before) is freeze
 
 
@@ -194,9 +171,7 @@ def test_the_distilled_student_is_better_than_the_same_one_alone(small: str, tmp
     assert metrics == summary["metrics"]
     assert "teacher" not in summary
     for model in ("teacher", "student", "student_alone"):
-        assert metrics[model]["perplexity"] == pytest.approx(
-            torch.tensor(metrics[model]["cross_entropy"]).exp().item(), rel=1e-4
-        )
+        assert metrics[model]["perplexity"] == pytest.approx(torch.tensor(metrics[model]["cross_entropy"]).exp().item(), rel=1e-4)
         assert 0.0 <= metrics[model]["accuracy"] <= 1.0
     assert metrics["student"]["cross_entropy"] < metrics["student_alone"]["cross_entropy"] - 0.2
 
@@ -205,10 +180,7 @@ def test_ranks_without_metrics_conclude_nothing(small: str) -> None:
     """Those of a phase are gathered on rank 0; perplexity was asked for on all."""
     workload = DistilBert(**TINY, data=small).workload(0)
     assert workload.concluded({}) == {}
-    assert workload.concluded({"cross_entropy": 2.0}) == {
-        "cross_entropy": 2.0,
-        "perplexity": pytest.approx(7.389, abs=1e-3),
-    }
+    assert workload.concluded({"cross_entropy": 2.0}) == {"cross_entropy": 2.0, "perplexity": pytest.approx(7.389, abs=1e-3)}
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -285,6 +257,4 @@ def test_grouping_can_be_left_out(small: str) -> None:
     assert {inputs["input_ids"].shape[1] for inputs, _ in workload.train_loader} == {24}
     task = Supervised(workload.build_student(), workload.supervised_loss)
     options = RunOptions(devices=2, strategy="1f1b", microbatches=2)
-    assert (
-        workload.trainer(task, options).fit(workload.train_loader, steps=2).steps == 2
-    )
+    assert workload.trainer(task, options).fit(workload.train_loader, steps=2).steps == 2

@@ -82,9 +82,7 @@ def steps_of(task: ps.Blockwise) -> SearchSteps:
 
 def test_the_teacher_of_imagenet_is_mobilenet_v2() -> None:
     preset = PRESETS["imagenet"]
-    shape = MobileShape(
-        preset.widths, preset.teacher_cells, preset.strides, preset.stem, preset.head, preset.stem_stride
-    )
+    shape = MobileShape(preset.widths, preset.teacher_cells, preset.strides, preset.stem, preset.head, preset.stem_stride)
     teacher = network(shape, same_path(shape, "k3e6"), 3, 1000, seed=0)
     assert sum(p.numel() for p in teacher.parameters()) == 3_504_872  # as torchvision's mobilenet_v2
     assert round(count_flops(teacher, 3, 224) / 2e6) == 301  # 300 million products and sums in the paper
@@ -420,10 +418,7 @@ def trainer_of(made: BlockwiseWorkload, task: ps.Blockwise, **knobs: Any) -> ps.
 
 
 UNEVEN = BlockProfile(
-    tuple(
-        BlockTimes(f"b{i}", (1, 16), (1e-4, 2e-4), (4 * s, 5 * s), 32, 100) for i, s in enumerate((1e-3, 2e-3, 2e-3))
-    ),
-    Link(),
+    tuple(BlockTimes(f"b{i}", (1, 16), (1e-4, 2e-4), (4 * s, 5 * s), 32, 100) for i, s in enumerate((1e-3, 2e-3, 2e-3))), Link()
 )
 
 
@@ -439,9 +434,7 @@ def alone() -> dict[str, Tensor]:
     return state_after("reference", 1)[0]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "devices"), [("ls", 2), ("relay", 3), ("relay-dpu", 2), ("balanced", 2), ("balanced", 1)]
-)
+@pytest.mark.parametrize(("strategy", "devices"), [("ls", 2), ("relay", 3), ("relay-dpu", 2), ("balanced", 2), ("balanced", 1)])
 def test_strategies_are_bit_exact(strategy: str, devices: int, alone: dict[str, Tensor]) -> None:
     state, result = state_after(strategy, devices, costs=UNEVEN)
     assert [name for name, tensor in alone.items() if not torch.equal(tensor, state[name])] == []
@@ -458,9 +451,7 @@ def test_strategies_are_bit_exact(strategy: str, devices: int, alone: dict[str, 
 def test_shared_rows_differ_by_rounding(strategy: str, tmp_path: Path) -> None:
     devices = {"dp": 2, "hybrid": 4}[strategy]  # more ranks than blocks: some share rows
     UNEVEN.save(tmp_path / "profile.csv")
-    options = RunOptions(
-        strategy=strategy, devices=devices, costs=str(tmp_path / "profile.csv"), timeout_seconds=60.0
-    )
+    options = RunOptions(strategy=strategy, devices=devices, costs=str(tmp_path / "profile.csv"), timeout_seconds=60.0)
     result = verify(tiny(), options, steps=5, transports=("in-process",), device_type="cpu")
     assert result["rows_split"]
     assert result["problems"] == []
@@ -564,9 +555,6 @@ def test_any_two_paths_can_be_the_pair() -> None:
 
 def test_supernet_is_the_same_for_a_seed() -> None:
     shape = MobileShape((4, 6), (1, 2), (1, 2), (4, 4), 8, 1)
-    made = [
-        supernet(shape, (3, 5), (1, 2), 1, 8, 10, steps=SearchSteps(3, 3, 0), seed=seed).state_dict()
-        for seed in (0, 0, 1)
-    ]
+    made = [supernet(shape, (3, 5), (1, 2), 1, 8, 10, steps=SearchSteps(3, 3, 0), seed=seed).state_dict() for seed in (0, 0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(made[0].values(), made[1].values(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(made[0].values(), made[2].values(), strict=True))

@@ -44,9 +44,7 @@ def test_published_networks_have_their_parameters() -> None:
     assert counts == [138_365_992, 138_357_544, 11_689_512]
     assert {"features.0.weight", "features.41.running_mean", "classifier.6.bias"} <= set(vgg.state_dict())
     assert {"features.28.weight", "classifier.0.weight"} <= set(plain.state_dict())
-    assert {"conv1.weight", "layer4.1.conv2.weight", "layer3.0.downsample.1.bias", "fc.weight"} <= set(
-        resnet.state_dict()
-    )
+    assert {"conv1.weight", "layer4.1.conv2.weight", "layer3.0.downsample.1.bias", "fc.weight"} <= set(resnet.state_dict())
 
 
 def test_the_last_stages_halve_as_far_as_there_is_room() -> None:

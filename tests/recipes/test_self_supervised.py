@@ -135,8 +135,7 @@ def test_perceptrons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "strategy"),
-    [("byol", "tspipe"), ("moco-v3", "fill"), ("dino", "tspipe"), ("dino", "1f1b"), ("dino-vit", "fill")],
+    ("name", "strategy"), [("byol", "tspipe"), ("moco-v3", "fill"), ("dino", "tspipe"), ("dino", "1f1b"), ("dino-vit", "fill")]
 )
 def test_equals_the_reference(name: str, strategy: str) -> None:
     options = RunOptions(devices=2, strategy=strategy, microbatches=2)
@@ -152,9 +151,7 @@ def test_what_runs_the_loss_beside_training_leaves_its_buffers() -> None:
     inputs, targets = next(iter(workload.train_loader))
     before = {name: tensor.clone() for name, tensor in task.loss.state_dict().items()}
     contracts = dry_run(task, inputs, targets)
-    profile(
-        task, contracts, inputs, targets, rows=4, repeats=1, optimizer=lambda p: torch.optim.SGD(p.values(), lr=0.1)
-    )
+    profile(task, contracts, inputs, targets, rows=4, repeats=1, optimizer=lambda p: torch.optim.SGD(p.values(), lr=0.1))
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.loss.state_dict().items())
     task.loss([task.student(view) for view in inputs], [task.teacher(view) for view in inputs[:2]], None)
     assert task.loss.batches == 1
@@ -169,13 +166,7 @@ def test_published_configurations() -> None:
     assert (byol.network, byol.hidden, byol.projection, byol.momentum) == ("resnet18", 512, 128, 0.996)
     assert (byol.optimizer, byol.lr, byol.sgd_momentum, byol.weight_decay) == ("lars", 0.2, 0.9, 1.5e-6)
     assert (byol.batch_size, byol.warm_up_epochs) == (256, 10)
-    assert (moco.model, moco.projection, moco.hidden, moco.temperature, moco.momentum) == (
-        "vit-s",
-        256,
-        4096,
-        0.2,
-        0.99,
-    )
+    assert (moco.model, moco.projection, moco.hidden, moco.temperature, moco.momentum) == ("vit-s", 256, 4096, 0.2, 0.99)
     assert (moco.optimizer, moco.lr, moco.weight_decay) == ("lars", 1.5e-4 * 128 / 256, 0.1)
     assert (moco.batch_size, moco.warm_up_epochs) == (128, 40)
     assert (dino.model, dino.prototypes, dino.momentum, dino.lr) == ("vit-s", 65_536, 0.996, 2e-3)
@@ -208,11 +199,7 @@ def test_published_forms_run_a_step_at_reduced_size(recipe: Any) -> None:
 @pytest.mark.parametrize(
     ("recipe", "options", "message"),
     [
-        (
-            Byol,
-            {"momentum": 1.0, "lr": 0},
-            "momentum is 1.0; expected 0 or more, and less than 1; lr is 0; expected more",
-        ),
+        (Byol, {"momentum": 1.0, "lr": 0}, "momentum is 1.0; expected 0 or more, and less than 1; lr is 0; expected more"),
         (Byol, {"epochs": 3, "warm_up_epochs": 4}, "warm_up_epochs is 4, more than the 3 epochs"),
         (Byol, {"network": "resnet18", "dropout": 0.1}, "a resnet18 has none"),
         (Byol, {"image_size": 16}, "the digits are 8 x 8"),

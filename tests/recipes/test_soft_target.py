@@ -26,13 +26,7 @@ def test_the_digits_are_as_they_were() -> None:
     recipe = SoftTarget()
     kept = (recipe.teacher_width, recipe.teacher_depth, recipe.student_width, recipe.student_depth, recipe.batch_size)
     assert kept == (32, 4, 3, 3, 64)
-    assert (recipe.epochs, recipe.teacher_epochs, recipe.lr, recipe.teacher_lr, recipe.weight) == (
-        10,
-        12,
-        0.1,
-        0.05,
-        1.0,
-    )
+    assert (recipe.epochs, recipe.teacher_epochs, recipe.lr, recipe.teacher_lr, recipe.weight) == (10, 12, 0.1, 0.05, 1.0)
     training = recipe.workload(0).student_training
     assert training.optimizer_options == {"weight_decay": 1e-4, "momentum": 0.9}
     assert SoftTarget(teacher_width=5).teacher_depth == 4
@@ -141,12 +135,7 @@ def test_lists_that_name_what_is_not_there_are_refused_with_all_of_it(tmp_path: 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        ("", "is empty"),
-        ("# n01\n", "is empty"),
-        ("n01\nn02\nn01\n", "names n01 more than once"),
-        (b"\xff\xfe", "is not text"),
-    ],
+    [("", "is empty"), ("# n01\n", "is empty"), ("n01\nn02\nn01\n", "names n01 more than once"), (b"\xff\xfe", "is not text")],
 )
 def test_broken_lists_are_refused(tmp_path: Path, content: str | bytes, message: str) -> None:
     (tmp_path / "list.txt").write_bytes(content if isinstance(content, bytes) else content.encode())

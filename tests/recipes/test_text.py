@@ -18,22 +18,7 @@ from pipestill.train.data import Reader
 
 pytest.importorskip("tokenizers")
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "while",
-    "nine",
-    "small",
-    "bears",
-    "sing",
-]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog", "while", "nine", "small", "bears", "sing"]
 
 
 def paragraphs(count: int, start: int = 0) -> str:
@@ -60,9 +45,7 @@ def test_the_embedded_text_is_english_and_split_by_topic() -> None:
     train, test = (
         {" ".join(part.split()) for text in half for part in text.split("\n\n")} for half in (corpus.train, corpus.test)
     )
-    assert not train & test - {""}, (
-        "topics repeat each other, so a topic to test with was inside one that was trained on"
-    )
+    assert not train & test - {""}, "topics repeat each other, so a topic to test with was inside one that was trained on"
     assert sorted((*corpus.train, *corpus.test)) == sorted(text.embedded())
     assert len(corpus.test) == round(len(text.embedded()) / 10)
     assert text.open_text(None, 0) == corpus
@@ -254,9 +237,7 @@ def test_weights_make_a_loss_the_mean_over_the_batchs_tokens_however_it_is_cut()
     chosen = (targets["masked"] > 0).flatten()
     for cuts in ((10,), (4, 3, 3), (9, 1)):
         total = sum(
-            losses.masked_cross_entropy({"logits": part}, {"labels": labels, "masked": weights})["cross_entropy"]
-            * len(part)
-            / 10
+            losses.masked_cross_entropy({"logits": part}, {"labels": labels, "masked": weights})["cross_entropy"] * len(part) / 10
             for part, labels, weights in zip(
                 logits.split(cuts), targets["labels"].split(cuts), targets["masked"].split(cuts), strict=True
             )

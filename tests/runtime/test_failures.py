@@ -52,13 +52,7 @@ def fail(target: object, *arguments: object, directory: Path, devices: int) -> R
         ("block", "raise", 0, "rank 0 failed: ZeroDivisionError: struck", 1),
         ("block", "raise", 1, "rank 1 failed: ZeroDivisionError: struck", 1),
         ("block", "user error", 1, "struck by the user", 2),
-        (
-            "block",
-            "grow",
-            0,
-            r"after student block 0 \('0'\): the tensor .* was float32 \(4, 4\) .* now float32 \(4, 8\)",
-            2,
-        ),
+        ("block", "grow", 0, r"after student block 0 \('0'\): the tensor .* was float32 \(4, 4\) .* now float32 \(4, 8\)", 2),
         ("block", "nan", 0, r"the loss is not finite in step 1 \(soft_target nan, cross_entropy nan\)", 1),
         ("block", "kill", 0, r"rank 0 was killed by SIGKILL \(out of memory\?\)", 1),
         ("block", "kill", 1, "rank 1 was killed by SIGKILL", 1),
@@ -90,9 +84,7 @@ def test_a_rank_that_hangs_is_found_at_the_deadline(how: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("how", "message"), [("kill", "was killed by SIGKILL"), ("raise", "failed: ZeroDivisionError")]
-)
+@pytest.mark.parametrize(("how", "message"), [("kill", "was killed by SIGKILL"), ("raise", "failed: ZeroDivisionError")])
 def test_outside_the_schedule_too(how: str, message: str, where: int, tmp_path: Path) -> None:
     failure = fail(targets.strike_in_a_collective, how, where, str(tmp_path), directory=tmp_path, devices=3)
     assert f"rank {where} {message}" in str(failure)

@@ -79,9 +79,7 @@ def test_every_process_starts_from_the_first_ones_weights() -> None:
 
 
 def test_processes_with_other_models_are_refused() -> None:
-    with pytest.raises(
-        RankFailure, match=r"'0.weight' is torch.float32 \(4, 4\) in another process and .* \(5, 4\)"
-    ) as caught:
+    with pytest.raises(RankFailure, match=r"'0.weight' is torch.float32 \(4, 4\) in another process and .* \(5, 4\)") as caught:
         ps.launch(targets.train_from_other_weights, (5,), 2, threads=1, timeout_seconds=30.0)
     assert caught.value.status == 2
 

@@ -42,9 +42,7 @@ class Task:
 
 
 @st.composite
-def tasks(
-    draw: st.DrawFn, strategies: Collection[str] = PIPELINE_STRATEGIES, most_stages: int = 4, most_units: int = 10
-) -> Task:
+def tasks(draw: st.DrawFn, strategies: Collection[str] = PIPELINE_STRATEGIES, most_stages: int = 4, most_units: int = 10) -> Task:
     """Every strategy with everything that it allows, of at most `most_units` units a step."""
     strategy = draw(st.sampled_from(sorted(strategies)))
     stages = draw(st.integers(1, most_stages))

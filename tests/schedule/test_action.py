@@ -56,9 +56,7 @@ def test_text_round_trip(action: Action) -> None:
     assert Action.parse(str(action)) == action
 
 
-@given(
-    st.text() | st.from_regex(r"[STX][0-9]{1,2}[DFLBIWRNUEX][0-9]{0,2}@-?[0-9]{1,2}([<>][0-9]?)?\n?", fullmatch=True)
-)
+@given(st.text() | st.from_regex(r"[STX][0-9]{1,2}[DFLBIWRNUEX][0-9]{0,2}@-?[0-9]{1,2}([<>][0-9]?)?\n?", fullmatch=True))
 def test_what_parses_is_what_prints(text: str) -> None:
     try:
         action = Action.parse(text)

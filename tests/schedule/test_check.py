@@ -79,9 +79,7 @@ def test_action_of_another_step(schedule: Schedule) -> None:
         for step in {action.step - 1, action.step + 1} - {-1}:
             row = list(schedule.rows[rank])
             row[i] = action.at(step)
-            if (
-                action.op is Op.NORM and action.kind is Kind.RECEIVE
-            ):  # one a step: it may as well be posted a step early
+            if action.op is Op.NORM and action.kind is Kind.RECEIVE:  # one a step: it may as well be posted a step early
                 check(with_row(schedule, rank, row))
             else:
                 assert_refused(with_row(schedule, rank, row))

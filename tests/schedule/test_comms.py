@@ -20,9 +20,7 @@ def schedules() -> st.SearchStrategy[Schedule]:
 
 def test_one_rank_needs_no_transfer() -> None:
     row = lists_of("S0F0@0 S0L0@0 S0B0@0 S0U@0")
-    assert texts_of(connect("x", PipelineStructure((0,), (), 1), row, (1,), 0).rows) == [
-        "S0D@1 S0F0@0 S0L0@0 S0B0@0 S0U@0"
-    ]
+    assert texts_of(connect("x", PipelineStructure((0,), (), 1), row, (1,), 0).rows) == ["S0D@1 S0F0@0 S0L0@0 S0B0@0 S0U@0"]
 
 
 def test_two_ranks() -> None:
@@ -133,9 +131,7 @@ def test_edges_of_a_pipeline() -> None:
         (1, 0, Lane.NORM),
         (0, 1, Lane.TARGET),
     }
-    momentum = PipelineStructure(
-        (0, 1), (0, 1), 1, momentum=True, split=True
-    )  # neither update nor second half leaves its rank
+    momentum = PipelineStructure((0, 1), (0, 1), 1, momentum=True, split=True)  # neither update nor second half leaves its rank
     assert edges(momentum) == edges(PipelineStructure((0, 1), (0, 1), 1))
     assert edges(PipelineStructure((0,), (0,), 4)) == set()
 

@@ -93,9 +93,7 @@ def assert_starts_after_its_needs(trace: Trace, schedule: Schedule, costs: Stage
                 on_the_way = 0.0
                 if source.rank != event.rank:
                     token = lane(need, event.rank, structure) is Lane.TOKEN
-                    on_the_way = (
-                        costs.link.latency_seconds if token else structure.transfer_seconds(need, event.rank, costs)
-                    )
+                    on_the_way = costs.link.latency_seconds if token else structure.transfer_seconds(need, event.rank, costs)
                 assert event.start >= source.end + on_the_way - rounding, f"{event} needs {source}"
 
 

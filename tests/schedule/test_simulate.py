@@ -167,8 +167,7 @@ def test_messages_keep_both_ends_from_their_work() -> None:
 def test_opposite_directions_do_not_share() -> None:
     structure = PipelineStructure((0, 1), (1, 0), 1)
     rows = [
-        tuple(map(Action.parse, text.split()))
-        for text in ("S0F0@0 T1F0@0 S0B0@0 S0U@0", "T0F0@0 S1F0@0 S1L0@0 S1B0@0 S1U@0")
+        tuple(map(Action.parse, text.split())) for text in ("S0F0@0 T1F0@0 S0B0@0 S0U@0", "T0F0@0 S1F0@0 S1L0@0 S1B0@0 S1U@0")
     ]
     one, link = (1.0, 1.0), Link(0.0, 10.0)
     costs = StageCosts(one, one, (0.0, 0.0), one, activation_bytes=(10, 0), teacher_bytes=(10, 0), link=link)

@@ -14,13 +14,7 @@ BLOCKWISE = staged("hybrid", HYBRID).structure
 @pytest.mark.parametrize("structure", [PIPELINE, BLOCKWISE], ids=["pipeline", "blockwise"])
 @pytest.mark.parametrize(
     ("action", "expected"),
-    [
-        ("S0D@4", "S0D@3"),
-        ("S0D@4>1", "S0D@4"),
-        ("S0D@4<0", ""),
-        ("T0F1@4>2", "T0F1@4"),
-        ("T0F1@4<0", "S0D@4"),
-    ],
+    [("S0D@4", "S0D@3"), ("S0D@4>1", "S0D@4"), ("S0D@4<0", ""), ("T0F1@4>2", "T0F1@4"), ("T0F1@4<0", "S0D@4")],
 )
 def test_transfers_and_reads_of_the_data(structure: Structure, action: str, expected: str) -> None:
     """A receive waits for the data, whose row counts size its buffer; the reads stand in their order."""

@@ -37,11 +37,7 @@ FILL: dict[str, tuple[dict[str, Any], str, tuple[float, float, float]]] = {
 
 
 @pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param(i, id=f"n{n}-M{m}", marks=[pytest.mark.slow] if n * m > 64 else [])
-        for i, (n, m) in enumerate(SIZES)
-    ],
+    "size", [pytest.param(i, id=f"n{n}-M{m}", marks=[pytest.mark.slow] if n * m > 64 else []) for i, (n, m) in enumerate(SIZES)]
 )
 @pytest.mark.parametrize("name", FILL)
 def test_utilisation_of_fill(name: str, size: int) -> None:

@@ -63,9 +63,7 @@ def test_median_is_not_moved_by_one_slow_step() -> None:
 
 
 def test_a_step_is_over_when_its_last_rank_has_updated() -> None:
-    two_ranks = trace(
-        2, (0, "S0U@0", 4.0, 5.0), (1, "S1U@0", 1.0, 2.0), (0, "S0U@1", 8.0, 9.0), (1, "S1U@1", 9.0, 11.0)
-    )
+    two_ranks = trace(2, (0, "S0U@0", 4.0, 5.0), (1, "S1U@0", 1.0, 2.0), (0, "S0U@1", 8.0, 9.0), (1, "S1U@1", 9.0, 11.0))
     assert two_ranks.step_seconds() == [6.0]
 
 

@@ -50,12 +50,7 @@ def train_in_a_group(how: str, where: int, directory: str) -> None:
     teacher = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     student = nn.Sequential(nn.Linear(4, 4), Struck(how, where, directory))
     trainer = ps.Trainer(
-        ps.Blockwise(teacher, student),
-        devices=2,
-        strategy="dp",
-        device="cpu",
-        costs=profile_of(2),
-        timeout_seconds=30.0,
+        ps.Blockwise(teacher, student), devices=2, strategy="dp", device="cpu", costs=profile_of(2), timeout_seconds=30.0
     )
     trainer.fit([torch.randn(ROWS, 4) for _ in range(6)])
 

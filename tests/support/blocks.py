@@ -53,10 +53,7 @@ def student(kind: str) -> Chain:
     pairs = list(pairwise(WIDTHS))
     if kind == "norm":  # statistics of a batch, a dropout, and an input that the block writes to
         return Chain(
-            [
-                nn.Sequential(nn.ReLU(inplace=True), nn.Linear(i, o), nn.BatchNorm1d(o), nn.Dropout(0.1))
-                for i, o in pairs
-            ]
+            [nn.Sequential(nn.ReLU(inplace=True), nn.Linear(i, o), nn.BatchNorm1d(o), nn.Dropout(0.1)) for i, o in pairs]
         )
     if kind == "thin":
         return Chain([nn.Linear(4, 4) for _ in pairs])
@@ -100,9 +97,7 @@ class BlockCase:
             **{"costs": profile_of(4), "lr_schedule": halved, **knobs},
         )  # fmt: skip
         result = trainer.fit(loader, epochs=epochs, steps=steps)
-        beside = {
-            f"{n}.{k}": t for i in range(4) for n, m in task.modules_of(i).items() for k, t in m.state_dict().items()
-        }
+        beside = {f"{n}.{k}": t for i in range(4) for n, m in task.modules_of(i).items() for k, t in m.state_dict().items()}
         mine = {name: t.clone() for name, t in (task.student.state_dict() | beside).items()}
         return Outcome(mine, {name: t.clone() for name, t in task.teacher.state_dict().items()}, result)
 
@@ -124,7 +119,6 @@ def profile_of(num_blocks: int, fixed: float = 0.001, growth: int = 1) -> BlockP
     """
     lengths = [fixed * (i * growth + 1) for i in range(num_blocks)]
     blocks = [
-        BlockTimes(f"b{i}", (1, ROWS), (fixed, 2 * fixed), (4 * length, 5 * length), 32, 100)
-        for i, length in enumerate(lengths)
+        BlockTimes(f"b{i}", (1, ROWS), (fixed, 2 * fixed), (4 * length, 5 * length), 32, 100) for i, length in enumerate(lengths)
     ]
     return BlockProfile(tuple(blocks), Link())

@@ -59,13 +59,7 @@ def dictionaries() -> ps.Distillation:
 
     def start(self: Any, x: Tensor) -> dict[str, Any]:
         h = self.layer(x)
-        return {
-            "h": h,
-            "mask": x[:, :1] > 0,
-            "more": (3, "gelu", None, [0.5, True]),
-            "rows": 2 * len(x) + 1,
-            "aux": h.mean(),
-        }
+        return {"h": h, "mask": x[:, :1] > 0, "more": (3, "gelu", None, [0.5, True]), "rows": 2 * len(x) + 1, "aux": h.mean()}
 
     def middle(self: Any, v: dict[str, Any]) -> dict[str, Any]:
         assert v["rows"] == 2 * len(v["h"]) + 1 and v["more"] == (3, "gelu", None, [0.5, True])
@@ -96,10 +90,7 @@ def skips() -> ps.Distillation:
         Call(lambda self, x: (self.layer(x), x), layer=nn.Linear(4, 8)),
         Call(lambda self, v: (self.layer(v[0]) * v[0], v[0], v[1]), layer=nn.Linear(8, 8)),
         Call(lambda self, v: (torch.tanh(v[0]) + v[1] * v[1].exp(), v[1], v[2])),
-        Call(
-            lambda self, v: self.layer(v[0] * v[1] + v[1].sin()) + v[2].sum(1, keepdim=True),
-            layer=nn.Linear(8, CLASSES),
-        ),
+        Call(lambda self, v: self.layer(v[0] * v[1] + v[1].sin()) + v[2].sum(1, keepdim=True), layer=nn.Linear(8, CLASSES)),
     )
 
 
@@ -129,11 +120,7 @@ def turned() -> ps.Supervised:
         return nn.Parameter(torch.randn(32, 32) / 5)
 
     return supervised(
-        nn.Linear(4, 32),
-        Call(turn, weight=matrix()),
-        nn.Linear(32, 32),
-        Call(turn, weight=matrix()),
-        nn.Linear(32, CLASSES),
+        nn.Linear(4, 32), Call(turn, weight=matrix()), nn.Linear(32, 32), Call(turn, weight=matrix()), nn.Linear(32, CLASSES)
     )
 
 
@@ -191,9 +178,7 @@ def many() -> ps.Supervised:
     """More tensors at once than a message has tags for."""
     grow = Call(lambda self, x: [self.layer(x) * i for i in range(1, 22)], layer=nn.Linear(4, 8))
     return supervised(
-        grow,
-        Call(lambda self, v: [*v[1:], v[0].tanh()]),
-        Call(lambda self, v: self.layer(sum(v)), layer=nn.Linear(8, CLASSES)),
+        grow, Call(lambda self, v: [*v[1:], v[0].tanh()]), Call(lambda self, v: self.layer(sum(v)), layer=nn.Linear(8, CLASSES))
     )
 
 
@@ -217,9 +202,7 @@ def odd_types() -> ps.Supervised:
         h = v[0] + v[1].sin().float() + v[2].tanh().float() + torch.view_as_real(v[7] * 1j).reshape(-1, 8)
         return self.layer(h) * v[3].sum(1, keepdim=True) + v[4].float().mean(1, keepdim=True) + F.one_hot(v[5], CLASSES)
 
-    return supervised(
-        Call(start, layer=nn.Linear(4, 8)), Call(lambda self, v: tuple(v)), Call(end, layer=nn.Linear(8, CLASSES))
-    )
+    return supervised(Call(start, layer=nn.Linear(4, 8)), Call(lambda self, v: tuple(v)), Call(end, layer=nn.Linear(8, CLASSES)))
 
 
 # ---------------------------------------------------------------- writing in place
@@ -245,10 +228,7 @@ def in_place_without_gradient() -> ps.Distillation:
         Call(lambda self, x: {"h": self.layer(x), "mask": x > 0, "x": x}, layer=frozen(nn.Linear(4, 8))),
         Call(narrow),
         Call(lambda self, v: {**v, "h": self.layer(v["h"])}, layer=nn.Linear(8, 8)),
-        Call(
-            lambda self, v: self.layer(v["h"] * v["mask"].sum(1, keepdim=True) + v["x"].sum()),
-            layer=nn.Linear(8, CLASSES),
-        ),
+        Call(lambda self, v: self.layer(v["h"] * v["mask"].sum(1, keepdim=True) + v["x"].sum()), layer=nn.Linear(8, CLASSES)),
     )
 
 
@@ -269,9 +249,7 @@ def frozen_first() -> ps.Distillation:
 
 
 def frozen_between() -> ps.Distillation:
-    return distilled(
-        nn.Linear(4, 8), frozen(nn.Linear(8, 8)), nn.Tanh(), frozen(nn.Linear(8, 8)), nn.Linear(8, CLASSES)
-    )
+    return distilled(nn.Linear(4, 8), frozen(nn.Linear(8, 8)), nn.Tanh(), frozen(nn.Linear(8, 8)), nn.Linear(8, CLASSES))
 
 
 def frozen_last() -> ps.Distillation:
@@ -361,11 +339,7 @@ class RootMode(nn.Module):
         return F.dropout(self.layers[1](x), 0.3, self.training)
 
     def pipeline_blocks(self) -> list[str | Block]:
-        return [
-            Block("first", self.first, ("layers.0", "norm")),
-            Block("second", self.second, ("layers.1",)),
-            "layers.2",
-        ]
+        return [Block("first", self.first, ("layers.0", "norm")), Block("second", self.second, ("layers.1",)), "layers.2"]
 
 
 def root_mode() -> ps.Supervised:
@@ -491,10 +465,7 @@ def nested() -> ps.Supervised:
 def nested_data() -> list[Any]:
     generator = torch.Generator().manual_seed(3)
     return [
-        (
-            {"a": x, "b": [x.flip(0), "ignored"]},
-            {"kind": "soft", "of": (y, torch.rand(len(x), CLASSES, generator=generator))},
-        )
+        ({"a": x, "b": [x.flip(0), "ignored"]}, {"kind": "soft", "of": (y, torch.rand(len(x), CLASSES, generator=generator))})
         for x, y in vectors()
     ]
 
@@ -515,10 +486,7 @@ class Refilled:
 
 def two_rates(parameters: dict[str, nn.Parameter]) -> Sequence[dict[str, Any]]:
     weights = [p for p in parameters.values() if p.dim() > 1]
-    return [
-        {"params": weights, "lr": 0.2},
-        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    return [{"params": weights, "lr": 0.2}, {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0}]
 
 
 SGD = {"optimizer": torch.optim.SGD, "optimizer_options": {"momentum": 0.9, "weight_decay": 1e-2}}
@@ -534,10 +502,7 @@ def case(task: Callable[[], Any], loader: Callable[[], Any] = vectors, **rest: A
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "sgd": {
-        "optimizer": torch.optim.SGD,
-        "optimizer_options": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2},
-    },
+    "sgd": {"optimizer": torch.optim.SGD, "optimizer_options": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}},
     "adamw": {"optimizer": torch.optim.AdamW, "optimizer_options": {"weight_decay": 1e-2}},
 }
 

@@ -118,9 +118,7 @@ def assert_same(got: Outcome, expected: Outcome) -> None:
     assert got.metrics == expected.metrics
 
 
-def assert_exact(
-    case: Case, strategies: Iterable[str] = ("fill",), devices: Iterable[int] = (2, 3), **trainer: Any
-) -> None:
+def assert_exact(case: Case, strategies: Iterable[str] = ("fill",), devices: Iterable[int] = (2, 3), **trainer: Any) -> None:
     """Every strategy on every number of devices equals `reference`."""
     expected = case.run("reference", **trainer)
     assert expected.steps

@@ -59,16 +59,12 @@ def distillation() -> ps.Distillation:
 
 def images(rows: Sequence[int] = ROWS, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(n, 3, 4, 4, generator=generator), torch.randint(CLASSES, (n,), generator=generator)) for n in rows
-    ]
+    return [(torch.randn(n, 3, 4, 4, generator=generator), torch.randint(CLASSES, (n,), generator=generator)) for n in rows]
 
 
 def vectors(rows: Sequence[int] = (10, 10, 7), features: int = 4, seed: int = 5) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(n, features, generator=generator), torch.randint(CLASSES, (n,), generator=generator)) for n in rows
-    ]
+    return [(torch.randn(n, features, generator=generator), torch.randint(CLASSES, (n,), generator=generator)) for n in rows]
 
 
 class Stream(IterableDataset[Any]):

@@ -128,9 +128,7 @@ MOMENTUM_CASES: dict[str, Case] = {
     "one_view": case(momentum_task(views=1), images_in_views(4)),
     "three_views_info_nce": case(momentum_task(views=3, loss=info_nce, batch_loss=True), THREE),
     "crops": case(momentum_task(views=3, teacher_views=2), images_in_views(6, 6, 3)),
-    "crops_info_nce": case(
-        momentum_task(views=3, teacher_views=1, loss=info_nce, batch_loss=True), images_in_views(6, 4, 3)
-    ),
+    "crops_info_nce": case(momentum_task(views=3, teacher_views=1, loss=info_nce, batch_loss=True), images_in_views(6, 4, 3)),
     "adamw": case(momentum_task(), **ADAMW),
     "clipped_adamw_info_nce": case(momentum_task(loss=info_nce, batch_loss=True), clip_grad_norm=0.1, **ADAMW),
     "frozen": case(momentum_task(change=freeze_some), clip_grad_norm=0.05),
@@ -139,9 +137,7 @@ MOMENTUM_CASES: dict[str, Case] = {
     "copied_buffers_in_eval": case(momentum_task(teacher_mode="eval", teacher_buffers="copy")),
     "new_buffers": case(momentum_task(with_average)),
     "new_buffers_copied": case(momentum_task(with_average, teacher_buffers="copy")),
-    "momentum_schedule": case(
-        momentum_task(momentum=lambda step: 0.5 + step / 20), lr_schedule=lambda step: 1 / (1 + step)
-    ),
+    "momentum_schedule": case(momentum_task(momentum=lambda step: 0.5 + step / 20), lr_schedule=lambda step: 1 / (1 + step)),
 }
 
 

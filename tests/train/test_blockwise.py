@@ -164,9 +164,7 @@ def test_student_that_is_its_teacher_has_no_loss() -> None:
         return Chain([nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)])
 
     task = ps.Blockwise(model(), model())
-    result = ps.Trainer(task, lr=0.0, devices=2, strategy="relay", costs=profile_of(3)).fit(
-        [torch.randn(8, 6)]
-    )
+    result = ps.Trainer(task, lr=0.0, devices=2, strategy="relay", costs=profile_of(3)).fit([torch.randn(8, 6)])
     assert result.losses == {"b0": 0.0, "b1": 0.0, "b2": 0.0}
 
 
@@ -197,9 +195,7 @@ def test_nest_crosses_between_blocks() -> None:
 
     def trained(strategy: str, devices: int) -> dict[str, Tensor]:
         torch.manual_seed(0)
-        task = ps.Blockwise(
-            Chain([Pair() for _ in range(3)]).double(), Chain([Pair() for _ in range(3)]).double(), loss=loss
-        )
+        task = ps.Blockwise(Chain([Pair() for _ in range(3)]).double(), Chain([Pair() for _ in range(3)]).double(), loss=loss)
         data = [torch.randn(rows, 4, dtype=torch.float64) for rows in (6, 6, 5)]
         trainer = ps.Trainer(task, devices=devices, strategy=strategy, costs=profile_of(3, 1e-5), lr=0.05)
         trainer.fit(data, epochs=3)

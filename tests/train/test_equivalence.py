@@ -65,11 +65,7 @@ BETWEEN = (*THRICE, "many", "scalars", "odd_types", "nested", "channels_last", "
 
 def assert_processes_train_the_same(cases: Iterable[str], devices: int, over: str, microbatches: Iterable[int]) -> None:
     """One process per rank; all runs one after the other in the same group."""
-    runs = [
-        (name, "fill", {})
-        for name in cases
-        if len(CASES[name].trainer.get("student_partition", range(devices))) == devices
-    ]
+    runs = [(name, "fill", {}) for name in cases if len(CASES[name].trainer.get("student_partition", range(devices))) == devices]
     runs += [
         ("everything", strategy, {"microbatches": count, **OPTIMIZERS["sgd"]})
         for strategy in PIPELINE_STRATEGIES

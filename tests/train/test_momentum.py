@@ -87,13 +87,7 @@ def case_by_some() -> Iterator[Any]:
 
 @pytest.mark.usefixtures("quick_plans")
 @pytest.mark.parametrize(("case", "strategy", "knobs", "promise", "devices"), list(case_by_some()), ids=name_of)
-def test_peculiar_tasks(
-    case: str,
-    strategy: str,
-    knobs: dict[str, Any],
-    promise: tuple[int, int, int],
-    devices: int,
-) -> None:
+def test_peculiar_tasks(case: str, strategy: str, knobs: dict[str, Any], promise: tuple[int, int, int], devices: int) -> None:
     if promise != EXACT and "copied" in case:
         with pytest.raises(PlanError, match="teacher_buffers='own'"):
             MOMENTUM_CASES[case].run(strategy, devices, **knobs)
@@ -147,12 +141,7 @@ def plain(task: ps.Momentum, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 def smooth_encoder() -> list[nn.Module]:
     """Without dropout and batch norm, so that microbatches and the whole batch mean the same."""
-    return [
-        nn.Conv2d(3, 6, 3, padding=1),
-        nn.Tanh(),
-        nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
-        nn.Linear(24, WIDTH),
-    ]
+    return [nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), nn.Linear(24, WIDTH)]
 
 
 @pytest.mark.usefixtures("quick_plans")
@@ -161,9 +150,7 @@ def smooth_encoder() -> list[nn.Module]:
     [*((*one, False) for one in EVERY_ONE), *((*one, True) for one, _ in SOME)],
     ids=name_of,
 )
-def test_every_gradient_counts(
-    strategy: str, knobs: dict[str, Any], promise: tuple[int, int, int], batch_loss: bool
-) -> None:
+def test_every_gradient_counts(strategy: str, knobs: dict[str, Any], promise: tuple[int, int, int], batch_loss: bool) -> None:
     """One step of plain SGD with a rate of 1 changes the weights by the gradient of the whole batch, all views included.
 
     TSPipe's released code drops gradients of microbatches here.
@@ -214,9 +201,7 @@ def test_clipping_is_that_of_torch() -> None:
     before = [p.detach().clone() for p in other.student.parameters()]
     norm = torch.nn.utils.clip_grad_norm_(other.student.parameters(), 0.01)
     assert norm > 0.1
-    ps.Trainer(task, lr=1.0, devices=2, microbatches=1, costs=unit_costs(task), clip_grad_norm=0.01, device="cpu").fit(
-        [batch]
-    )
+    ps.Trainer(task, lr=1.0, devices=2, microbatches=1, costs=unit_costs(task), clip_grad_norm=0.01, device="cpu").fit([batch])
     for old, p, theirs in zip(before, task.student.parameters(), other.student.parameters(), strict=True):
         assert torch.allclose(old - p, theirs.grad, rtol=1e-3, atol=1e-6)
 
@@ -418,9 +403,7 @@ def test_a_norm_to_clip_to_is_positive(clip: float) -> None:
 @pytest.mark.parametrize("strategy", ["fill", "reference"])
 def test_a_frozen_teacher_has_no_staleness(strategy: str) -> None:
     task = ps.Distillation(blocks(4, 4), blocks(4, 4), ps.losses.LogitsMSE())
-    with pytest.raises(
-        PlanError, match="staleness is of a momentum teacher; a frozen one has no versions; leave it out"
-    ):
+    with pytest.raises(PlanError, match="staleness is of a momentum teacher; a frozen one has no versions; leave it out"):
         ps.Trainer(task, strategy=strategy, staleness=1, costs=unit_costs(task), device="cpu").fit([(X, None)])
 
 

@@ -355,21 +355,9 @@ GOOD = vectors((6, 6))
     ("make", "options", "loader", "error", "message"),
     [
         (task, {"devices": 5}, GOOD, PlanError, "the student has 4 blocks for 5 devices"),
-        (
-            task,
-            {"devices": 2, "student_partition": (1, 1)},
-            GOOD,
-            PlanError,
-            r"adds up to 2, but the student has 4 blocks",
-        ),
+        (task, {"devices": 2, "student_partition": (1, 1)}, GOOD, PlanError, r"adds up to 2, but the student has 4 blocks"),
         (task, {"devices": 2, "strategy": "gpipe", "run_ahead": 1}, GOOD, PlanError, "run_ahead is a knob of 'fill'"),
-        (
-            task,
-            {"devices": 2, "costs": Costs.uniform(3, 1, 1, 1)},
-            GOOD,
-            PlanError,
-            "costs are of 3 student and 3 teacher",
-        ),
+        (task, {"devices": 2, "costs": Costs.uniform(3, 1, 1, 1)}, GOOD, PlanError, "costs are of 3 student and 3 teacher"),
         (
             tied,
             {"devices": 2, "student_partition": (3, 2)},
@@ -379,13 +367,7 @@ GOOD = vectors((6, 6))
         ),
         (task, {}, [], DataError, "the loader gave no batch in epoch 0"),
         (task, {}, [(torch.zeros(3, 4), torch.zeros(2))], DataError, "batch 0 has 3 rows of inputs and 2 of targets"),
-        (
-            task,
-            {},
-            [(torch.zeros(3, 5), torch.zeros(3).long())],
-            ModelError,
-            r"block 0 \('0'\) cannot take float32\[2, 5\]",
-        ),
+        (task, {}, [(torch.zeros(3, 5), torch.zeros(3).long())], ModelError, r"block 0 \('0'\) cannot take float32\[2, 5\]"),
         (task, {"devices": 2, "split_batch": lambda b: (b[0], None)}, GOOD, None, ""),
         (lambda: CASES["deep_teacher"].task(), {}, GOOD, None, ""),
     ],

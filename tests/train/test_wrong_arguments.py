@@ -201,11 +201,7 @@ def test_generator_serves_one_epoch_only_and_is_told_before_it() -> None:
     ("validate", "metric", "message"),
     [
         (3, ps.losses.accuracy, "the validation loader is 3"),
-        (
-            [(torch.zeros(6, 5), Y)],
-            ps.losses.accuracy,
-            r"validation: student block 0 \('0'\) cannot take float32\[3, 5\]",
-        ),
+        ([(torch.zeros(6, 5), Y)], ps.losses.accuracy, r"validation: student block 0 \('0'\) cannot take float32\[3, 5\]"),
         ([X], ps.losses.accuracy, "the batch's targets: .* int64 .* is now None"),
         (DATA, lambda output: 0.0, "the metrics cannot take output float32.*TypeError"),
         (DATA, lambda output, target: "x", "metric 'm' gave 'x'; expected a scalar"),
@@ -281,9 +277,7 @@ def test_full_disk_leaves_no_half_line(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         log.step({"step": 2, "loss": 0.25})
     log.end()
-    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
-        {"step": 1, "loss": 0.5}
-    ]
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [{"step": 1, "loss": 0.5}]
 
 
 def test_closed_output_is_told_as_such() -> None:

@@ -27,11 +27,7 @@ def chain(*widths: int) -> Chain:
         ),
         (chain(3, 5, 4), {}, r"student block 0 \('b0'\) cannot take .*give projectors"),
         (chain(4, 5, 4), {"loss": lambda s, t: s}, "the loss of block 0 gave a tensor of shape .* expected a scalar"),
-        (
-            chain(4, 5, 4),
-            {"loss": lambda s, t: t.sum()},
-            "the loss of block 0 does not depend on any trained parameter",
-        ),
+        (chain(4, 5, 4), {"loss": lambda s, t: t.sum()}, "the loss of block 0 does not depend on any trained parameter"),
     ],
 )
 def test_blocks_that_do_not_fit_are_named(student: Chain, more: dict[str, Any], message: str) -> None:

@@ -17,10 +17,7 @@ def library(request: pytest.FixtureRequest) -> Any:
     if importlib.util.find_spec(name) is None or importlib.util.find_spec("torchvision") is None:
         pytest.skip(f"{name} is not installed")
     operators = torch.library.Library("torchvision", "FRAGMENT")
-    for form in (
-        "nms(Tensor dets, Tensor scores, float t) -> Tensor",
-        "qnms(Tensor dets, Tensor scores, float t) -> Tensor",
-    ):
+    for form in ("nms(Tensor dets, Tensor scores, float t) -> Tensor", "qnms(Tensor dets, Tensor scores, float t) -> Tensor"):
         if not hasattr(torch.ops.torchvision, form.partition("(")[0]):
             operators.define(form)
     return importlib.import_module(name)

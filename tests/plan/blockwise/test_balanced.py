@@ -159,8 +159,6 @@ def test_what_a_window_buffers_may_not_fit() -> None:
     found, _ = balanced(costs, 2, limit)
     assert max(memory_bytes_of(free, costs)) > limit >= max(memory_bytes_of(found, costs))
     assert found.structure.window == 1
-    refused = (
-        "fits into 0.000953674 MiB a rank: the least that any needs is .*; of layouts with level loads, [0-9.]+ MiB"
-    )
+    refused = "fits into 0.000953674 MiB a rank: the least that any needs is .*; of layouts with level loads, [0-9.]+ MiB"
     with pytest.raises(PlanError, match=refused):
         balanced(costs, 2, 1000)

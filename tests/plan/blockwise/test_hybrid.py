@@ -63,9 +63,7 @@ def outcome(
 
 
 @given(st.data(), profiles(), st.integers(1, 6), st.integers(1, 40), st.booleans())
-def test_no_candidate_is_better(
-    data: st.DataObject, profile: BlockProfile, devices: int, batch: int, unequal: bool
-) -> None:
+def test_no_candidate_is_better(data: st.DataObject, profile: BlockProfile, devices: int, batch: int, unequal: bool) -> None:
     pace = data.draw(st.lists(speeds, min_size=devices, max_size=devices)) if unequal else None
     found = hybrid(profile, batch, devices, speeds=pace)
     assert found == exhaustive(profile, batch, devices, speeds=pace)
@@ -131,8 +129,7 @@ def test_no_cut_relays_better(data: st.DataObject, profile: BlockProfile, device
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio"),
-    [("nas-cifar", 2.25), ("nas-imagenet", 2.15), ("compress-cifar", 2.60), ("compress-imagenet", 2.18)],
+    ("name", "ratio"), [("nas-cifar", 2.25), ("nas-imagenet", 2.15), ("compress-cifar", 2.60), ("compress-imagenet", 2.18)]
 )
 def test_speedup_over_dp_of_the_four_tables(name: str, ratio: float) -> None:
     link = Link(latency_seconds=20e-6, bytes_per_second=10e9)
@@ -245,8 +242,7 @@ def test_nothing_fits() -> None:
     blocks = BlockProfile(tuple(line(1, 1, held=2**20) for _ in range(2)))
     for search in (hybrid, exhaustive):
         with pytest.raises(
-            PlanError,
-            match=r"2 blocks on 2 devices fits into 10 MiB a rank: the least that any needs is 13.0001 MiB; use more",
+            PlanError, match=r"2 blocks on 2 devices fits into 10 MiB a rank: the least that any needs is 13.0001 MiB; use more"
         ):
             search(blocks, 2, 2, memory_bytes=10 * 2**20)
     assert hybrid(blocks, 2, 2, memory_bytes=14 * 2**20).stages == (Stage(0, 1, (0,)), Stage(1, 2, (1,)))

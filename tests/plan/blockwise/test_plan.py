@@ -29,8 +29,7 @@ def plans_of(profile: BlockProfile, devices: int, batch: int, *strategies: str) 
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio"),
-    [("nas-cifar", 3.05), ("nas-imagenet", 2.3), ("compress-cifar", 3.25), ("compress-imagenet", 2.7)],
+    ("name", "ratio"), [("nas-cifar", 3.05), ("nas-imagenet", 2.3), ("compress-cifar", 3.25), ("compress-imagenet", 2.7)]
 )
 def test_each_strategy_is_faster_than_the_one_before(name: str, ratio: float) -> None:
     profile = BlockProfile.load(PROFILES / f"{name}.csv").with_link(LINK)
@@ -58,9 +57,7 @@ def test_ideal_of_the_four_tables(name: str) -> None:
 
 @given(st.data(), profiles(memory=True), st.integers(1, 4), st.integers(1, 40))
 @settings(deadline=None, max_examples=40)
-def test_every_plan_is_proved_and_keeps_to_limits(
-    data: st.DataObject, profile: BlockProfile, devices: int, batch: int
-) -> None:
+def test_every_plan_is_proved_and_keeps_to_limits(data: st.DataObject, profile: BlockProfile, devices: int, batch: int) -> None:
     pace = data.draw(st.none() | st.lists(speeds, min_size=devices, max_size=devices))
     for strategy in sorted(BLOCKWISE_STRATEGIES.keys() - {"balanced"}):  # whose properties are tested with it
         plan = make_blockwise_plan(profile, strategy=strategy, devices=devices, batch=batch, speeds=pace)
@@ -85,9 +82,7 @@ def test_baselines_take_what_the_cost_model_says(profile: BlockProfile, devices:
 
 def test_memory_by_hand() -> None:
     """100 rows; per row, inputs of 10, 20 and 30 bytes and activations of 1, 2 and 3."""
-    blocks = tuple(
-        BlockTimes("block", (1,), (1.0,), (1.0,), 10 * i, 0, 100_000 * i, 1_000_000 * i, i) for i in range(1, 4)
-    )
+    blocks = tuple(BlockTimes("block", (1,), (1.0,), (1.0,), 10 * i, 0, 100_000 * i, 1_000_000 * i, i) for i in range(1, 4))
     profile = BlockProfile(blocks, LINK)
     dp, dpu = plans_of(profile, 1, 100, "dp", "relay-dpu")
     # The last of dp's phases has all teachers, of whose outputs one waits for the next block, and two for the student.
@@ -125,8 +120,7 @@ def test_baselines_that_do_not_fit_are_refused() -> None:
         plan = make_blockwise_plan(profile, strategy=strategy, devices=2, batch=4, memory_bytes=5 * 2**20)
         assert max(plan.memory_bytes) == 5 * 2**20
         with pytest.raises(
-            PlanError,
-            match=rf"'{strategy}' holds 5 MiB on rank 0, more than the 4.5 MiB that it may; use a batch of fewer",
+            PlanError, match=rf"'{strategy}' holds 5 MiB on rank 0, more than the 4.5 MiB that it may; use a batch of fewer"
         ):
             make_blockwise_plan(profile, strategy=strategy, devices=2, batch=4, memory_bytes=4.5 * 2**20)
 

@@ -9,14 +9,7 @@ from pipestill.runtime.blockwise.measure_all_reduce import group_sizes
 
 @pytest.mark.parametrize(
     ("num_ranks", "sizes"),
-    [
-        (1, []),
-        (2, [2]),
-        (3, [2, 3]),
-        (4, [2, 3, 4]),
-        (8, [2, 3, 4, 6, 8]),
-        (64, [2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 64]),
-    ],
+    [(1, []), (2, [2]), (3, [2, 3]), (4, [2, 3, 4]), (8, [2, 3, 4, 6, 8]), (64, [2, 3, 4, 6, 9, 13, 19, 28, 42, 63, 64])],
 )
 def test_sizes_of_groups(num_ranks: int, sizes: list[int]) -> None:
     assert group_sizes(num_ranks) == sizes

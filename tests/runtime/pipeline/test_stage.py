@@ -28,10 +28,7 @@ X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 4, 0])
 def stages(task: Any, *sizes: int) -> list[StudentStage]:
     contracts = dry_run(task, X[:3], Y[:3])
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [
-        StudentStage(task, contracts, range(e - n, e), CPU, SETTINGS)
-        for e, n in zip(ends, sizes, strict=True)
-    ]
+    return [StudentStage(task, contracts, range(e - n, e), CPU, SETTINGS) for e, n in zip(ends, sizes, strict=True)]
 
 
 def through(first: StudentStage, second: StudentStage, rows: slice, unit: int, share: float) -> None:

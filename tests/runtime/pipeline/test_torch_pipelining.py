@@ -83,9 +83,7 @@ def train(kind: Any, task: Any, plan: Plan, data: list[tuple[Tensor, Tensor]]) -
 
     for i in blocks:
         task.student[i].register_forward_hook(lambda module, given, output, i=i: count(i))
-    seconds = train_with_torch(
-        task, contracts, plan, data, kind=kind, optimizer=optimizer, seed=0, device=torch.device("cpu")
-    )
+    seconds = train_with_torch(task, contracts, plan, data, kind=kind, optimizer=optimizer, seed=0, device=torch.device("cpu"))
     assert len(seconds) == len(data) and all(s > 0 for s in seconds)
     assert set(runs.values()) == {len(data) * plan.microbatches}, f"blocks ran {runs} times"
     return dict(task.student.state_dict())

@@ -102,7 +102,4 @@ def test_the_receiver_may_write_to_what_it_gets() -> None:
 
 def test_messages_say_what_they_carry() -> None:
     assert str(message("S0F1@2")) == "S0F1@2 from rank 0 on the activation lane"
-    assert (
-        str(message("T1F0@3", Lane.TEACHER, segment=2))
-        == "T1F0@3 of validation or phase 2 from rank 0 on the teacher lane"
-    )
+    assert str(message("T1F0@3", Lane.TEACHER, segment=2)) == "T1F0@3 of validation or phase 2 from rank 0 on the teacher lane"

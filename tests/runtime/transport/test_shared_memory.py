@@ -8,9 +8,7 @@ from pipestill.errors import RankFailure
 
 
 def test_message_of_another_size_is_refused() -> None:
-    with pytest.raises(
-        RankFailure, match="S0F2@7 from rank 0 on the activation lane has 3600 bytes, where 2400 were announced"
-    ):
+    with pytest.raises(RankFailure, match="S0F2@7 from rank 0 on the activation lane has 3600 bytes, where 2400 were announced"):
         ps.launch(targets.other_sizes, (), 2, threads=1, timeout_seconds=30.0)
 
 

@@ -32,9 +32,7 @@ def profiles(draw: st.DrawFn, num_blocks: st.SearchStrategy[int] | None = None, 
         seconds = [tuple(draw(amounts) for _ in rows) for _ in range(2)]
         return BlockTimes(f"{index}", rows, *seconds, *(draw(num_bytes) for _ in range(5 if memory else 2)))
 
-    return BlockProfile(
-        tuple(map(block, range(draw(st.integers(1, 6) if num_blocks is None else num_blocks)))), draw(links)
-    )
+    return BlockProfile(tuple(map(block, range(draw(st.integers(1, 6) if num_blocks is None else num_blocks)))), draw(links))
 
 
 @st.composite
@@ -87,9 +85,7 @@ def portions(draw: st.DrawFn, num_ranks: int, batches: range) -> list[Portion]:
         return [Portion(draw(ranks), range(*ends)) for ends in pairwise(cuts)]
     if way == "rows":
         sharers = draw(st.lists(ranks, min_size=1, unique=True))
-        inner = st.lists(
-            st.integers(1, _TWELFTHS - 1), min_size=len(sharers) - 1, max_size=len(sharers) - 1, unique=True
-        )
+        inner = st.lists(st.integers(1, _TWELFTHS - 1), min_size=len(sharers) - 1, max_size=len(sharers) - 1, unique=True)
         edges = [Fraction(edge, _TWELFTHS) for edge in (0, *sorted(draw(inner)), _TWELFTHS)]
         return [Portion(rank, batches, part) for rank, part in zip(sharers, pairwise(edges), strict=True)]
     return [Portion(draw(ranks), batches)]
@@ -104,8 +100,7 @@ def sliced_schedules(draw: st.DrawFn, most_blocks: int = 4, most_ranks: int = 4,
     teacher, student = ([draw(each) for _ in range(num_blocks)] for _ in range(2))
     used = sorted({p.rank for block in (*teacher, *student) for p in block})
     teacher, student = (
-        [[Portion(used.index(p.rank), p.batches, p.part) for p in block] for block in blocks]
-        for blocks in (teacher, student)
+        [[Portion(used.index(p.rank), p.batches, p.part) for p in block] for block in blocks] for blocks in (teacher, student)
     )
     return sliced(window, teacher, student, len(used), teacher_first=draw(st.booleans()))
 

@@ -60,12 +60,7 @@ def test_lines_and_columns_in_any_order(tmp_path: Path) -> None:
         (HEADER, ["no line follows the header"]),
         (
             HEADER.replace("rows", "row", 1) + ",state_byte,block",
-            [
-                "'rows' is missing",
-                r"'row' is known \(did you mean 'rows'\?\)",
-                "mean 'state_bytes'",
-                "'block' is there 2",
-            ],
+            ["'rows' is missing", r"'row' is known \(did you mean 'rows'\?\)", "mean 'state_bytes'", "'block' is there 2"],
         ),
         (
             f"{HEADER}\n0,1,fast,1.5,10,20\n1,2.5,0.5,-1.5,10,nan\n2,0,inf,1,1,1\n",
@@ -83,10 +78,7 @@ def test_lines_and_columns_in_any_order(tmp_path: Path) -> None:
         (f"{HEADER}\n1,1,1,1,1,1\n", ["blocks are 1; expected 0 to 0"]),
         (
             f"{HEADER},allreduce_1_seconds,allreduce_two_seconds\n",
-            [
-                "'allreduce_two_seconds' is known",
-                "'allreduce_1_seconds' is of groups of one rank, expected two or more",
-            ],
+            ["'allreduce_two_seconds' is known", "'allreduce_1_seconds' is of groups of one rank, expected two or more"],
         ),
         (
             f"{HEADER},allreduce_2_seconds\n0,1,1,1,1,1,0.5\n0,2,1,1,1,1,0.25\n0,3,1,1,1,1,-1\n",

@@ -126,10 +126,7 @@ TWO = equal_shares([0, 1])
         ({"ahead": -1}, "a window of 1 batches, -1 steps ahead"),
         ({"student": ((Share(0, 2),),)}, "share 0@2 for 2 ranks and a window of 1 batches"),
         ({"student": ((Share(0, 0), Share(1, 0)),)}, "share 1@0 for 2 ranks and a window of 1 batches"),
-        (
-            {"window": 2, "student": ((Share(1, 0), Share(0, 0)),)},
-            "shares of a block are not in the order of their batches",
-        ),
+        ({"window": 2, "student": ((Share(1, 0), Share(0, 0)),)}, "shares of a block are not in the order of their batches"),
         ({"window": 2}, "the shares of student block 0 are not all rows of batch 1 once"),
         ({"student": (TWO[:1],)}, "the shares of student block 0 are not all rows of batch 0 once"),
         ({"student": ((*ONE, *TWO[1:]),)}, "the shares of student block 0 are not all rows of batch 0 once"),

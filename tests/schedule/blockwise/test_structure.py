@@ -86,11 +86,7 @@ def test_text_round_trip(schedule: Schedule) -> None:
 
 def test_text() -> None:
     third = Fraction(1, 3)
-    both = [
-        Portion(0, range(1), (Fraction(0), third)),
-        Portion(1, range(1), (third, Fraction(1))),
-        Portion(1, range(1, 2)),
-    ]
+    both = [Portion(0, range(1), (Fraction(0), third)), Portion(1, range(1), (third, Fraction(1))), Portion(1, range(1, 2))]
     whole = range(2)
     schedule = sliced(2, [[Portion(0, whole)], [Portion(1, whole)]], [both, []], 2, teacher_first=True)
     head, rows = schedule.to_text().split("rank 0: ")
@@ -172,15 +168,7 @@ def seconds(costs: BlockwiseCosts, action: str) -> float:
 def test_seconds_of_work() -> None:
     costs = BlockwiseCosts(PROFILE, 6)
     exchange = 2 * (1 / 2) * 80 / 100 + 2 * 0.5
-    work = {
-        "T0F1@0": 3.0,
-        "S0B1@2": 6.0,
-        "S0R0@1": exchange,
-        "S0U0@0": 0.0,
-        "S0D@0": 0.0,
-        "T1F0@0": 18.0,
-        "S1B0@0": 30.0,
-    }
+    work = {"T0F1@0": 3.0, "S0B1@2": 6.0, "S0R0@1": exchange, "S0U0@0": 0.0, "S0D@0": 0.0, "T1F0@0": 18.0, "S1B0@0": 30.0}
     assert {action: seconds(costs, action) for action in work} == work
     assert seconds(BlockwiseCosts(PROFILE, 5), "T0F1@0") == 2.5  # halves, as in the cost model, though rows are whole
 

@@ -173,6 +173,6 @@ def test_fill_with_unequal_stages_is_not_slower_than_teacher_first() -> None:
         teacher_bytes=(2, 2), link=Link(0.0, 1.0), weight=(0.25, 0.25), ema=(0.0, 0.0), views=(1.0,),
     )  # fmt: skip
     filled = generate("fill", 2, 3, momentum=True, costs=costs)
-    assert simulate(filled, costs).seconds_per_step <= simulate(
-        generate("1f1b", 2, 3, momentum=True), costs
-    ).seconds_per_step * (1 + 1e-9)
+    assert simulate(filled, costs).seconds_per_step <= simulate(generate("1f1b", 2, 3, momentum=True), costs).seconds_per_step * (
+        1 + 1e-9
+    )

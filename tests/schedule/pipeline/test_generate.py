@@ -64,9 +64,7 @@ def test_bubble_of_teacher_first(strategy: str, n: int, m: int, share: float, f:
 @pytest.mark.parametrize("strategy", ["gpipe", "1f1b"])
 @given(*sizes, st.floats(1.0, 5.0), seconds, seconds)
 @settings(max_examples=25, deadline=None)
-def test_step_of_teacher_first_with_a_longer_teacher(
-    strategy: str, n: int, m: int, times: float, f: float, b: float
-) -> None:
+def test_step_of_teacher_first_with_a_longer_teacher(strategy: str, n: int, m: int, times: float, f: float, b: float) -> None:
     """A teacher that is slower than the student's forward keeps the last rank waiting by (n-1)(t-f)."""
     t = times * f
     trace = simulate(generate(strategy, n, m), uniform(n, t, f, b))
@@ -150,12 +148,7 @@ def test_without_a_teacher(strategy: str) -> None:
     [
         ("1f1b", 0, 4, "0 stages; expected at least 1"),
         ("fill", 2, 0, "0 microbatches; expected at least 1"),
-        (
-            "filll",
-            2,
-            2,
-            r"no strategy 'filll' \(did you mean 'fill'\?\); there are sequential, gpipe, 1f1b, tspipe, async, fill",
-        ),
+        ("filll", 2, 2, r"no strategy 'filll' \(did you mean 'fill'\?\); there are sequential, gpipe, 1f1b, tspipe, async, fill"),
         ("zebra", 2, 2, "no strategy 'zebra'; there are"),
     ],
 )

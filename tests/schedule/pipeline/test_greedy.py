@@ -45,15 +45,11 @@ def test_clipping_over_several_ranks_settles() -> None:
 
 def test_gradients_of_weights_wait_for_a_bubble() -> None:
     """There is none on one rank, so they come where nothing else is left to do."""
-    assert rows(1, 2, stash=2, teacher=False, split=True) == [
-        "S0F0@0 S0L0@0 S0I0@0 S0F1@0 S0L1@0 S0I1@0 S0W0@0 S0W1@0 S0U@0"
-    ]
+    assert rows(1, 2, stash=2, teacher=False, split=True) == ["S0F0@0 S0L0@0 S0I0@0 S0F1@0 S0L1@0 S0I1@0 S0W0@0 S0W1@0 S0U@0"]
 
 
 def test_full_stash_forces_a_gradient_of_weights() -> None:
-    assert rows(1, 2, stash=1, teacher=False, split=True) == [
-        "S0F0@0 S0L0@0 S0I0@0 S0W0@0 S0F1@0 S0L1@0 S0I1@0 S0W1@0 S0U@0"
-    ]
+    assert rows(1, 2, stash=1, teacher=False, split=True) == ["S0F0@0 S0L0@0 S0I0@0 S0W0@0 S0F1@0 S0L1@0 S0I1@0 S0W1@0 S0U@0"]
 
 
 def test_last_stage_puts_off_what_the_first_does_not_wait_for() -> None:
@@ -73,12 +69,8 @@ def test_run_ahead_bounds_the_teacher() -> None:
 
 def test_lead_lets_the_teacher_go_before_the_student() -> None:
     """One unit further ahead than it has to be, before every forward."""
-    assert rows(1, 2, stash=1, lead=0, momentum=True) == [
-        "T0F0@0 S0F0@0 S0L0@0 S0B0@0 T0F1@0 S0F1@0 S0L1@0 S0B1@0 S0U@0 T0E@0"
-    ]
-    assert rows(1, 2, stash=1, lead=1, momentum=True) == [
-        "T0F0@0 T0F1@0 S0F0@0 S0L0@0 S0B0@0 S0F1@0 S0L1@0 S0B1@0 S0U@0 T0E@0"
-    ]
+    assert rows(1, 2, stash=1, lead=0, momentum=True) == ["T0F0@0 S0F0@0 S0L0@0 S0B0@0 T0F1@0 S0F1@0 S0L1@0 S0B1@0 S0U@0 T0E@0"]
+    assert rows(1, 2, stash=1, lead=1, momentum=True) == ["T0F0@0 T0F1@0 S0F0@0 S0L0@0 S0B0@0 S0F1@0 S0L1@0 S0B1@0 S0U@0 T0E@0"]
 
 
 def test_order_does_not_depend_on_the_unit_of_time() -> None:

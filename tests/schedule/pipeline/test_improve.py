@@ -71,8 +71,7 @@ def test_gradient_of_weights_stays_between_its_backward_and_the_update() -> None
     """F0 F1 I0 W0 I1 W1 on rank 0 has rank 1 wait for nobody, but rank 1's own W0 holds I1 up: 9 s become 8."""
     structure = pipeline(2, 2, teacher=False, split=True)
     rows = lists_of(
-        "S0F0@0 S0F1@0 S0I0@0 S0W0@0 S0I1@0 S0W1@0 S0U@0",
-        "S1F0@0 S1L0@0 S1I0@0 S1W0@0 S1F1@0 S1L1@0 S1I1@0 S1W1@0 S1U@0",
+        "S0F0@0 S0F1@0 S0I0@0 S0W0@0 S0I1@0 S0W1@0 S0U@0", "S1F0@0 S1L0@0 S1I0@0 S1W0@0 S1F1@0 S1L1@0 S1I1@0 S1W1@0 S1U@0"
     )
     costs = uniform(2, 1, 1, 2, weight=1)
     before = seconds(rows, structure, costs)
@@ -92,14 +91,9 @@ def test_improved_rows_are_valid_and_no_slower(task: Task) -> None:
     costs = uniform(task.num_stages, 2, 1, 3, weight=1, views=task.asked["views"])
     whole, structure = rows_of_task(task, costs)
     structure = replace(structure, split=True)
-    rows = [
-        [b for a in row for b in ([replace(a, op=op) for op in HALVES] if a.op is Op.BACKWARD else [a])]
-        for row in whole
-    ]
+    rows = [[b for a in row for b in ([replace(a, op=op) for op in HALVES] if a.op is Op.BACKWARD else [a])] for row in whole]
     found = improve(rows, Clock(structure, costs), goal=0.0, tries=200, most_steps=0)
     assert seconds(found, structure, costs) <= seconds(rows, structure, costs) * (1 + 1e-9)
     for before, after in zip(rows, found, strict=True):
         for late in (True, False):
-            assert [a for a in before if (a.op is Op.WEIGHT) == late] == [
-                a for a in after if (a.op is Op.WEIGHT) == late
-            ]
+            assert [a for a in before if (a.op is Op.WEIGHT) == late] == [a for a in after if (a.op is Op.WEIGHT) == late]

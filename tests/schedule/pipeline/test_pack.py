@@ -48,8 +48,7 @@ def test_packed_rows_are_valid(policy: str) -> None:
 def rows_of(*texts: str) -> list[list[Timed]]:
     """`.` is a forward of the teacher; each action starts one second after the one before."""
     return [
-        [Timed(float(i), None if word == "." else Action.parse(word)) for i, word in enumerate(text.split())]
-        for text in texts
+        [Timed(float(i), None if word == "." else Action.parse(word)) for i, word in enumerate(text.split())] for text in texts
     ]
 
 
@@ -68,10 +67,7 @@ def test_ranks_before_are_further_ahead() -> None:
     assert made is not None
     assert texts_of(made) == ["T0F0@0 S0F0@0 S0B0@0 S0U@0", "S1F0@0 T1F0@0 S1L0@0 S1B0@0 S1U@0"]
     late = labelled(
-        rows_of("S0F0@0 . S0B0@0 S0U@0", "S1F0@0 . S1L0@0 S1B0@0 S1U@0"),
-        pipeline(2, 1),
-        StageCosts(*[(1.0, 1.0)] * 4),
-        5.0,
+        rows_of("S0F0@0 . S0B0@0 S0U@0", "S1F0@0 . S1L0@0 S1B0@0 S1U@0"), pipeline(2, 1), StageCosts(*[(1.0, 1.0)] * 4), 5.0
     )
     assert late is not None
     assert texts_of(late)[0] == "S0F0@0 T0F0@1 S0B0@0 S0U@0", "it would come too late for this step"

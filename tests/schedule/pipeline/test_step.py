@@ -11,10 +11,7 @@ from pipestill.schedule import Action, Op, PipelineStructure, Role
 def test_actions_stand_in_the_order_of_a_plain_loop() -> None:
     structure = PipelineStructure((0, 1), (1, 0), 2)
     assert " ".join(map(str, structure.actions(step=3))) == (
-        "S0D@3 "
-        "T0F0@3 T1F0@3 S0F0@3 S1F0@3 S1L0@3 S1B0@3 S0B0@3 "
-        "T0F1@3 T1F1@3 S0F1@3 S1F1@3 S1L1@3 S1B1@3 S0B1@3 "
-        "S0U@3 S1U@3"
+        "S0D@3 T0F0@3 T1F0@3 S0F0@3 S1F0@3 S1L0@3 S1B0@3 S0B0@3 T0F1@3 T1F1@3 S0F1@3 S1F1@3 S1L1@3 S1B1@3 S0B1@3 S0U@3 S1U@3"
     )
 
 
@@ -42,9 +39,7 @@ def test_structure_without_work(ranks: tuple[int, ...], microbatches: int) -> No
 
 def test_backwards_in_two_halves() -> None:
     structure = PipelineStructure((0, 1), (), 1, split=True)
-    assert (
-        " ".join(map(str, structure.actions())) == "S0D@0 S0F0@0 S1F0@0 S1L0@0 S1I0@0 S1W0@0 S0I0@0 S0W0@0 S0U@0 S1U@0"
-    )
+    assert " ".join(map(str, structure.actions())) == "S0D@0 S0F0@0 S1F0@0 S1L0@0 S1I0@0 S1W0@0 S0I0@0 S0W0@0 S0U@0 S1U@0"
     assert structure.backward_ops == (Op.INPUT, Op.WEIGHT)
     assert PipelineStructure((0,), (), 1).backward_ops == (Op.BACKWARD,)
 

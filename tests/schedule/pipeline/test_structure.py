@@ -80,9 +80,7 @@ BOTH = PipelineStructure((0, 1), (0, 1), 1)
 )
 def test_seconds_of_each_kind_of_work(action: str, seconds: float) -> None:
     """The two halves of a backward are as long as the whole."""
-    costs = StageCosts(
-        (1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), loss=9.0, data=10.0, weight=(0.5, 1.5), ema=(11.0, 12.0)
-    )
+    costs = StageCosts((1.0, 2.0), (3.0, 4.0), (5.0, 6.0), (7.0, 8.0), loss=9.0, data=10.0, weight=(0.5, 1.5), ema=(11.0, 12.0))
     assert BOTH.work_seconds(Action.parse(action), costs) == seconds
 
 
@@ -129,15 +127,7 @@ def test_seconds_of_a_loss_over_the_batch() -> None:
 
 @pytest.mark.parametrize(
     ("action", "seconds"),
-    [
-        ("S0F0@0", 1.0),
-        ("S1B0@0", 1.0),
-        ("S2B0@0", 2.0),
-        ("S2I0@0", 2.0),
-        ("T1F0@0", 5.0),
-        ("S0D@0", 0.0),
-        ("S2N@0", 0.0),
-    ],
+    [("S0F0@0", 1.0), ("S1B0@0", 1.0), ("S2B0@0", 2.0), ("S2I0@0", 2.0), ("T1F0@0", 5.0), ("S0D@0", 0.0), ("S2N@0", 0.0)],
 )
 def test_seconds_of_each_kind_of_transfer(action: str, seconds: float) -> None:
     """A gradient is as large as the activation that it belongs to: the one before its stage."""
@@ -257,6 +247,5 @@ def test_teacher_further_ahead_than_its_bound(name: str) -> None:
     assert problems
     for problem in problems:
         assert re.fullmatch(
-            rf"rank \d: T\dF\d@\d runs {schedule.run_ahead} microbatches ahead, the bound is {schedule.run_ahead - 1}",
-            problem,
+            rf"rank \d: T\dF\d@\d runs {schedule.run_ahead} microbatches ahead, the bound is {schedule.run_ahead - 1}", problem
         )

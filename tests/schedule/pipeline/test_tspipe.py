@@ -42,10 +42,7 @@ def test_tspipe_keeps_every_rank_busy() -> None:
     for rank, start in enumerate(ends):  # rank 1 is half a second later all along
         inside = [e for e in trace.events if e.rank == rank and e.seconds and start <= e.start < start + 8.0]
         table.append(" ".join(w for e in inside for w in [word(e.action, step), "--"][: round(e.seconds / 0.5)]))
-    assert table == [
-        "F0 F1 F2 F3 t0 t1 t2 t3 B0 -- B1 -- B2 -- B3 --",
-        "F0 F1 F2 F3 B0 -- B1 -- B2 -- B3 -- t0 t1 t2 t3",
-    ]
+    assert table == ["F0 F1 F2 F3 t0 t1 t2 t3 B0 -- B1 -- B2 -- B3 --", "F0 F1 F2 F3 B0 -- B1 -- B2 -- B3 -- t0 t1 t2 t3"]
     assert ends[1] - ends[0] == 0.5
 
 

@@ -75,11 +75,7 @@ def test_longest_paths_are_brought_up_to_date() -> None:
 
 
 @pytest.mark.parametrize(
-    ("staleness", "expected"),
-    [
-        (0, "T0F0@0 S0F0@0 S0L0@0 S0B0@0 S0U@0 T0E@0"),
-        (1, "S0L0@0 S0B0@0 S0U@0 S0F0@1 T0F0@1 T0E@0"),
-    ],
+    ("staleness", "expected"), [(0, "T0F0@0 S0F0@0 S0L0@0 S0B0@0 S0U@0 T0E@0"), (1, "S0L0@0 S0B0@0 S0U@0 S0F0@1 T0F0@1 T0E@0")]
 )
 def test_teacher_moves_after_its_last_forward_and_the_update(staleness: int, expected: str) -> None:
     """The one forward stands right before the loss where it may be late. One that is a version behind then ends a step

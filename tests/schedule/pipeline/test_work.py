@@ -16,10 +16,7 @@ def test_waits_name_results_their_step_and_how_long_they_travel() -> None:
     table = WorkTable(structure, costs)
     action = Action.parse
     assert table.seconds[action("S1F0@0")] == 4.0, "interference makes all work longer"
-    assert table.waits[action("S1F0@0")] == [
-        Wait(action("S0F0@0"), 0, 0.5, far=True),
-        Wait(action("S1U@0"), -1, 0.0, far=False),
-    ]
+    assert table.waits[action("S1F0@0")] == [Wait(action("S0F0@0"), 0, 0.5, far=True), Wait(action("S1U@0"), -1, 0.0, far=False)]
     assert table.waits[action("T0F0@0")] == [Wait(action("T0E@0"), -1, 0.0, far=False)], "the data is left out"
 
 
