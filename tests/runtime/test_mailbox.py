@@ -1,16 +1,19 @@
-"""One rank's messages, results and tokens, over a transport that only remembers."""
+"""One rank's messages, results, tokens and data, over a transport that only remembers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from support.transport import FakeTransport, finish
+from torch import Tensor
 
 from pipestill.model.contracts import observe
-from pipestill.runtime.mailbox import Mailbox
+from pipestill.runtime.mailbox import Forms, Mailbox, StepData
 from pipestill.runtime.transport.protocol import Message
 from pipestill.schedule import Action, Kind, Lane, Op, Schedule, generate
+from pipestill.schedule.blockwise.generate import alone
 
 CPU = torch.device("cpu")
 FORWARD = Action.parse("S0F0@2")
@@ -134,3 +137,116 @@ def test_a_transfer_that_carries_a_tensor_is_no_token() -> None:
     assert not mail.transfer_token(FORWARD.send_to(1))
     assert not transport.sent
     assert not mail.token_needs
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Page:
+    """The data of a step. Where `lines` (rows, 3) are missing, only their number is known; no rows mark the end."""
+
+    rows: int
+    lines: Tensor | None = None
+
+    @property
+    def ended(self) -> bool:
+        return not self.rows
+
+    def header(self) -> Tensor:
+        return torch.tensor([self.rows])
+
+
+class PageTravel:
+    """How pages travel: by lines."""
+
+    header_length = 1
+    contract = observe("lines", torch.zeros(3, 2).t(), torch.zeros(3, 3).t())
+
+    def from_header(self, header: Tensor) -> Page:
+        return Page(int(header))
+
+    def to_device(self, data: Page, device: torch.device) -> Page:
+        return data
+
+    def forms(self, data: Page) -> Forms:
+        return [(form, data.rows) for form in self.contract.values] if data.rows else []
+
+    def split(self, data: Page) -> list[Tensor]:
+        assert data.lines is not None
+        return [data.lines]
+
+    def join(self, data: Page, tensors: Iterable[Tensor]) -> Page:
+        (lines,) = tensors
+        return replace(data, lines=lines)
+
+
+READ = Action.parse("S0D@2")
+
+
+def data_of(rank: int, source: Iterator[Page] | None = None) -> tuple[StepData[Page], FakeTransport]:
+    """A rank's view of the data of a pipeline of three ranks, of which 0 reads and 2 has the loss."""
+    transport = FakeTransport()
+    mail = Mailbox(generate("1f1b", 3, 2), rank, transport, device=CPU, local_uses=uses_of_losses)
+    return StepData(mail, source, PageTravel()), transport
+
+
+def test_data_is_read_once_and_sent_whole_to_who_needs_it() -> None:
+    pages = [Page(4, torch.arange(12.0).view(3, 4).t()), Page(0)]
+    data, transport = data_of(0, iter(pages))
+    for action in (READ, READ.send_to(1), READ.send_to(2)):
+        data.do(action)
+    assert [(message.lane, message.destination) for message, _ in transport.sent] == [
+        (Lane.DATA, 1), (Lane.DATA, 2), (Lane.TARGET, 2),
+    ]  # fmt: skip
+    assert [tensors[0].tolist() for _, tensors in transport.sent] == [[4], [4], list(range(12))]
+    assert finish(data.get(2)) is finish(data.get_whole(2)) is pages[0], "nothing to wait for where it was read"
+
+
+def test_tensors_for_several_ranks_are_packed_once() -> None:
+    transport, schedule = FakeTransport(), alone("dp", 0, 3)
+    mail = Mailbox(schedule, 0, transport, device=CPU, local_uses=lambda work: ())
+    data = StepData(mail, iter([Page(4, torch.ones(3, 4).t()), Page(2, torch.ones(3, 2).t())]), PageTravel())
+    for step in (0, 1):
+        for action in (READ.at(step), READ.at(step).send_to(1), READ.at(step).send_to(2)):
+            data.do(action)
+    first, second, third, fourth = [tensors[0] for message, tensors in transport.sent if message.lane is Lane.INPUT]
+    assert first is second and third is fourth
+    assert (first.numel(), third.numel()) == (12, 6)
+
+
+def test_data_of_another_rank_is_awaited_by_header_then_by_tensors() -> None:
+    data, transport = data_of(2)
+    data.do(READ.receive_from(0))
+    header, lines = (Message(lane, READ, 0, 2) for lane in (Lane.DATA, Lane.TARGET))
+    assert [(message, tensor.dtype, tensor.numel()) for message, (tensor,) in transport.posted] == [(header, torch.int64, 1)]
+    assert next(data.get(2)) == header
+    transport.inbox[header] = [torch.tensor([4])]
+    assert finish(data.get(2)) == finish(data.get(2)) == Page(4)
+    assert [(message, tensor.numel()) for message, (tensor,) in transport.posted[1:]] == [(lines, 12)], "announced once"
+    assert next(data.get_whole(2)) == lines
+    transport.inbox[lines] = [torch.arange(12.0)]
+    whole = finish(data.get_whole(2))
+    assert whole.lines.tolist() == torch.arange(12.0).view(3, 4).t().tolist()
+    assert finish(data.get_whole(2)) is whole and not transport.inbox
+    data.forget(2)
+    assert not data.known
+    assert next(data.get(2)) == header
+
+
+def test_a_rank_that_needs_no_tensors_is_told_the_header_only() -> None:
+    data, transport = data_of(1)
+    transport.inbox[Message(Lane.DATA, READ, 0, 1)] = [torch.tensor([4])]
+    assert finish(data.get(2)) == Page(4)
+    assert not transport.posted
+
+
+def test_the_end_of_the_data_has_no_tensors() -> None:
+    reader, sent = data_of(0, iter([Page(0)]))
+    for action in (READ, READ.send_to(2)):
+        reader.do(action)
+    assert [message.lane for message, _ in sent.sent] == [Lane.DATA]
+    listener, transport = data_of(2)
+    transport.inbox[Message(Lane.DATA, READ, 0, 2)] = [torch.tensor([0])]
+    assert finish(listener.get(2)).ended
+    assert not transport.posted

@@ -9,10 +9,11 @@ from random import Random
 import pytest
 from hypothesis import given, settings, strategies as st
 from plan.blockwise.exhaustive import candidates, exhaustive
+from plan.blockwise.tasks import line
 
 from pipestill.costs import Link
 from pipestill.errors import PlanError
-from pipestill.plan.blockwise.cost_model import Stage, dp_seconds, ls, stage_memory_bytes, stage_seconds
+from pipestill.plan.blockwise.cost_model import Stage, dp_seconds, stage_seconds
 from pipestill.plan.blockwise.hybrid import Hybrid, hybrid, relay
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 
@@ -35,11 +36,6 @@ def profiles(draw: st.DrawFn, memory: bool = False) -> BlockProfile:
 
     link = Link(draw(st.sampled_from([0.0, 0.25])), draw(st.sampled_from([1.0, 64.0, float("inf")])))
     return BlockProfile(tuple(map(block, range(draw(st.integers(1, 8))))), link)
-
-
-def line(teacher: float, student: float, *, held: int = 0) -> BlockTimes:
-    """A block with seconds proportional to rows, and with bytes that are easily added up."""
-    return BlockTimes("block", (1,), (teacher,), (student,), 10, 100, held, 10 * held, held)
 
 
 def valid(plan: Hybrid, num_blocks: int, ranks: list[int]) -> bool:
@@ -204,35 +200,10 @@ def test_many_blocks_and_ranks_take_little_time() -> None:
     assert hybrid(profile, 1, 64).seconds == pytest.approx(4.5)
 
 
-# ---------------------------------------------------------------- the model's terms by hand
-
-
-def test_seconds_by_hand() -> None:
-    profile = BlockProfile((line(1.0, 2.0), line(3.0, 5.0)), Link(0.5, 100.0))
-    assert stage_seconds(profile, 0, 2, 1, 4) == 4 * (3 + 8)
-    assert stage_seconds(profile, 1, 2, 1, 4) == 4 * 8 + (0.5 + 40 / 100)
-    exchange = 2 / 2 * 100 / 100 + 2 * 0.5
-    assert stage_seconds(profile, 1, 2, 2, 4, speed=2.0) == 2 * 8 / 2 + exchange + (0.5 + 20 / 100)
-    assert dp_seconds(profile, 4, 2) == 2 * ((1 + 2) + (1 + 3 + 5)) + 2 * exchange
-    assert dp_seconds(profile, 4, 2, speeds=[4.0, 2.0]) == 12 + 2 * exchange
-
-
-def test_memory_by_hand() -> None:
+def test_memory_of_each_rank_is_that_of_its_stage() -> None:
     profile = BlockProfile((line(1, 1, held=1), line(1, 1, held=7), line(1, 1, held=2)), Link())
-    assert stage_memory_bytes(profile, 0, 1, 5) == 11 + 5 * (10 + 30 + 1)  # the output is there, and two more wait
-    assert stage_memory_bytes(profile, 0, 3, 5) == 11 * (1 + 7 + 2) + 5 * (30 + 10 + 7)
-    assert stage_memory_bytes(profile, 2, 3, 5) == 22 + 5 * (10 + 10 + 10 + 2)  # two inputs: one is the next batch's
     assert relay(profile, 5, 3).memory_bytes == (11 + 5 * 41, 77 + 5 * 57, 22 + 5 * 32)
     assert hybrid(BlockProfile((line(1, 1),)), 5, 1).memory_bytes == ()
-
-
-def test_ls_puts_the_longest_task_first() -> None:
-    """Tasks of one row: 1 + 1, 2 + 4, 3 + 3, 4 + 8 seconds."""
-    profile = BlockProfile((line(1.0, 1.0), line(1.0, 4.0), line(1.0, 3.0), line(1.0, 8.0)))
-    found = ls(profile, 2, 2)
-    assert (found.assignment, found.rank_seconds, found.seconds) == (((0, 3), (1, 2)), (28.0, 24.0), 28.0)
-    assert ls(profile, 2, 2, speeds=[1.0, 3.0]).assignment == ((1,), (0, 2, 3))
-    assert ls(profile, 2, 6).assignment == ((3,), (1,), (2,), (0,), (), ())
 
 
 # ---------------------------------------------------------------- errors
@@ -252,8 +223,8 @@ def test_nothing_fits() -> None:
 
 def test_all_wrong_arguments_are_told_at_once() -> None:
     profile = BlockProfile((line(1, 1),))
-    for strategy in (hybrid, exhaustive, relay, ls, dp_seconds):
+    for search in (hybrid, exhaustive, relay):
         with pytest.raises(
             PlanError, match="batch of 0 rows; .*; 0 devices; expected .*; 2 speeds for 0 devices; .*; a speed of -1"
         ):
-            strategy(profile, 0, 0, speeds=[1.0, -1.0])  # type: ignore[operator]
+            search(profile, 0, 0, speeds=[1.0, -1.0])

@@ -1,16 +1,20 @@
 """Tags tell apart whatever can be under way at once between two ranks; messages in one process arrive as they were sent."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from schedule.blockwise.tasks import half_a_block_moves
 from support.targets import message
 
 from pipestill.runtime.transport import protocol
 from pipestill.runtime.transport.protocol import InProcess, Message, queue_of, tag
-from pipestill.schedule import Action, Lane, Op, Role, generate
+from pipestill.schedule import Action, Lane, Op, Role, Schedule, generate
+from pipestill.schedule.blockwise.generate import staged
 from pipestill.schedule.comms import edges
 from pipestill.schedule.structure import crossings, lane
 
@@ -56,14 +60,25 @@ def test_all_digits_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(set(tags)) == len(tags)
 
 
-@pytest.mark.parametrize("strategy", ["sequential", "fill"])
+SCHEDULES: dict[str, Callable[[], Schedule[Any]]] = {
+    "sequential": lambda: generate("sequential", 4, 16),
+    "fill": lambda: generate("fill", 4, 16),
+    "hybrid": lambda: staged("hybrid", [(range(2), (0, 1, 2)), (range(2, 5), (3, 4))]),
+    "balanced": lambda: half_a_block_moves(teacher_first=True),
+}
+
+
+@pytest.mark.parametrize("strategy", SCHEDULES)
 def test_messages_of_a_schedule_under_way_together(strategy: str) -> None:
     """Equal tags on one edge would need one lane, in whose order messages are matched: here there are none at all."""
-    structure = generate(strategy, 4, 16).structure
+    schedule = SCHEDULES[strategy]()
+    structure = schedule.structure
     on_edge = defaultdict[tuple[int, int], list[int]](list)
     for work, source, destination in crossings(structure):
-        on = lane(work.receive_from(source), destination, structure)
-        for step in range(100, 103):
+        lanes = {lane(work.receive_from(source), destination, structure)}
+        if work.op is Op.DATA:
+            lanes.update(filter(None, [structure.batch_lane(destination)]))
+        for on, step in product(lanes, range(100, 103)):
             on_edge[source, destination].append(tag(Message(on, work.at(step), source, destination), 0))
     assert on_edge.keys() >= {(source, destination) for source, destination, _ in edges(structure)}
     assert all(len(set(tags)) == len(tags) for tags in on_edge.values())
