@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipestill.model.contracts import observe
 from pipestill.runtime.mailbox import Forms, Mailbox, StepData
-from pipestill.runtime.transport.protocol import Message
+from pipestill.runtime.transport.message import Message
 from pipestill.schedule import Action, Kind, Lane, Op, Schedule, generate
 from pipestill.schedule.blockwise.generate import alone
 

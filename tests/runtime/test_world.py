@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipestill.errors import ConfigError, DeviceError
-from pipestill.runtime.transport.protocol import Message
+from pipestill.runtime.transport.message import Message
 from pipestill.runtime.world import OneProcess, choose_device_type, join_world
 from pipestill.schedule import Action, Lane
 

@@ -20,8 +20,8 @@ from pipestill.recipes.run_options import Numbers, RunOptions
 from pipestill.recipes.runner import Runner
 from pipestill.recipes.training import Training
 from pipestill.runtime.blockwise.measure_all_reduce import measure_allreduces
+from pipestill.runtime.transport.message import Message
 from pipestill.runtime.transport.process_group import ProcessGroup
-from pipestill.runtime.transport.protocol import Message
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Action, Lane, Op, Role
 from pipestill.schedule.blockwise.profile import BlockProfile

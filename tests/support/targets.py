@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import pipestill as ps
 from pipestill.errors import DataError, ModelError
+from pipestill.runtime.transport.message import Message
 from pipestill.runtime.transport.process_group import ProcessGroup
-from pipestill.runtime.transport.protocol import Message
 from pipestill.runtime.transport.shared_memory import SharedMemory
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Action, Lane

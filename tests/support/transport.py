@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipestill.runtime.transport.protocol import Message
+from pipestill.runtime.transport.message import Message
 
 
 class FakeTransport:

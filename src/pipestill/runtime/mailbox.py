@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pipestill.model.contracts import TensorForm
-from pipestill.runtime.transport.protocol import Message, Transport, Waiting, receive
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Transport, Waiting, receive
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.structure import lane, needs
 

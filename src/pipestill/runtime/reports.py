@@ -12,7 +12,8 @@ from torch import Tensor
 from pipestill.errors import ConfigError, TrainingError
 from pipestill.losses import Metric
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport, receive
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Transport, receive
 from pipestill.schedule import Action, Lane, Op, Role
 
 

@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import ConfigError, DeviceError
+from pipestill.runtime.transport.message import Message
 from pipestill.runtime.transport.process_group import ProcessGroup
-from pipestill.runtime.transport.protocol import InProcess, Message, Transport, Waiting, World
+from pipestill.runtime.transport.protocol import InProcess, Transport, Waiting, World
 from pipestill.runtime.transport.shared_memory import SharedMemory
 from pipestill.schedule import Lane
 

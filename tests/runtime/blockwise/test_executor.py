@@ -16,7 +16,8 @@ from pipestill.model.contracts import observe
 from pipestill.runtime.batch import Batch, windows
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Transport
 from pipestill.runtime.world import OneProcess
 from pipestill.schedule import Action, Lane, Schedule
 from pipestill.schedule.blockwise.generate import alone, staged

@@ -15,7 +15,8 @@ from pipestill.model.nests import distinct_tensors, rows_of, to_device
 from pipestill.runtime.batch import Window, header_length
 from pipestill.runtime.mailbox import Forms, Mailbox, StepData
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport, Waiting
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Transport, Waiting
 from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.blockwise.shares import Part, rows_of_part
 from pipestill.schedule.blockwise.structure import BlockwiseStructure

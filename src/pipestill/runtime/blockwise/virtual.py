@@ -13,7 +13,8 @@ from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
 from pipestill.runtime.batch import windows
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor
 from pipestill.runtime.blockwise.rank import Groups, plan_edges
-from pipestill.runtime.transport.protocol import Message, Transport
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Transport
 from pipestill.runtime.transport.virtual import (
     EventsBySegment,
     VirtualClock,

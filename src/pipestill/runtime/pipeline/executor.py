@@ -19,7 +19,8 @@ from pipestill.runtime.batch import HEADER_LENGTH, Batch, microbatch_rows
 from pipestill.runtime.mailbox import Forms, Mailbox, StepData
 from pipestill.runtime.pipeline.stage import gradient_squares, guard_batch
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport, Waiting
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Transport, Waiting
 from pipestill.schedule import Action, Kind, Op, Role, Schedule
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.structure import needs

@@ -19,7 +19,8 @@ from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradien
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.reports import LogClock, MetricMeans, RunListener, StepReports, check_finite, logged_values
 from pipestill.runtime.settings import PipelineSettings
-from pipestill.runtime.transport.protocol import Message, Waiting, World, receive
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Waiting, World, receive
 from pipestill.schedule import Action, Lane, Op, Role, Schedule
 from pipestill.schedule.comms import edges
 from pipestill.schedule.pipeline.sequential import forward_only

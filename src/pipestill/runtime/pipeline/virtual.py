@@ -12,7 +12,7 @@ from pipestill.model.contracts import observe
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.plan import Plan
 from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor
-from pipestill.runtime.transport.protocol import Message
+from pipestill.runtime.transport.message import Message
 from pipestill.runtime.transport.virtual import (
     EventsBySegment,
     VirtualClock,

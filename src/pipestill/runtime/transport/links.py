@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pipestill.costs import Link
 from pipestill.model.contracts import FEW, MORE, TensorForm
-from pipestill.runtime.transport.protocol import Message, Transport, World
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Transport, World
 from pipestill.schedule import Action, Lane, Op, Role
 
 _LOAD_BYTES = 4_000_000

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import TransportError
-from pipestill.runtime.transport.protocol import UNDER_WAY, Message, Queue, queue_of, tag
+from pipestill.runtime.transport.message import UNDER_WAY, Message, Queue, queue_of, tag
 from pipestill.schedule import Lane
 
 _Sent = tuple[Message, list[Tensor], list[dist.Work]]

@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipestill.errors import TransportError
-from pipestill.runtime.transport.protocol import UNDER_WAY, Message, Queue, Transport, queue_of, tag
+from pipestill.runtime.transport.message import UNDER_WAY, Message, Queue, queue_of, tag
+from pipestill.runtime.transport.protocol import Transport
 
 T = TypeVar("T")
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.record import Recorder
-from pipestill.runtime.transport.protocol import Message, Transport, World
+from pipestill.runtime.transport.message import Message
+from pipestill.runtime.transport.protocol import Transport, World
 from pipestill.schedule import Event, Lane
 
 _UNTIMED = (Lane.INPUT,)  # samples are sent a step ahead, and costs do not know how long they travel
