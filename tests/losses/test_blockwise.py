@@ -24,10 +24,18 @@ def test_by_hand() -> None:
     assert cosine_distance(student, teacher).item() == pytest.approx(sum(distances) / 2, rel=1e-5)
 
 
-def test_rows_of_zeros_agree() -> None:
-    """The normalised error of such a row is 0 / 0 otherwise."""
+def test_normalised_error_of_a_teacher_row_of_zeros_is_not_infinite() -> None:
+    """It is 0 / 0 where the student agrees, and the square of the student over 0 where not. Other rows stay what they are."""
     zeros = torch.zeros(2, 3)
     assert normalised_mse(zeros, zeros).item() == 0.0
+    for scale in (1.0, 1e-20):
+        assert normalised_mse(STUDENT, zeros * scale).item() == pytest.approx(mse(STUDENT, zeros).item())
+    student, teacher = torch.cat([STUDENT, STUDENT]).requires_grad_(), torch.cat([TEACHER, zeros])
+    loss = normalised_mse(student, teacher)
+    assert loss.item() == pytest.approx((normalised_mse(STUDENT, TEACHER).item() + mse(STUDENT, zeros).item()) / 2)
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
 
 
 def test_soft_cross_entropy_by_hand() -> None:

@@ -26,7 +26,9 @@ def mse(student: Tensor, teacher: Tensor) -> Tensor:
 def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute the mean over rows of |student - teacher|^2 / |teacher|^2.
 
-    It is alike for blocks whose outputs differ in scale.
+    It is alike for blocks whose outputs differ in scale. A row for which the teacher gives zeros (whose squares add up to less
+    than the smallest normal number of its type) has no scale: it counts as its mean squared error, as if the mean square of the
+    teacher's row were 1.
 
     Args:
         student: the student block's output, (rows, ...).
@@ -34,7 +36,8 @@ def normalised_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """
     check_shapes(student, teacher)
     error, size = ((x.flatten(1).square().sum(1)) for x in (student - teacher, teacher))
-    return (error / size.clamp_min(torch.finfo(size.dtype).tiny)).mean()
+    is_zero = size < torch.finfo(size.dtype).tiny
+    return (error / size.masked_fill(is_zero, teacher[:1].numel())).mean()
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
