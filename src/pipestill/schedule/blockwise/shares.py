@@ -63,7 +63,7 @@ class Share:
 
 
 def equal_shares(ranks: Sequence[int], batch: int = 0) -> tuple[Share, ...]:
-    """A batch in equal parts, one for each rank in order (Pipe-BD, section 3.3)."""
+    """A batch in equal parts, one for each rank in order (Pipe-BD, Jang et al., DATE 2023: automatic hybrid distribution)."""
     count = len(ranks)
     return tuple(Share(batch, rank, (Fraction(j, count), Fraction(j + 1, count))) for j, rank in enumerate(ranks))
 
