@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def _profile(workload: BlockwiseWorkload) -> BlockProfile:
         task, blockwise_dry_run(task, inputs), inputs, batch=BATCH, devices=1, optimizer=trainer.make_optimizer
     )
     one_pass = sum(block.teacher(BATCH) + block.student(BATCH) for block in measured.blocks)
-    return measured.with_link(Link(latency_seconds=0.005 * one_pass))
+    return replace(measured, link=Link(latency_seconds=0.005 * one_pass))
 
 
 def main() -> None:

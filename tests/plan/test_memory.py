@@ -96,7 +96,6 @@ def test_another_cut_is_taken_where_it_is_faster() -> None:
     costs = Costs(tuple(student), tuple(BlockCosts(f"t{i}", 4) for i in range(7)))
     found = search_pipelines(costs, Demands(), devices=2, microbatches=2, strategy="tspipe")
     plain = make_plan(costs, devices=2, strategy="tspipe", microbatches=2)
-    assert found.chosen.repartitioned
     assert found.plan.prediction.seconds_per_step < plain.prediction.seconds_per_step
     assert found.plan.student_partition != plain.student_partition or found.plan.teacher_partition != plain.teacher_partition
     assert [one for one in found.considered if one is found.chosen], "the table shows what was chosen"

@@ -54,15 +54,11 @@ _VARIANTS = (
 
 @dataclass(frozen=True)
 class Considered(Generic[P]):
-    """One strategy with its knobs: its plan, or why there is none.
-
-    `repartitioned` says that the plan has other partitions than `make_plan` finds, because these proved faster.
-    """
+    """One strategy with its knobs: its plan, or why there is none."""
 
     name: str
     plan: P | None = None
     refused: str = ""
-    repartitioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ def _repartitioned(found: Search[Plan], memory_bytes: float | None) -> Search[Pl
                 best, chosen = other, one
     if best is found.plan:
         return found
-    replaced = dataclasses.replace(chosen, plan=best, repartitioned=True)
+    replaced = dataclasses.replace(chosen, plan=best)
     return Search(tuple(replaced if one is chosen else one for one in found.considered), replaced)
 
 

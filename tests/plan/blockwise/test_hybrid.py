@@ -1,6 +1,7 @@
 """Stages of blocks on groups of ranks, against trying every candidate."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations, pairwise
 from math import comb
 from pathlib import Path
@@ -129,7 +130,7 @@ def test_no_cut_relays_better(data: st.DataObject, profile: BlockProfile, device
 )
 def test_speedup_over_dp_of_the_four_tables(name: str, ratio: float) -> None:
     link = Link(latency_seconds=20e-6, bytes_per_second=10e9)
-    profile = BlockProfile.load(PROFILES / f"{name}.csv").with_link(link)
+    profile = replace(BlockProfile.load(PROFILES / f"{name}.csv"), link=link)
     found = hybrid(profile, 256, 4)
     assert found == exhaustive(profile, 256, 4)
     assert round(dp_seconds(profile, 256, 4) / found.seconds, 2) == ratio

@@ -193,14 +193,6 @@ class BlockProfile:
         )  # fmt: skip
         return dataclasses.replace(self, blocks=tuple(blocks), link=link)
 
-    def with_link(self, link: Link) -> BlockProfile:
-        """The profile of the same blocks with other links, from which all-reduces follow too.
-
-        Args:
-            link: the link between any two ranks
-        """
-        return dataclasses.replace(self.with_allreduces((), [()] * len(self.blocks)), link=link)
-
     def with_allreduces(self, ranks: Sequence[int], seconds: Sequence[Sequence[float]]) -> BlockProfile:
         """The profile of the same blocks with measured all-reduces.
 
