@@ -172,6 +172,7 @@ def test_blockwise_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile("\n".join(fences_of("docs/blockwise.md", "python")), "docs/blockwise.md", "exec"), {"__name__": "page"})
 
 
+@pytest.mark.slow
 def test_language_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that blocks are the models, and that the student learnt."""
     pytest.importorskip("transformers")
@@ -180,6 +181,7 @@ def test_language_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile("\n".join(fences_of("docs/language.md", "python")), "docs/language.md", "exec"), {"__name__": "page"})
 
 
+@pytest.mark.slow
 def test_momentum_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that the features got better, and that the pipeline equals the plain loop."""
     monkeypatch.delenv("RANK", raising=False)

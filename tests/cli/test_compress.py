@@ -159,7 +159,7 @@ def test_recipes_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("strategy", ["ls", pytest.param("relay", marks=pytest.mark.slow), "relay-dpu"])
 def test_check_is_exact_where_blocks_see_whole_batches(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["check", "compress", *SMALL, "--strategy", strategy, "--devices", "2", "--steps", "9", "--batch_size", "16"]
+    words = ["check", "compress", *SMALL, "--strategy", strategy, "--devices", "2", "--steps", "5", "--batch_size", "16"]
     status, out, _ = run(capsys, *words, "--transport", "in-process" if strategy == "ls" else "both", "--json")
     result = json.loads(out)
     assert status == 0
@@ -168,13 +168,14 @@ def test_check_is_exact_where_blocks_see_whole_batches(strategy: str, capsys: py
 
 
 def test_check_allows_rounding_where_rows_are_split(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["check", "compress", *SMALL, "--strategy", "dp", "--devices", "2", "--steps", "9", "--batch_size", "16"]
+    words = ["check", "compress", *SMALL, "--strategy", "dp", "--devices", "2", "--steps", "5", "--batch_size", "16"]
+    words += ["--transport", "in-process"]
     status, out, _ = run(capsys, *words, "--json")
     result = json.loads(out)
     assert status == 0
     assert (result["exact"], result["rows_split"], result["dtype"]) == (False, True, "float64")
     assert 0 < result["max_relative_difference"] < result["tolerance"] == 1e-9
-    status, out, _ = run(capsys, *words, "--transport", "in-process")
+    status, out, _ = run(capsys, *words, "--steps", "2")
     assert status == 0
     assert "compared in float64 with batch norm frozen" in out
 

@@ -10,6 +10,8 @@ import pytest
 
 from pipestill.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 SMALL = (
     "soft-target --preset imagenet100 --data noise --image_size 32 --teacher_width 32 --teacher_depth 3 --student_width 8 "
     "--student_depth 1 --batch_size 8"

@@ -29,6 +29,8 @@ BLOCKS = BlockProfile(
     )
 )  # fmt: skip
 OTHER_BLOCKS = "block,rows,teacher_forward_seconds,student_step_seconds,input_bytes_per_row,parameter_bytes\n0,8,0.1,0.2,8,8\n"
+pytestmark = pytest.mark.usefixtures("quick_plans")
+
 SMALL = ["--teacher_width", "4", "--teacher_depth", "2", "--batch_size", "64"]
 TINY = ["--widths", "4,6", "--depths", "1,1", "--student_depths", "1,1", "--batch_size", "16"]
 

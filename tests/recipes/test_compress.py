@@ -85,6 +85,7 @@ def test_teacher_and_student_are_the_same_every_time() -> None:
     assert sum(p.numel() for p in one.student.parameters()) * 5 < sum(p.numel() for p in one.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_the_student_learns_what_the_teacher_knows() -> None:
     """From chance, by blocks that never saw a label; a smaller network than docs/blockwise.md tells of."""
     recipe = Compress(widths=Numbers((16, 32, 48)), depths=Numbers((1, 1, 1)), student_depths=Numbers((1, 2, 2)), epochs=8)

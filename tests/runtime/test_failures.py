@@ -46,26 +46,34 @@ def fail(target: object, *arguments: object, directory: Path, devices: int) -> R
     return caught.value
 
 
+FIRST_CAUSES = [
+    ("block", "raise", 1, "rank 1 failed: ZeroDivisionError: struck", 1),
+    ("block", "user error", 1, "struck by the user", 2),
+    ("block", "kill", 0, r"rank 0 was killed by SIGKILL \(out of memory\?\)", 1),
+    ("block", "exit", 1, "rank 1 ended with status 3 without a message", 1),
+    ("loss", "nan", 2, r"the loss is not finite in step 2 \(soft_target inf, cross_entropy nan\)", 1),
+    ("loader", "raise", 0, "the loader failed: ZeroDivisionError: struck .*targets.py", 1),
+]
+"""Each way to fail once: an exception, wrong input, a kill, an exit without a message, and those of the loss and the loader."""
+
+MORE_CAUSES = [
+    ("block", "raise", 0, "rank 0 failed: ZeroDivisionError: struck", 1),
+    ("block", "grow", 0, r"after student block 0 \('0'\): the tensor .* was float32 \(4, 4\) .* now float32 \(4, 8\)", 2),
+    ("block", "nan", 0, r"the loss is not finite in step 1 \(soft_target nan, cross_entropy nan\)", 1),
+    ("block", "kill", 1, "rank 1 was killed by SIGKILL", 1),
+    ("block", "kill", 2, "rank 2 was killed by SIGKILL", 1),
+    ("block", "sys.exit", 1, "rank 1 failed: SystemExit: 3", 1),
+    ("loss", "raise", 2, "rank 2 failed: ZeroDivisionError: struck", 1),
+    ("loss", "parts", 2, "the loss had the parts soft_target, cross_entropy .* now has soft_target, another", 2),
+    ("loader", "no rows", 0, "batch 3 has no rows", 2),
+    ("loader", "user error", 0, "struck by the user", 2),
+]
+"""The same ways on other ranks and in other places."""
+
+
 @pytest.mark.parametrize(
     ("place", "how", "where", "message", "status"),
-    [
-        ("block", "raise", 0, "rank 0 failed: ZeroDivisionError: struck", 1),
-        ("block", "raise", 1, "rank 1 failed: ZeroDivisionError: struck", 1),
-        ("block", "user error", 1, "struck by the user", 2),
-        ("block", "grow", 0, r"after student block 0 \('0'\): the tensor .* was float32 \(4, 4\) .* now float32 \(4, 8\)", 2),
-        ("block", "nan", 0, r"the loss is not finite in step 1 \(soft_target nan, cross_entropy nan\)", 1),
-        ("block", "kill", 0, r"rank 0 was killed by SIGKILL \(out of memory\?\)", 1),
-        ("block", "kill", 1, "rank 1 was killed by SIGKILL", 1),
-        ("block", "kill", 2, "rank 2 was killed by SIGKILL", 1),
-        ("block", "exit", 1, "rank 1 ended with status 3 without a message", 1),
-        ("block", "sys.exit", 1, "rank 1 failed: SystemExit: 3", 1),
-        ("loss", "raise", 2, "rank 2 failed: ZeroDivisionError: struck", 1),
-        ("loss", "nan", 2, r"the loss is not finite in step 2 \(soft_target inf, cross_entropy nan\)", 1),
-        ("loss", "parts", 2, "the loss had the parts soft_target, cross_entropy .* now has soft_target, another", 2),
-        ("loader", "raise", 0, "the loader failed: ZeroDivisionError: struck .*targets.py", 1),
-        ("loader", "no rows", 0, "batch 3 has no rows", 2),
-        ("loader", "user error", 0, "struck by the user", 2),
-    ],
+    [*FIRST_CAUSES, *(pytest.param(*cause, marks=pytest.mark.slow) for cause in MORE_CAUSES)],
 )
 def test_the_first_cause_is_told(place: str, how: str, where: int, message: str, status: int, tmp_path: Path) -> None:
     failure = fail(targets.train, place, how, where, str(tmp_path), 3, directory=tmp_path, devices=3)
@@ -75,7 +83,10 @@ def test_the_first_cause_is_told(place: str, how: str, where: int, message: str,
         assert "targets.py" in failure.detail  # the rank's own traceback
 
 
-@pytest.mark.parametrize("how", ["hang", "stop"])
+STRUCK_OUTSIDE = [("kill", 0), ("kill", 2), ("raise", 1), ("raise", 2)]
+
+
+@pytest.mark.parametrize("how", ["hang", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_is_found_at_the_deadline(how: str, tmp_path: Path) -> None:
     failure = fail(targets.train, "block", how, 1, str(tmp_path), 3, 2.0, directory=tmp_path, devices=3)
     assert "rank 1" in str(failure)
@@ -83,19 +94,22 @@ def test_a_rank_that_hangs_is_found_at_the_deadline(how: str, tmp_path: Path) ->
     assert failure.status == 1
 
 
-@pytest.mark.parametrize("where", [0, 1, 2])
-@pytest.mark.parametrize(("how", "message"), [("kill", "was killed by SIGKILL"), ("raise", "failed: ZeroDivisionError")])
-def test_outside_the_schedule_too(how: str, message: str, where: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("how", "where"), [("kill", 1), ("raise", 0), *(pytest.param(*one, marks=pytest.mark.slow) for one in STRUCK_OUTSIDE)]
+)
+def test_outside_the_schedule_too(how: str, where: int, tmp_path: Path) -> None:
     failure = fail(targets.strike_in_a_collective, how, where, str(tmp_path), directory=tmp_path, devices=3)
+    message = {"kill": "was killed by SIGKILL", "raise": "failed: ZeroDivisionError"}[how]
     assert f"rank {where} {message}" in str(failure)
 
 
 # ---------------------------------------------------------------- the launcher itself
 
 SCRIPT = """
-import sys
+import signal, sys
 from support.targets import print_and_wait
 import pipestill as ps
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have background jobs ignore
 try:
     ps.launch(print_and_wait, (), 2, threads=1)
 except KeyboardInterrupt:

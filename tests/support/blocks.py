@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,7 @@ from pipestill.costs import Link
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 
 WIDTHS = (6, 8, 8, 10, 5)
-ROWS, BATCHES, EPOCHS = 12, 5, 3  # and a last batch of 5 rows in every epoch
+ROWS, BATCHES, EPOCHS = 12, 5, 2  # and a last batch of 5 rows in every epoch
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
@@ -100,6 +101,11 @@ class BlockCase:
         beside = {f"{n}.{k}": t for i in range(4) for n, m in task.modules_of(i).items() for k, t in m.state_dict().items()}
         mine = {name: t.clone() for name, t in (task.student.state_dict() | beside).items()}
         return Outcome(mine, {name: t.clone() for name, t in task.teacher.state_dict().items()}, result)
+
+
+def run_all(runs: Sequence[tuple[BlockCase, str]], devices: int) -> list[Outcome]:
+    """Train cases one after the other, each by a strategy: a target for `launch`."""
+    return [case.run(strategy, devices) for case, strategy in runs]
 
 
 def halved(batch: int) -> float:

@@ -1,4 +1,4 @@
-"""Prints what preflight says of trainers that cannot be, a line each: run as a program, also without assertions."""
+"""Prints what preflight says of trainers that cannot be, a line each; `without_asserts` runs it too."""
 
 from __future__ import annotations
 
@@ -80,7 +80,3 @@ def main() -> None:
             print(number, "accepted")
         except ps.UserError as error:
             print(number, type(error).__name__, str(error).replace("\n", " "))
-
-
-if __name__ == "__main__":
-    main()

@@ -425,7 +425,7 @@ def test_preflight_finds_what_fit_would() -> None:
 def test_preflight_refuses_the_same_without_assertions(capsys: pytest.CaptureFixture[str]) -> None:
     """`python -O` leaves assertions out: nothing that checks what a user gave may be one, or be made by one."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command, environment = [sys.executable, "-O", "-m", "support.refusals"], {**os.environ, "PYTHONPATH": path}
+    command, environment = [sys.executable, "-m", "support.without_asserts"], {**os.environ, "PYTHONPATH": path}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as without:
         refusals.main()
         said = capsys.readouterr().out

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="lo
     ("how", "where", "message"),
     [
         ("kill", 0, r"rank 0 was killed by SIGKILL \(out of memory\?\)"),
-        ("kill", 1, "rank 1 was killed by SIGKILL"),
-        ("raise", 1, "rank 1 failed: ZeroDivisionError: struck"),
+        pytest.param("kill", 1, "rank 1 was killed by SIGKILL", marks=pytest.mark.slow),
+        pytest.param("raise", 1, "rank 1 failed: ZeroDivisionError: struck", marks=pytest.mark.slow),
     ],
 )
 def test_a_member_of_a_group_that_dies_ends_the_others(how: str, where: int, message: str, tmp_path: Path) -> None:

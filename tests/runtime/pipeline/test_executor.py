@@ -71,6 +71,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> Kept:
     return executors, worlds
 
 
+@pytest.mark.usefixtures("quick_plans")
 @pytest.mark.parametrize("strategy", PIPELINE_STRATEGIES)
 @pytest.mark.parametrize("microbatches", [1, 3, 8])
 def test_nothing_stays_behind(strategy: str, microbatches: int, kept: Kept) -> None:
