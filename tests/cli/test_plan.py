@@ -210,6 +210,7 @@ def test_a_profile_of_one_process_is_standard_json(capsys: pytest.CaptureFixture
     assert Costs.load("measured.json").link.bytes_per_second == float("inf")
 
 
+@pytest.mark.slow
 def test_a_profile_of_blocks_serves_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = " ".join(TINY)
     found = figures(capsys, f"profile compress {tiny} --devices 2 --threads 1 -o measured.csv")

@@ -27,22 +27,23 @@ def check_figures(comparison: Comparison, names: list[str], planned: list[str], 
     assert calibration["ceiling"] > 0 and calibration["rounds"] == rounds
 
 
+@pytest.mark.slow
 def test_pipelines_are_compared_on_processes() -> None:
-    names = ["reference", "fill+split"]
+    names = ["reference", "1f1b", "fill+split"]
     comparison = compare(Vectors(), TWO, names, rounds=1, steps=6)
     assert_keys(comparison, "pipeline")
-    check_figures(comparison, names, ["fill+split"], rounds=1)
+    check_figures(comparison, names, ["1f1b", "fill+split"], rounds=1)
     for result in comparison.figures["results"][1:]:
         assert sum(result["student_partition"]) == sum(result["teacher_partition"]) == 3
 
 
 def test_blockwise_strategies_are_compared_on_processes() -> None:
-    names = ["dp", "reference"]
+    names = ["dp", "relay-dpu", "reference"]
     comparison = compare(Blocks(), TWO, names, rounds=2, steps=6)
     assert_keys(comparison, "blockwise")
-    check_figures(comparison, names, ["dp"], rounds=2)
-    result = comparison.figures["results"][0]
-    assert len(result["plan"]) == len(result["memory_bytes"]) == 2
+    check_figures(comparison, names, ["dp", "relay-dpu"], rounds=2)
+    for result in comparison.figures["results"][:2]:
+        assert len(result["plan"]) == len(result["memory_bytes"]) == 2
     calibration = comparison.figures["calibration"]
     assert calibration["blocks"] == 3
     assert [len(mine) for mine in calibration["allreduce_seconds"]] == [1, 1, 1]  # of each block, in groups of two

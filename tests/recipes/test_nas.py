@@ -486,6 +486,7 @@ def test_times_are_measured_over_many_paths() -> None:
 # -- as its user --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_finds_exports_and_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["train", "nas", *WORDS, *SHORT, "--devices", "1", "--out", str(out)]) == 0
