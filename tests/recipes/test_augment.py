@@ -19,7 +19,9 @@ from pipestill.recipes.augment import (
     turned_hue,
     view_loader,
 )
-from pipestill.recipes.datasets import DEVIATION, MEAN, Images, image_folders, noise
+from pipestill.recipes.datasets import noise
+from pipestill.recipes.image_folders import image_folders
+from pipestill.recipes.images import DEVIATION, MEAN, Images
 from pipestill.train.data import Reader
 
 STILL = Scans(8, window=(1.0, 1.0), moved=0.0, turned=0.0, contrast=0.0, noise=0.0)

@@ -12,7 +12,7 @@ import torch
 from pipestill import BlockModel
 from pipestill.errors import ConfigError, DataError, ModelError
 from pipestill.model.tasks import Supervised
-from pipestill.recipes import language, text
+from pipestill.recipes import language, text, tokens
 from pipestill.recipes.distilbert import PRESETS, DistilBert
 from pipestill.recipes.language import Sizes
 from pipestill.recipes.run import preflight, run_recipe
@@ -229,7 +229,7 @@ def test_models_that_do_not_fit_are_refused_before_training(small: str, tmp_path
         "tokens, the vocabulary of the teacher '.*large' 1000.*positions for 8 tokens",
         teacher_model=large, tokenizer=tokenizer,
     )  # fmt: skip
-    text.trained_tokens(text.embedded()[:8], 400).tokenizer.save(tokenizer)
+    tokens.trained_tokens(text.embedded()[:8], 400).tokenizer.save(tokenizer)
     refused("has 400 tokens, the teacher's vocabulary 100; give --vocab_size", vocab_size=100, tokenizer=tokenizer)
 
 

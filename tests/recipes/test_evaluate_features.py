@@ -5,8 +5,8 @@ from torch.utils.data import TensorDataset
 
 from pipestill.errors import ConfigError
 from pipestill.recipes import evaluate_features
-from pipestill.recipes.datasets import Images
 from pipestill.recipes.evaluate_features import FeatureQuality, evenly, knn_accuracy, linear_accuracy
+from pipestill.recipes.images import Images
 
 CPU = torch.device("cpu")
 

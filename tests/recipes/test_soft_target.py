@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipestill.errors import ConfigError, DataError
-from pipestill.recipes.datasets import read_classes
 from pipestill.recipes.estimate import form_of
+from pipestill.recipes.image_folders import read_classes
 from pipestill.recipes.run import run_recipe
 from pipestill.recipes.run_options import RunOptions
 from pipestill.recipes.soft_target import SoftTarget, tenths

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from pipestill.recipes.datasets import DEVIATION, MEAN, Folder, Images, Sample
+from pipestill.recipes.image_folders import Folder
+from pipestill.recipes.images import DEVIATION, MEAN, Images, Sample
 
 View = Callable[[Sequence[Tensor]], Tensor]
 """Images (channels, h, w), of any heights and widths -> a view of each, (rows, channels, size, size)."""

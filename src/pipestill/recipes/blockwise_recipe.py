@@ -9,8 +9,8 @@ import torch
 
 from pipestill import losses
 from pipestill.lr_schedules import cosine
-from pipestill.recipes.datasets import Images
 from pipestill.recipes.image_recipe import ImageRecipe
+from pipestill.recipes.images import Images
 from pipestill.recipes.training import Training
 
 BLOCK_LOSSES: dict[str, losses.BlockLoss] = {

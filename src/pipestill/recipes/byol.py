@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipestill.losses import byol
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
-from pipestill.recipes.datasets import Images
+from pipestill.recipes.images import Images
 from pipestill.recipes.networks import RESNETS, network
 from pipestill.recipes.recipe import filled
 from pipestill.recipes.self_supervised import TwoViews, rising, seeded

@@ -17,7 +17,7 @@ from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View
 from pipestill.recipes.byol import cnn
-from pipestill.recipes.datasets import Images
+from pipestill.recipes.images import Images
 from pipestill.recipes.recipe import filled
 from pipestill.recipes.self_supervised import Chain, SelfSupervised, patch_problems, rising, seeded
 from pipestill.recipes.training import OPTIMIZERS, Training, without_decay

@@ -20,17 +20,10 @@ from pipestill.recipes import language
 from pipestill.recipes.distillation import DistillationWorkload
 from pipestill.recipes.image_recipe import problems_of
 from pipestill.recipes.language import Sizes
-from pipestill.recipes.text import (
-    ByLengthSampler,
-    Masking,
-    Sequences,
-    Tokens,
-    cut_corpus,
-    fixed,
-    open_text,
-    open_tokens,
-    trained_tokens,
-)
+from pipestill.recipes.masking import Masking, fixed
+from pipestill.recipes.sequences import ByLengthSampler, Sequences, cut_corpus
+from pipestill.recipes.text import open_text
+from pipestill.recipes.tokens import Tokens, open_tokens, trained_tokens
 from pipestill.recipes.training import Training, warmed_up
 from pipestill.runtime.world import in_main_process
 

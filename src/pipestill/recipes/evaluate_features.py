@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from pipestill.errors import ConfigError
-from pipestill.recipes.datasets import Collate, Images
+from pipestill.recipes.images import Collate, Images
 
 MOST = 10_000
 """Samples of each half of the data that are looked at: of more, evenly many from all parts."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pipestill.errors import ConfigError
-from pipestill.recipes.datasets import Images, choose_images
+from pipestill.recipes.datasets import choose_images
+from pipestill.recipes.images import Images
 
 
 @dataclass(frozen=True)

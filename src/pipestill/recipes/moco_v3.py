@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pipestill.losses import InfoNCE
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
-from pipestill.recipes.datasets import Images
+from pipestill.recipes.images import Images
 from pipestill.recipes.recipe import filled
 from pipestill.recipes.self_supervised import TwoViews, patch_problems, rising
 from pipestill.recipes.vit import VIT_B, VIT_L, VIT_S_MOCO, ViTShape, vit

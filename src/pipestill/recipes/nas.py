@@ -25,7 +25,7 @@ from pipestill.recipes.architecture_search import (
 )
 from pipestill.recipes.blockwise import BlockwiseWorkload
 from pipestill.recipes.blockwise_recipe import BLOCK_LOSSES, BlockwiseRecipe, listed
-from pipestill.recipes.datasets import Images
+from pipestill.recipes.images import Images
 from pipestill.recipes.recipe import filled
 from pipestill.recipes.run_options import Numbers
 from pipestill.recipes.supernet import (

@@ -16,9 +16,9 @@ from pipestill.model.blocks import BlockModel
 from pipestill.model.seeding import derive
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View, view_loader
-from pipestill.recipes.datasets import Images
 from pipestill.recipes.evaluate_features import FeatureQuality
 from pipestill.recipes.image_recipe import ImageRecipe
+from pipestill.recipes.images import Images
 from pipestill.recipes.momentum import MomentumWorkload
 from pipestill.recipes.training import OPTIMIZERS, Training, warmed_up
 

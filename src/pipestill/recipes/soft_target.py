@@ -13,9 +13,10 @@ from pipestill.errors import nearest
 from pipestill.losses import SoftTarget as SoftTargetLoss, accuracy, cross_entropy
 from pipestill.model.families.load import LIBRARIES, load_model
 from pipestill.model.seeding import derive
-from pipestill.recipes.datasets import Images, digits
+from pipestill.recipes.datasets import digits
 from pipestill.recipes.distillation import DistillationWorkload
 from pipestill.recipes.image_recipe import ImageRecipe
+from pipestill.recipes.images import Images
 from pipestill.recipes.networks import RESNETS, network
 from pipestill.recipes.recipe import filled
 from pipestill.recipes.training import OPTIMIZERS, Training

@@ -1,0 +1,80 @@
+"""Batches of a masked language model: sequences in which some tokens are hidden, to be found."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pipestill.model.seeding import derive
+from pipestill.recipes.sequences import Sequences
+from pipestill.recipes.tokens import Tokens
+
+Batch = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Sequences -> (inputs, targets) of a masked language model, drawn anew each time.
+
+    Inputs: `input_ids` and `attention_mask` (rows, length). Targets: see `losses.MaskedDistillation`. Of the tokens but [CLS]
+    and [SEP], a share of `probability` is to be found; of these 80 % read [MASK], 10 % are another token and 10 % are left
+    (Devlin et al. 2019, section 3.1). Sequences are padded to `length`, or to the longest, rounded up to a multiple of 8.
+    """
+
+    tokens: Tokens
+    max_length: int
+    probability: float = 0.15
+    vary: bool = True
+
+    def __call__(self, samples: Sequence[Tensor]) -> Batch:
+        longest = max(len(sample) for sample in samples) if self.vary else self.max_length
+        length = min(-(-longest // 8) * 8, self.max_length)
+        ids = torch.full((len(samples), length), self.tokens.pad, dtype=torch.int64)
+        for row, sample in zip(ids, samples, strict=True):
+            row[: len(sample)] = sample
+        lengths = torch.tensor([len(sample) for sample in samples])
+        real = torch.arange(length) < lengths[:, None]
+        inner = real & (ids != self.tokens.cls) & (ids != self.tokens.sep)
+        chosen = (torch.rand(ids.shape) < self.probability) & inner
+        draw, other = torch.rand(ids.shape), torch.randint(self.tokens.size, ids.shape)
+        shown = torch.where(chosen & (draw < 0.8), self.tokens.mask, ids)
+        shown = torch.where(chosen & (draw >= 0.9), other, shown)
+        inputs = {"input_ids": shown, "attention_mask": real.long()}
+        return inputs, {"labels": ids, "masked": _shares(chosen), "tokens": _shares(real)}
+
+
+def _shares(counted: Tensor) -> Tensor:
+    """Weights (rows, length) whose sums over rows have as their mean the mean over what is counted."""
+    return counted.float() * (len(counted) / max(1, int(counted.sum())))
+
+
+@dataclass(frozen=True)
+class Fixed(Dataset[int]):
+    """Batches that are masked once, for all tests alike; weights are those of all of them together."""
+
+    batches: tuple[Batch, ...]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
+        return self.batches[index]
+
+
+def fixed(data: Sequences, masking: Masking, batch_size: int, seed: int) -> Fixed:
+    """All of `data` in batches, from the longest sequence to the shortest, masked by `seed`.
+
+    The mean of a metric over their rows is its mean over all masked tokens.
+    """
+    order = data.lengths().argsort(descending=True, stable=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "test masks"))
+        batches = [masking([data[int(i)] for i in part]) for part in order.split(batch_size)]
+    rows = len(data)
+    for name in ("masked", "tokens"):
+        total = sum(int(targets[name].count_nonzero()) for _, targets in batches)
+        for _, targets in batches:
+            targets[name] = (targets[name] > 0).float() * (rows / max(1, total))
+    return Fixed(tuple(batches))
