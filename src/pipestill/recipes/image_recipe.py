@@ -1,5 +1,6 @@
 """What recipes have in common that learn from images: their data, and checks of their options."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from pipestill.recipes.images import Images
 
 
 @dataclass(frozen=True)
-class ImageRecipe:
+class ImageRecipe(ABC):
     """Options of every recipe that learns from images.
 
     Args:
@@ -36,9 +37,9 @@ class ImageRecipe:
     weight_decay: float = None  # type: ignore[assignment]
     workers: int = 0
 
+    @abstractmethod
     def form(self) -> tuple[int, int]:
         """Channels of the preset's images, and the number of its classes."""
-        raise NotImplementedError
 
     def read_images(self, seed: int, *, augment: bool = False, only: str | None = None) -> Images:
         """Open what is learnt from.

@@ -1,6 +1,7 @@
 """What recipes with a momentum teacher share: models in a row, perceptrons, the teacher's momentum, options and workload."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -136,17 +137,17 @@ class SelfSupervised(ImageRecipe):
             student_training=self.training(warmed_up(cosine, self.warm_up_epochs / self.epochs)),
         )
 
+    @abstractmethod
     def views(self, images: Images) -> Sequence[View]:
         """The views of each image."""
-        raise NotImplementedError
 
+    @abstractmethod
     def task(self, images: Images, seed: int, steps_per_epoch: int) -> Momentum:
         """Build a fresh task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def training(self, schedule: Callable[[int], LrSchedule]) -> Training:
         """How the student is trained, with a schedule of the learning rate."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
