@@ -5,7 +5,7 @@ from importlib import import_module
 import pytest
 
 from pipestill.cli import main
-from pipestill.cli.options import meanings_of
+from pipestill.cli.options import meanings_of, parse
 from pipestill.recipes import RECIPES
 from pipestill.recipes.run_options import RunOptions
 
@@ -59,3 +59,11 @@ def test_help_of_a_recipe_leaves_out_what_needs_none(capsys):
     assert "--views" not in told and "--devices" in told
     assert main(["plan", "--help"]) == 0
     assert "--views" in capsys.readouterr().out
+
+
+def test_help_shows_a_recipes_own_keys_before_those_that_it_shares(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("train", ["--help"], RECIPES["compress"].load())
+    shown = re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert shown[0] == "preset"
+    assert shown.index("network") < shown.index("teacher_epochs") < shown.index("batch_size")

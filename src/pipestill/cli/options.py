@@ -86,7 +86,7 @@ def _help(command: str, groups: Sequence[type], defaults: Mapping[str, Any]) -> 
         lines += ["", f"{heading}:"]
         meanings = meanings_of(group)
         hints = _hints([group])
-        for field in dataclasses.fields(group):
+        for field in _own_first(group):
             if len(groups) > 1 and meanings[field.name].startswith("without a recipe"):
                 continue  # here is one
             usual = defaults.get(field.name, field.default)
@@ -96,6 +96,12 @@ def _help(command: str, groups: Sequence[type], defaults: Mapping[str, Any]) -> 
     lines += _entry("  --print_config", "print all keys with their values as YAML, and do nothing else", width)
     lines += _entry("  -h, --help", "print this help", width)
     return "\n".join(lines)
+
+
+def _own_first(group: type) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass: its own, then those of the classes that it derives from, the nearest first."""
+    own = [inspect.get_annotations(one) for one in group.__mro__]
+    return sorted(dataclasses.fields(group), key=lambda field: [field.name in names for names in own].index(True))
 
 
 def meanings_of(group: type) -> dict[str, str]:
