@@ -1,4 +1,4 @@
-"""Blocks that learn alone: every strategy gives what training each block by a plain loop gives."""
+"""Blockwise training: every strategy gives what training each block by a plain loop gives."""
 
 import math
 from functools import cache

@@ -1,4 +1,4 @@
-"""What commands show and do with profiles of blocks that are trained alone, and with their plans."""
+"""What commands show and do with profiles and plans of blockwise training."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class BlockwiseReport:
 
 @dataclass(frozen=True)
 class BlockwisePlanner:
-    """Times of blocks that are trained alone, and the rows of a batch."""
+    """Plans blockwise training from a profile of the blocks, for batches of so many rows."""
 
     kind: ClassVar[Kind] = "blockwise"
     strategies: ClassVar[tuple[str, ...]] = tuple(BLOCKWISE_STRATEGIES)

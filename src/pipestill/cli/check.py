@@ -80,7 +80,7 @@ def _tell_of_pipeline(result: dict[str, Any], options: RunOptions, console: Cons
 
 
 def _tell_of_blocks(result: dict[str, Any], options: RunOptions, console: Console) -> None:
-    """Print what the check of blocks that are trained alone found."""
+    """Print what the check of blockwise training found."""
     devices = counted(result["devices"], "device")
     say(console, f"{result['strategy']} on {devices}, {result['steps']} batches for each block")
     for rank, words in enumerate(result["ranks"]):

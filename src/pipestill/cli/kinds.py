@@ -1,4 +1,4 @@
-"""What tells the two kinds of costs apart, pipelines and blocks that are trained alone; and what a search reports."""
+"""What tells the two kinds of costs apart, pipelines and blockwise training; and what a search reports."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -143,7 +143,7 @@ def _range(partition: tuple[int, ...], rank: int) -> str:
 
 @dataclass(frozen=True)
 class PipelinePlanner:
-    """Costs of a pipeline's blocks, and what the task asks of a schedule."""
+    """Plans a pipeline from the costs of its blocks and what the task asks of a schedule."""
 
     kind: ClassVar[Kind] = "pipeline"
     strategies: ClassVar[tuple[str, ...]] = tuple(PIPELINE_STRATEGIES)

@@ -40,7 +40,7 @@ def compare(recipe: Recipe, options: RunOptions, strategies: Sequence[str], *, r
         options: how to run it; its strategy is not read
         strategies: names, `fill` with variants, and peers (see `variants`); speedups are over the first
         rounds: how often each strategy is measured
-        steps: updates of each measurement (batches, where blocks train alone)
+        steps: updates of each measurement (batches, in blockwise training)
 
     Raises:
         ConfigError: for an unknown strategy, or a peer that cannot train the workload.

@@ -40,7 +40,7 @@ class VirtualOptions:
         devices: ranks, each one process
         strategies: names; speedups are over the first
         rounds: how often each strategy is measured, in turn
-        steps: updates of a measurement (batches where blocks train alone); fewer where each takes long
+        steps: updates of a measurement (batches in blockwise training); fewer where each takes long
         timeout_seconds: deadline of every wait
     """
 

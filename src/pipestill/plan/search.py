@@ -178,7 +178,7 @@ def search_blockwise(
     strategy: str | None = None,
     speeds: Sequence[float] | None = None,
 ) -> Search[BlockwisePlan]:
-    """Plan every strategy for blocks that are trained alone, and choose the fastest plan; of equally fast ones the simplest.
+    """Plan every strategy of blockwise training, and choose the fastest plan; of equally fast ones the simplest.
 
     Args:
         profile: seconds and bytes of every block

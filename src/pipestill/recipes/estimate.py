@@ -21,7 +21,7 @@ _BATCHES = 16  # to find a long one among
 def compute(workload: Workload, machine: Machine, options: RunOptions) -> tuple[Costs, Task]:
     """Costs of a pipeline's blocks for one microbatch on `machine`, from a batch's form; and the task, without weights.
 
-    `ConfigError` for blocks that learn alone: what they take at shares of a batch is measured.
+    `ConfigError` for blockwise training: what they take at shares of a batch is measured.
     """
     if workload.kind == "blockwise":
         raise ConfigError(

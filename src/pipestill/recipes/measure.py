@@ -11,7 +11,7 @@ from pipestill.schedule.blockwise.profile import BlockProfile
 
 
 def measure(recipe: Recipe, options: RunOptions) -> Costs | BlockProfile:
-    """Measure costs of a pipeline's blocks for one microbatch, or a profile of blocks that are trained alone, on real data.
+    """Measure costs of a pipeline's blocks for one microbatch, or a profile for blockwise training, on real data.
 
     One device is this process. With more, each is a process: rank 0 measures blocks while the others wait, and then all of them
     measure the links, and how much they slow each other down, as before a run. With `options.split_backward`, the gradients of

@@ -14,7 +14,7 @@ Kind = Literal["pipeline", "blockwise"]
 """How a student is trained: as the stages of a pipeline, or block by block."""
 
 COSTS_SUFFIXES: dict[Kind, str] = {"pipeline": ".json", "blockwise": ".csv"}
-"""How the name of a file of costs ends: costs of a pipeline's blocks, or a profile of blocks that are trained alone."""
+"""How the name of a file of costs ends: costs of a pipeline's blocks, or a profile for blockwise training."""
 
 
 def kind_of_costs(path: str) -> Kind:

@@ -1,6 +1,6 @@
 """Processes that a training has no stage for: they wait as long as it goes on, and get what it trained.
 
-More devices than there are blocks may train blocks alone; a pipeline has at most one stage for each block.
+More devices than there are blocks may take part in blockwise training; a pipeline has at most one stage for each block.
 """
 
 import time

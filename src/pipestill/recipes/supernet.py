@@ -1,4 +1,4 @@
-"""MobileNetV2 and a supernet of such networks, in stages that learn alone; networks out of one path of the supernet."""
+"""MobileNetV2 and a supernet of such networks, in stages that are trained blockwise; networks out of one path of the supernet."""
 
 import copy
 from bisect import bisect_right

@@ -137,7 +137,7 @@ def logged_values(step: int, epoch: int, losses: Mapping[str, float], **rest: fl
 
 
 def logged_blocks(step: int, epoch: int, losses: Mapping[int, float], **rest: float) -> dict[str, float]:
-    """One line of metrics.jsonl for blocks that are trained alone: the sum of their losses, and each."""
+    """One line of metrics.jsonl for blockwise training: the sum of their losses, and each."""
     parts = {f"block_{block}": loss for block, loss in losses.items()}
     return {"step": step + 1, "epoch": epoch + 1, "loss": math.fsum(losses.values()), **parts, **rest}
 

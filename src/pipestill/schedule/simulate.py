@@ -36,7 +36,7 @@ def simulate(schedule: Schedule[Structure], costs: SimulationCosts, num_steps: i
     ones on the same edge; a rank that had to wait takes `costs.link.wake_seconds` to go on, and each message keeps its
     sender, and its receiver before the work that uses it, for `costs.link.handling_seconds` and what goes with it. Where
     ranks disturb each other (`costs.interference`), an action's pace follows from how many ranks compute at that moment.
-    `costs` are of the structure's kind: `StageCosts` for a pipeline, `BlockwiseCosts` for blocks that are trained alone.
+    `costs` are of the structure's kind: `StageCosts` for a pipeline, `BlockwiseCosts` for blockwise training.
     Raises `RuntimeError` on a deadlock; `check` first.
     """
     if num_steps is None:

@@ -14,7 +14,7 @@ from pipestill.schedule import Trace
 class Figures:
     """The figures that an engine knows of a run that is over. The defaults are those of a plain loop.
 
-    Times are wall-clock seconds; a step is one update of the student, or of every block of it where blocks are trained alone.
+    Times are wall-clock seconds; a step is one update of the student, or of every block of it in blockwise training.
     """
 
     steps: int
@@ -40,11 +40,11 @@ class Figures:
     metrics: dict[str, float]
     """The last logged loss ("loss"), and the metrics of the last validation."""
     losses: dict[str, float]
-    """The last logged loss by part; where blocks are trained alone, by the name of the block."""
+    """The last logged loss by part; in blockwise training, by the name of the block."""
     whole_backwards: tuple[str, ...] = ()
     """Blocks whose backward stayed whole where `split_backward` was asked for, and why."""
     traces: tuple[Trace, ...] = field(repr=False, default=())
-    """What each rank did when: one trace, or one for each phase where blocks are trained alone; none for `reference`."""
+    """What each rank did when: one trace, or one for each phase of blockwise training; none for `reference`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Result(Figures):
     peak_memory_bytes: list[int]
     """By rank: most that CUDA's allocator held, or resident memory of the process on the CPU."""
     plan: Any = field(repr=False, default=None)
-    """The `Plan`, or the `BlockwisePlan` where blocks are trained alone; None for `reference`."""
+    """The `Plan`, or the `BlockwisePlan` of blockwise training; None for `reference`."""
 
     @property
     def trace(self) -> Trace | None:

@@ -68,7 +68,7 @@ def _run_teacher(task: Blockwise, i: int, rows: int, run: _Run) -> None:
         if tensor.dim() == 0 or tensor.shape[0] != rows:
             raise ModelError(
                 f"teacher block {i} ('{task.teacher_blocks.blocks[i].name}') gives {describe(run.values[-1])} for {rows} rows; "
-                "ranks that train blocks alone pass rows on, so give tensors of one row a sample"
+                "ranks that train blocks pass rows on, so give tensors of one row a sample"
             )
 
 

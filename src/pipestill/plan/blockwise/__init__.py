@@ -1,1 +1,1 @@
-"""Plans for blocks that train alone."""
+"""Plans of blockwise training."""

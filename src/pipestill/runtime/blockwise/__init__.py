@@ -1,1 +1,1 @@
-"""Runs the schedules of blocks that train alone."""
+"""Runs the schedules of blockwise training."""

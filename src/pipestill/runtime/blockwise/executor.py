@@ -1,4 +1,4 @@
-"""Runs one rank's row of a schedule of blocks that are trained alone."""
+"""Runs one rank's row of a schedule of blockwise training."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
