@@ -32,6 +32,7 @@ def task() -> ps.Supervised:
         ("device_ids", "called `devices` here: their number"),
         ("profile", r"called `costs` here: costs=BlockProfile.load\(...\)"),
         ("memory_bytes", "called `memory` here: bytes, or text such as '80GB'"),
+        ("optimziers", "has no argument 'optimziers' .did you mean 'optimizer'"),
         ("weight_decay", 'optimizer_options={"weight_decay": ...}'),
         ("microbatchs", "has no argument 'microbatchs' .did you mean 'microbatches'"),
         ("zzz", "has no argument 'zzz'; there are task, optimizer, lr"),

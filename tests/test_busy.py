@@ -45,6 +45,14 @@ def test_a_terminal_shows_it_at_once_and_erases_it(monkeypatch):
     assert screen.getvalue() == erased, "stopped once only"
 
 
+def test_a_long_note_stays_in_one_line_so_that_it_can_be_erased(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    with Busy("comparing sequential, 1f1b and fill on 2 devices"):
+        assert screen.getvalue() == "\r\x1b[2Kpipestill: comparing sequential, ..."
+
+
 @pytest.mark.parametrize(("timer", "said"), [(Impatient, "pipestill: planning ...\n"), (Patient, "")])
 def test_elsewhere_a_line_tells_of_what_takes_long(timer, said, monkeypatch, capsys):
     monkeypatch.setattr(busy.threading, "Timer", timer)

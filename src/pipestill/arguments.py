@@ -234,6 +234,8 @@ def _instead(name: str, known: Sequence[str]) -> str:
     """The end of a message about an unknown argument: what to write instead, the closest name, or all names."""
     hint = _HINTS.get(name, "").replace("NAME", name)
     called = re.search("called `([a-z_]+)`", hint)
+    if (of_fit := re.search(r"an argument of `fit`: .*, (\w+)=", hint)) and of_fit[1] in known:  # this is `fit`
+        return f"; it is called `{of_fit[1]}` here"
     if hint and (called is None or called[1] in known):
         return f"; it is {hint}"
     return nearest(name, known) or f"; there are {', '.join(known)}"

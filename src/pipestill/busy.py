@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import threading
 from types import TracebackType
 
@@ -49,5 +51,7 @@ class Busy:
         self.stop()
 
     def _print(self) -> None:
-        begin, end = ("\r\x1b[2K", "") if self._is_terminal else ("", "\n")
-        print(f"{begin}pipestill: {self.what} ...", end=end, file=sys.stderr, flush=True)
+        text = f"pipestill: {self.what} ..."
+        if self._is_terminal:  # only one line can be erased
+            text = "\r\x1b[2K" + textwrap.shorten(text, shutil.get_terminal_size().columns - 1, placeholder=" ...")
+        print(text, end="" if self._is_terminal else "\n", file=sys.stderr, flush=True)

@@ -89,5 +89,7 @@ class RankFailure(PipestillError):
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known name, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    names = list(known)
+    swapped = [one for one in names if sorted(one) == sorted(str(name))]  # two letters in each other's place
+    close = swapped or difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""

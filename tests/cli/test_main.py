@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ WRONG = {
     "unknown recipe": (["train", "soft-targt"], "no recipe 'soft-targt' (did you mean 'soft-target'?)"),
     "no recipe": (["train"], "needs a recipe"),
     "unknown key": (["train", "soft-target", "--student_widht", "3"], "(did you mean 'student_width'?)"),
+    "unknown key with two letters swapped": (["train", "soft-target", "--devicse", "2"], "(did you mean 'devices'?)"),
     "wrong type": (["train", "soft-target", "--lr", "fast"], "lr"),
     "zero microbatches": (["train", "soft-target", "--microbatches", "0"], "microbatches is 0; expected at least 1"),
     "zero devices": (["train", "soft-target", "--devices", "0"], "devices is 0; expected at least 1"),
@@ -93,6 +96,38 @@ def test_wrong_input_is_one_message_and_status_2(case: str, capsys: pytest.Captu
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
 
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_messages_are_wrapped_between_words_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["trian"]) == 2
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "pipestill: no command 'trian' (did you mean 'train'?); there"
+    assert len(lines) > 1 and max(map(len, lines)) <= 60
+
+
+def test_unknown_keys_of_file_and_command_line_are_named_together(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text("recipe: soft-target\nepoch: 3\n")
+    status, _, err = run(capsys, "train", "config.yaml", "--devicse", "2")
+    assert status == 2
+    assert "no key 'devicse'" in err and "no key 'epoch'" in err
+
+
+def test_interrupt_is_status_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of any program that Ctrl-C ends: a loop of a shell goes on after status 1."""
+
+    def interrupted(words: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipestill.cli.recipes.run", interrupted)
+    assert run(capsys, "recipes") == (130, "", "pipestill: interrupted\n")
+
+
 def test_cuda_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     status, _, err = run(capsys, "train", "soft-target", "--device", "cuda", "--devices", "2")
@@ -120,7 +155,7 @@ def test_all_wrong_options_are_named_at_once(capsys: pytest.CaptureFixture[str])
     [
         ("epochs: 3\n", "has no line 'recipe: NAME'"),
         ("recipe: soft-target\nepoch: 3\n", "no key 'epoch' (did you mean 'epochs'?)"),
-        ("recipe: [\n", "is not YAML"),
+        ("recipe: [\n", "config 'config.yaml' is not YAML, line 2: expected the node content, but found '<stream end>'\n"),
         ("- a\n", "is not a list of 'key: value' lines"),
         ("recipe: soft-target\nepochs: many\n", "epochs"),
     ],

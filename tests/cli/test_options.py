@@ -33,7 +33,18 @@ def test_the_help_of_every_option_stands_alone(group):
 
 @pytest.mark.parametrize(
     "command",
-    ["train byol", "plan nas", "compare distilbert", "check soft-target", "profile dino", "simulate", "compare --virtual"],
+    [
+        "train",
+        "compare",
+        "trace",
+        "train byol",
+        "plan nas",
+        "compare distilbert",
+        "check soft-target",
+        "profile dino",
+        "simulate",
+        "compare --virtual",
+    ],
 )
 def test_help_fits_eighty_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")

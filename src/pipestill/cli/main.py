@@ -1,6 +1,7 @@
 """`pipestill COMMAND ...`: finds the command, and turns every error into one message and a status."""
 
 import os
+import shutil
 import sys
 import textwrap
 import time
@@ -38,7 +39,7 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 2 the user's input is wrong, 1 anything else."""
+    """Run one command; returns the exit status: 0 done, 2 the user's input is wrong, 130 Ctrl-C, 1 anything else."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     status = _run(words)
     if status and "TORCHELASTIC_RUN_ID" in os.environ:
@@ -61,7 +62,7 @@ def _run(words: list[str]) -> int:
         _leave_the_word(error)
         return _complain(error, 1)
     except KeyboardInterrupt:
-        return _complain("interrupted", 1)
+        return _complain("interrupted", 130)  # as shells expect it, and loops in them end
     except BrokenPipeError:
         return 1
     except Exception as error:
@@ -100,5 +101,11 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _complain(message: object, status: int) -> int:
-    print(f"pipestill: {message}", file=sys.stderr)
+    """Print a message: wrapped between words on a terminal, and in one line elsewhere."""
+    text = f"pipestill: {message}"
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        wrapped = (textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
+        text = "\n".join(line for lines in wrapped for line in lines or [""])
+    print(text, file=sys.stderr)
     return status

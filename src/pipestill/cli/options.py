@@ -162,8 +162,8 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
     if "--help" in words or "-h" in words:
         print(_help(command, groups, defaults))
         raise SystemExit(0)
-    _refuse_unknown([w[2:].split("=")[0] for w in words if w.startswith("--")], [*known, "print_config"])
-    _refuse_unknown([*defaults], known)
+    given = [w[2:].split("=")[0] for w in words if w.startswith("--")]
+    _refuse_unknown([*(key for key in given if key != "print_config"), *defaults], known)
     wants_print = "--print_config" in words
     values = vars(parser.parse_object(defaults))
     parser.set_defaults({key: value for key, value in values.items() if key in known})
@@ -250,10 +250,11 @@ def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe
             width = min(shutil.get_terminal_size().columns, 110)
             recipes = [line for name, entry in RECIPES.items() for line in _entry(f"  {name}", entry.summary, width, 16)]
             print("\n".join([f"usage: pipestill {command} RECIPE|config.yaml [--KEY VALUE ...]", "", "Recipes:", *recipes, ""]))
-            print(
-                f"'pipestill {command} {next(iter(RECIPES))} --help' lists the keys. A config.yaml holds a line\n"
+            more = (
+                f"'pipestill {command} {next(iter(RECIPES))} --help' lists the keys. A config.yaml holds a line "
                 "'recipe: NAME' and any of those keys; the command line wins over it."
             )
+            print("\n".join(textwrap.wrap(more, width)))
             raise SystemExit(0)
         raise ConfigError(
             f"'{command}' needs a recipe or a config.yaml first, as in 'pipestill {command} {next(iter(RECIPES))}'; "
@@ -280,6 +281,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read config '{path}': {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"config '{path}' is not YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config '{path}' is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -21,7 +21,7 @@ class TraceOptions:
 
     Args:
         draw: a .svg or .png file to draw the picture into (default: RUN_DIR/timeline.svg)
-        steps: steady steps in the picture; of a schedule for blocks, whose steps may hold several batches
+        steps: steady steps in the picture; a step of blockwise training is one window of batches
         json: print the figures as one JSON object
     """
 

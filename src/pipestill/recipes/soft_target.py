@@ -74,8 +74,8 @@ class SoftTarget(ImageRecipe):
         preset: form of the data, models and how they are trained: digits, or TSPipe's benchmark on ImageNet or on a list of 100
             of its classes
         classes: a file with the name of a folder of images in each line: only these classes are read, in this order
-        teacher_model: the teacher: cnn, vit-s, vit-b, vit-l, resnet18, 34, 50, 101 or 152, or a name from timm or torchvision,
-            such as timm:vit_large_patch16_224 (with random weights: nothing is downloaded)
+        teacher_model: the teacher: cnn, vit-s, vit-b, vit-l, resnet18, resnet34, resnet50, resnet101 or resnet152, or a name from
+            timm or torchvision, such as timm:vit_large_patch16_224 (with random weights: nothing is downloaded)
         student_model: the student, by a name as for teacher_model
         teacher_width: channels of the first convolution of the teacher's cnn or of the first stage of its resnet, or width of its
             vit (default: 32 for a cnn, else the model's own)

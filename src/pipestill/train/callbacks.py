@@ -132,6 +132,9 @@ class Output(Console):
         raise PipestillError("nobody reads the output any more (broken pipe), so the run was ended; write it to a file")
 
 
+_NARROW = 100  # columns
+
+
 class Terminal(Callback):
     """Shows a progress bar on a terminal, and prints plain lines elsewhere: one for each validation, and for some steps.
 
@@ -157,7 +160,8 @@ class Terminal(Callback):
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=self.console,
+                *(() if self._is_narrow() else (TimeElapsedColumn(),)), TimeRemainingColumn(),
+                TextColumn("{task.fields[info]}"), console=self.console,
             )  # fmt: skip
             self._bar = self._progress.add_task(description, total=total_steps, info="")
             self._progress.start()
@@ -165,7 +169,8 @@ class Terminal(Callback):
             self._print(f"{description}: {total_steps or 'unknown number of'} steps")
 
     def step(self, values: dict[str, float]) -> None:
-        info = f"loss {values['loss']:.4f}  {values['samples_per_second']:.0f} samples/s{self._metrics}"
+        speed = f"  {values['samples_per_second']:.0f} samples/s" if self._progress is None or not self._is_narrow() else ""
+        info = f"loss {values['loss']:.4f}{speed}{self._metrics}"
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=values["step"], info=info)
         elif int(values["step"]) // self.every > self._printed:  # windows of batches end at any step
@@ -181,6 +186,10 @@ class Terminal(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _is_narrow(self) -> bool:
+        """Whether there is no room beside the bar for what can be done without: the time until now, and the speed."""
+        return self.console.width < _NARROW
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
