@@ -181,6 +181,14 @@ def test_language_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile("\n".join(fences_of("docs/language.md", "python")), "docs/language.md", "exec"), {"__name__": "page"})
 
 
+def test_language_data_page_runs() -> None:
+    """Its code asserts by itself what batches hold; the summary that it prints is the one that it shows."""
+    pytest.importorskip("transformers")
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile("\n".join(fences_of("docs/language_data.md", "python")), "docs/language_data.md", "exec"), names)
+    assert names["examples"].counts.summary() == fences_of("docs/language_data.md", "text")[0].strip()
+
+
 @pytest.mark.slow
 def test_momentum_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that the features got better, and that the pipeline equals the plain loop."""

@@ -66,9 +66,9 @@ class Reader:
     """An iterator of `Batch`es over `epochs` passes of `loader`, cut off after `steps`, read ahead by a thread.
 
     The thread draws random numbers from a generator seeded by (seed, epoch), so that shuffling and augmentation are
-    the same on every run and independent of the models. A sampler's `set_epoch` is called, where it has
-    one. `length_axis`: batches may differ in the size of that axis. An exception in the loader is raised here as
-    `LoaderError`; waiting for a batch has a deadline.
+    the same on every run and independent of the models. The loader, its sampler, its batch sampler and its data set are told the
+    epoch (`set_epoch`), where they have such a method. `length_axis`: batches may differ in the size of that axis. An exception
+    in the loader is raised here as `LoaderError`; waiting for a batch has a deadline.
     """
 
     loader: Iterable[Any]
@@ -178,9 +178,10 @@ class Reader:
             epoch += 1
 
     def _epoch(self, epoch: int) -> Iterator[Batch]:
-        sampler = getattr(self.loader, "sampler", None)
-        if sampler is not None and hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
+        parts = (self.loader, *(getattr(self.loader, name, None) for name in ("sampler", "batch_sampler", "dataset")))
+        for set_epoch in (getattr(part, "set_epoch", None) for part in parts):
+            if callable(set_epoch):
+                set_epoch(epoch)
         generator = torch.Generator().manual_seed(derive(self.seed, "data", epoch))
         with OwnGenerator(generator):
             for index, item in enumerate(self.loader):
