@@ -64,8 +64,8 @@ def test_the_summary_reads_well(tmp_path: Path) -> None:
     assert found.counts.summary() == (
         "3 of 4 records kept: 15 tokens, of which 12 count (80.0%)\n"
         "tokens of a record: 4 to 6, median 5\n"
-        "1 records cut: 1 tokens lost; 1 that would have counted do not\n"
-        "1 records dropped: nothing that counts is within max_length 6"
+        "1 record cut: 1 token lost; 1 that would have counted do not\n"
+        "1 record dropped: nothing that counts is within max_length 6"
     )
     found.counts.save(tmp_path / "counts.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "counts.jsonl").read_text().splitlines()]

@@ -80,9 +80,9 @@ class CountedMap(Sequence[Count]):
             lines.append(f"tokens of a record: {lengths[0]:,} to {lengths[-1]:,}, median {median(lengths):,.0f}")
         if cut := [count for count in kept if count.truncated]:
             lost, of_them = sum(c.truncated for c in cut), sum(c.truncated_counted for c in cut)
-            lines.append(f"{len(cut):,} records cut: {lost:,} tokens lost; {of_them:,} that would have counted do not")
+            lines.append(f"{_records(len(cut))} cut: {_tokens(lost)} lost; {of_them:,} that would have counted do not")
         reasons = Counter(count.dropped for count in self._counts if count.dropped)
-        lines += [f"{number:,} records dropped: {reason}" for reason, number in reasons.most_common()]
+        lines += [f"{_records(number)} dropped: {reason}" for reason, number in reasons.most_common()]
         return "\n".join(lines)
 
     def save(self, path: str | Path) -> None:
@@ -93,3 +93,11 @@ class CountedMap(Sequence[Count]):
         """
         lines = [json.dumps(asdict(count), ensure_ascii=False) for count in self._counts]
         Path(path).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _records(number: int) -> str:
+    return f"{number:,} record" + "s" * (number != 1)
+
+
+def _tokens(number: int) -> str:
+    return f"{number:,} token" + "s" * (number != 1)

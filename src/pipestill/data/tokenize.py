@@ -164,7 +164,8 @@ def tokenize(records: Records, tokenizer: Any, **options: Any) -> Examples:
         counts.add(count)
     refuse_bad(problems)
     if not found:
-        raise DataError(f"no example is left to train on: {counts.summary() if len(counts) else 'there was no record'}")
+        why = counts.summary().replace("\n", "; ") if len(counts) else "there was no record"
+        raise DataError(f"no example is left to train on: {why}")
     return Examples(
         torch.cat([example.input_ids for example in found]).int(), torch.cat([example.counted for example in found]),
         torch.tensor([0, *(len(example) for example in found)]).cumsum(0), [example.place for example in found], counts,
