@@ -5,13 +5,16 @@ scalar or as a dict of scalars whose sum is the loss; their names are logged. A 
 """
 
 from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, normalised_mse
-from pipestill.losses.distillation import Cosine, LogitsMSE, MaskedDistillation, SoftTarget, masked_cross_entropy
+from pipestill.losses.distillation import Cosine, MaskedDistillation, masked_cross_entropy
+from pipestill.losses.logit_losses import JSD, ForwardKL, LogitLoss, LogitsMSE, ReverseKL, SoftTarget, TopKKL, TotalVariation
+from pipestill.losses.logits import LinearLogits, logits_of
 from pipestill.losses.momentum import Dino, InfoNCE, byol
 from pipestill.losses.signatures import BlockLoss, DistillationLoss, LossValue, Metric, MomentumLoss, SupervisedLoss
 from pipestill.losses.supervised import accuracy, cross_entropy, masked_accuracy
 
 __all__ = [
-    "BlockLoss", "Cosine", "Dino", "DistillationLoss", "InfoNCE", "LogitsMSE", "LossValue", "MaskedDistillation", "Metric",
-    "MomentumLoss", "SoftCrossEntropy", "SoftTarget", "SupervisedLoss", "accuracy", "byol", "cosine_distance",
-    "cross_entropy", "masked_accuracy", "masked_cross_entropy", "mse", "normalised_mse",
+    "JSD", "BlockLoss", "Cosine", "Dino", "DistillationLoss", "ForwardKL", "InfoNCE", "LinearLogits", "LogitLoss", "LogitsMSE",
+    "LossValue", "MaskedDistillation", "Metric", "MomentumLoss", "ReverseKL", "SoftCrossEntropy", "SoftTarget",
+    "SupervisedLoss", "TopKKL", "TotalVariation", "accuracy", "byol", "cosine_distance", "cross_entropy", "logits_of",
+    "masked_accuracy", "masked_cross_entropy", "mse", "normalised_mse",
 ]  # fmt: skip

@@ -1,0 +1,58 @@
+"""What a target says of each token: its label, whether that counts, and how much the token counts in a divergence."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipestill.errors import DataError
+
+
+class Target(NamedTuple):
+    """The labels and weights of some tokens; each is None where the target gives none."""
+
+    labels: Tensor | None
+    """Class indices, (rows, ...)."""
+    counted: Tensor | None
+    """Whether each label counts."""
+    weights: Tensor | None
+    """How much each token counts in a divergence, (rows, ...), float64: `tokens`, else 1 where its label counts, 0 elsewhere."""
+
+
+def read_target(target: Any, ignore_index: int) -> Target:
+    """Read class indices, or a mapping with `labels` and perhaps `tokens`; anything else says nothing of tokens.
+
+    `DataError` for labels or weights of the wrong type or shape.
+    """
+    labels = target.get("labels") if isinstance(target, Mapping) else target
+    tokens = target.get("tokens") if isinstance(target, Mapping) else None
+    if not isinstance(labels, Tensor) or (labels is target and not _whole(labels)):
+        labels = None
+    if labels is not None and not _whole(labels):
+        raise DataError(f"labels are {labels.dtype}; expected class indices, whole numbers of (rows, ...)")
+    counted = None if labels is None else labels != ignore_index
+    if tokens is None:
+        return Target(labels, counted, None if counted is None else counted.double())
+    if not isinstance(tokens, Tensor) or (labels is not None and tokens.shape != labels.shape):
+        came = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        shape = "a tensor" if labels is None else tuple(labels.shape)
+        raise DataError(f"the target's tokens are {came}; expected a weight for each label, {shape}")
+    return Target(labels, counted, tokens.double())
+
+
+def _whole(labels: Tensor) -> bool:
+    return not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+
+
+def spread(values: Tensor, lead: torch.Size, what: str) -> Tensor:
+    """Give each token its row's value, divided by the row's tokens, where `values` has fewer axes than the logits' `lead`.
+
+    Without this an output of (rows, length, features) could not be compared where a row has one label.
+    """
+    if values.shape == lead:
+        return values.reshape(-1)
+    if values.shape != lead[: values.dim()]:
+        raise DataError(f"{what} are {tuple(values.shape)}, but the logits are of {tuple(lead)} tokens; give one for each token")
+    rest = lead[values.dim() :]
+    return (values / rest.numel()).reshape(*values.shape, *(1 for _ in rest)).expand(lead).reshape(-1)
