@@ -11,10 +11,11 @@ from pipestill.losses.logits import LinearLogits, logits_of
 from pipestill.losses.momentum import Dino, InfoNCE, byol
 from pipestill.losses.signatures import BlockLoss, DistillationLoss, LossValue, Metric, MomentumLoss, SupervisedLoss
 from pipestill.losses.supervised import accuracy, cross_entropy, masked_accuracy
+from pipestill.losses.tokenizers import check_same_tokenizer
 
 __all__ = [
     "JSD", "BlockLoss", "Cosine", "Dino", "DistillationLoss", "ForwardKL", "InfoNCE", "LinearLogits", "LogitLoss", "LogitsMSE",
     "LossValue", "MaskedDistillation", "Metric", "MomentumLoss", "ReverseKL", "SoftCrossEntropy", "SoftTarget",
-    "SupervisedLoss", "TopKKL", "TotalVariation", "accuracy", "byol", "cosine_distance", "cross_entropy", "logits_of",
-    "masked_accuracy", "masked_cross_entropy", "mse", "normalised_mse",
+    "SupervisedLoss", "TopKKL", "TotalVariation", "accuracy", "byol", "check_same_tokenizer", "cosine_distance",
+    "cross_entropy", "logits_of", "masked_accuracy", "masked_cross_entropy", "mse", "normalised_mse",
 ]  # fmt: skip
