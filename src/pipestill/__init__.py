@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from pipestill import data as data, losses as losses, lr_schedules as lr_schedules
     from pipestill.costs import Costs as Costs
     from pipestill.errors import PipestillError as PipestillError, RankFailure as RankFailure, UserError as UserError
+    from pipestill.losses.step import step_number as step_number
     from pipestill.model.block import Block as Block
     from pipestill.model.blocks import BlockModel as BlockModel
     from pipestill.model.blockwise.task import Blockwise as Blockwise, batch_number as batch_number
@@ -42,6 +43,7 @@ _HOMES = {
     "UserError": "errors",
     "batch_number": "model.blockwise.task",
     "launch": "runtime.launch",
+    "step_number": "losses.step",
 }
 """Public classes and functions, with the modules that they are in."""
 

@@ -5,6 +5,7 @@ scalar or as a dict of scalars whose sum is the loss; their names are logged. A 
 """
 
 from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, normalised_mse
+from pipestill.losses.counted import counted
 from pipestill.losses.distillation import Cosine, MaskedDistillation, masked_cross_entropy
 from pipestill.losses.logit_losses import JSD, ForwardKL, LogitLoss, LogitsMSE, ReverseKL, SoftTarget, TopKKL, TotalVariation
 from pipestill.losses.logits import LinearLogits, logits_of
@@ -16,6 +17,6 @@ from pipestill.losses.tokenizers import check_same_tokenizer
 __all__ = [
     "JSD", "BlockLoss", "Cosine", "Dino", "DistillationLoss", "ForwardKL", "InfoNCE", "LinearLogits", "LogitLoss", "LogitsMSE",
     "LossValue", "MaskedDistillation", "Metric", "MomentumLoss", "ReverseKL", "SoftCrossEntropy", "SoftTarget",
-    "SupervisedLoss", "TopKKL", "TotalVariation", "accuracy", "byol", "check_same_tokenizer", "cosine_distance",
+    "SupervisedLoss", "TopKKL", "TotalVariation", "accuracy", "byol", "check_same_tokenizer", "cosine_distance", "counted",
     "cross_entropy", "logits_of", "masked_accuracy", "masked_cross_entropy", "mse", "normalised_mse",
 ]  # fmt: skip

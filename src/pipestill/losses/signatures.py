@@ -7,6 +7,8 @@ from torch import Tensor
 
 LossValue = Tensor | Mapping[str, Tensor]
 """The mean loss of some rows: a scalar, or a dict of named scalars whose sum is the loss."""
+Counts = float | Tensor | Mapping[str, float | Tensor]
+"""How much a target counts for: a number for a loss that is a scalar, or a dict of numbers by part (see `ps.losses.counted`)."""
 DistillationLoss = Callable[[Any, Any, Any], LossValue]
 """From (student output, teacher output, target)."""
 MomentumLoss = Callable[[Sequence[Any], Sequence[Any], Any], LossValue]

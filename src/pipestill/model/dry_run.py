@@ -59,6 +59,7 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         few = stepwise(task, few_inputs, few_targets, partial(check_uses, student))
         more = stepwise(task, more_inputs, more_targets, partial(check_uses, student))
         unsplit = why_blocks_stay_whole(student, more.student) if split else {}
+    counted = check_counts(task, (few_targets, more_targets), more.loss_parts)
     if task.demands.batch_loss:
         check_joinable(few, more)
     check_chain(task, "student", student, view(task, more_inputs, 0))
@@ -71,6 +72,7 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         teacher=tuple(_contracts("teacher", teacher, few, more, v) for v in range(len(more.teacher)) if teacher),
         loss_parts=more.loss_parts,
         copies=more.copies,
+        counted=counted,
         unsplit=unsplit,
     )
 
@@ -167,6 +169,20 @@ def check_joinable(few: StepValues, more: StepValues) -> None:
                         f"a loss over the whole batch joins the outputs of microbatches by their first axis, "
                         f"but for {rows} rows there is {describe(leaf)} in an output; give tensors of one row a sample"
                     )
+
+
+def check_counts(task: Task, targets: Sequence[Any], parts: Sequence[str]) -> tuple[str, ...]:
+    """The parts of the loss that targets count for; `ModelError` where they change, or the loss has no such parts."""
+    few, more = (tuple(task.loss_counts(given)) for given in targets)
+    if few != more:
+        raise ModelError(
+            f"the loss's counts(target) gave a count for {', '.join(few) or 'no part'} and, for other rows, for "
+            f"{', '.join(more) or 'no part'}; it must always name the same parts"
+        )
+    unknown = [name for name in more if name not in parts]
+    if unknown:
+        raise ModelError(f"the loss's counts(target) names {', '.join(unknown)}, and the loss has the parts {', '.join(parts)}")
+    return more
 
 
 def check_uses(model: BlockModel, what: str, block: int) -> None:

@@ -37,6 +37,8 @@ class PipelineContracts:
     copies: frozenset[int]
     """Student blocks whose input is written to in place, by themselves or by a later block. Where block 0 is among them, it
     gets a copy of its rows: microbatches are slices of one batch, and autograd counts writes to the batch as a whole."""
+    counted: tuple[str, ...] = ()
+    """The parts of the loss that a batch's targets count for (see `Task.loss_counts`); the others are means over rows."""
     unsplit: Mapping[int, str] = field(default_factory=dict)
     """Student blocks whose backward cannot be taken in two halves, and why."""
     by_length: PipelineContractsByLength | None = field(default=None, repr=False)

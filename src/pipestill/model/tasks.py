@@ -1,7 +1,7 @@
 """The tasks of models that are trained end to end: which models take part, what the loss is, how the teacher changes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipestill.arguments import a_loss, hinted, one_of, raise_problems, real_number, whole
 from pipestill.errors import DataError, ModelError
 from pipestill.losses import DistillationLoss, LossValue, MomentumLoss, SupervisedLoss
+from pipestill.losses.counted import counts_of, with_sums
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
 from pipestill.schedule.pipeline.structure import Demands
@@ -39,9 +40,26 @@ class CutModels(CutStudent):
         return BlockModel(self.teacher, self.teacher_cuts)
 
 
+class CountedLoss:
+    """Counts what a task's loss is the mean over."""
+
+    loss: Callable[..., LossValue]
+
+    def loss_counts(self, target: Any) -> dict[str, float]:
+        """Count how much of a batch some targets are, by part of the loss; parts without a count are means over rows.
+
+        Args:
+            target: the targets of some rows, on the CPU.
+
+        Raises:
+            ModelError: the loss's `counts` fails, or gives no numbers.
+        """
+        return counts_of(self.loss, target)
+
+
 @hinted
 @dataclass(frozen=True)
-class Distillation(CutModels):
+class Distillation(CutModels, CountedLoss):
     """A frozen teacher and a student that is trained end to end (Hinton et al. 2015).
 
     The teacher runs in eval mode, without gradients, and is never changed.
@@ -51,7 +69,11 @@ class Distillation(CutModels):
         student: the model that is trained.
         loss: `loss(student_output, teacher_output, target)` -> the mean over the rows of the outputs, as a scalar or as a
             dict of named scalars whose sum is the loss. It gets one microbatch at a time; `target` is None where the loader
-            gives none. Those that ship: `ps.losses.SoftTarget` and others of `ps.losses`.
+            gives none. Those that ship: `ps.losses.SoftTarget` and others of `ps.losses`; `ps.losses.counted` makes one that is
+            the mean over something else than rows.
+        batch_loss: True gives the loss the outputs of the whole batch at once, so that it may compare samples with each
+            other (relations between samples, as in RKD); outputs are then nests of tensors whose first axis counts rows. False
+            gives it one microbatch at a time.
         teacher_cuts: the teacher's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
         student_cuts: the student's blocks, likewise.
 
@@ -62,32 +84,34 @@ class Distillation(CutModels):
     teacher: nn.Module
     student: nn.Module
     loss: DistillationLoss
+    batch_loss: bool = field(default=False, kw_only=True)
     teacher_cuts: Sequence[str | Block] | None = None
     student_cuts: Sequence[str | Block] | None = None
 
     def __post_init__(self) -> None:
-        check_parts({"teacher": self.teacher, "student": self.student}, {"the loss": self.loss})
+        wrong = one_of("batch_loss", self.batch_loss, bool, "True or False")
+        check_parts({"teacher": self.teacher, "student": self.student}, {"the loss": self.loss}, wrong)
         _check_apart(self.teacher, self.student)
 
     @property
     def demands(self) -> Demands:
         """What the task asks of a schedule."""
-        return Demands()
+        return Demands(batch_loss=self.batch_loss)
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
-        """Compute the loss as named parts whose sum it is.
+        """Compute the loss as named parts whose sum it is; those that `loss_counts` names are sums, the others means over rows.
 
         Args:
             student: a list of the student's output.
             teacher: a list of the teacher's output.
             target: the targets of the same rows.
         """
-        return _named_parts(self.loss(student[0], teacher[0], target))
+        return _named_parts(with_sums(self.loss, student[0], teacher[0], target))
 
 
 @hinted
 @dataclass(frozen=True)
-class Momentum(CutModels):
+class Momentum(CutModels, CountedLoss):
     """A student and a teacher that is an exponential moving average of it: teacher = m * teacher + (1 - m) * student.
 
     The teacher moves so after each update of the student (BYOL, Grill et al. 2020, section 3.1; MoCo v3, Chen et al. 2021).
@@ -187,19 +211,19 @@ class Momentum(CutModels):
         return value
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
-        """Compute the loss as named parts whose sum it is.
+        """Compute the loss as named parts whose sum it is; those that `loss_counts` names are sums, the others means over rows.
 
         Args:
             student: the student's outputs, one a view.
             teacher: the teacher's outputs, one a view that it sees.
             target: the targets of the same rows.
         """
-        return _named_parts(self.loss(student, teacher, target))
+        return _named_parts(with_sums(self.loss, student, teacher, target))
 
 
 @hinted
 @dataclass(frozen=True)
-class Supervised(CutStudent):
+class Supervised(CutStudent, CountedLoss):
     """A student that is trained alone on labels: the baseline that distillation is compared with.
 
     Args:
@@ -230,14 +254,14 @@ class Supervised(CutStudent):
         return None
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
-        """Compute the loss as named parts whose sum it is.
+        """Compute the loss as named parts whose sum it is; those that `loss_counts` names are sums, the others means over rows.
 
         Args:
             student: a list of the student's output.
             teacher: an empty list: there is no teacher.
             target: the targets of the same rows.
         """
-        return _named_parts(self.loss(student[0], target))
+        return _named_parts(with_sums(self.loss, student[0], target))
 
 
 Task = Distillation | Momentum | Supervised

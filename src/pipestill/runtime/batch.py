@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 HEADER_LENGTH = 4
-"""How many numbers the header of a batch has."""
+"""How many numbers the header of a batch has, without its counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,8 @@ class Batch:
     targets: Any = None
     length: int = 0
     """The size of the length axis, for data whose batches differ in it; else 0."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """How much its targets count for, by part of the loss; parts without a count are means over rows."""
 
     @property
     def ended(self) -> bool:
@@ -39,14 +41,25 @@ class Batch:
         return self.rows == 0
 
     def header(self) -> Tensor:
-        """What every rank has to know, as whole numbers."""
-        return torch.tensor([self.rows, self.epoch, self.last, self.length], dtype=torch.int64)
+        """What every rank has to know, as whole numbers; counts are the bits of theirs."""
+        facts = torch.tensor([self.rows, self.epoch, self.last, self.length], dtype=torch.int64)
+        return torch.cat([facts, torch.tensor(list(self.counts.values()), dtype=torch.float64).view(torch.int64)])
 
     @classmethod
-    def from_header(cls, header: Tensor) -> Batch:
-        """The batch as a rank knows it that has received its header only."""
-        rows, epoch, last, length = header.tolist()
-        return cls(rows, epoch, bool(last), length=length)
+    def from_header(cls, header: Tensor, counted: Sequence[str] = ()) -> Batch:
+        """The batch as a rank knows it that has received its header only; `counted` names the counts."""
+        rows, epoch, last, length = header[:HEADER_LENGTH].tolist()
+        counts = header[HEADER_LENGTH:].view(torch.float64).tolist()
+        return cls(rows, epoch, bool(last), length=length, counts=dict(zip(counted, counts, strict=True)))
+
+    def factors(self, parts: Sequence[str], rows: int) -> list[float]:
+        """By what each part of a loss over `rows` of these rows is multiplied, so that all of them add up to the batch's mean.
+
+        A part with a count is a sum over what counts, so that is 1 / the batch's count, and 0 where the batch counts for nothing.
+        The others are means over rows, so that is the fraction of the batch's rows.
+        """
+        counts = {name: 1 / count if count else 0.0 for name, count in self.counts.items()}
+        return [counts.get(name, rows / self.rows) for name in parts]
 
 
 @lru_cache(maxsize=64)

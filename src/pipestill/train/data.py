@@ -3,7 +3,8 @@
 import queue
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator, Sized
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import ExitStack, closing, suppress
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
@@ -67,7 +68,8 @@ class Reader:
 
     The thread draws random numbers from a generator seeded by (seed, epoch), so that shuffling and augmentation are
     the same on every run and independent of the models. The loader, its sampler, its batch sampler and its data set are told the
-    epoch (`set_epoch`), where they have such a method. `length_axis`: batches may differ in the size of that axis. An exception
+    epoch (`set_epoch`), where they have such a method. `length_axis`: batches may differ in the size of that axis. `counts`:
+    from a batch's targets to how much they count for, by part of the loss (default: all parts are means over rows). An exception
     in the loader is raised here as `LoaderError`; waiting for a batch has a deadline.
     """
 
@@ -78,6 +80,7 @@ class Reader:
     seed: int
     split_batch: SplitBatch = inputs_and_targets
     length_axis: int | None = None
+    counts: Callable[[Any], Mapping[str, float]] | None = None
     timeout_seconds: float = 600.0
     num_batches: int = field(default=0, init=False)
     """How many batches were handed out; one that was only looked at is not counted."""
@@ -90,6 +93,7 @@ class Reader:
         self._peeked: Batch | None = None
         self._ended = False
         self._first: dict[str, tuple[Any, str]] = {}
+        self._warned = False
         self._thread = threading.Thread(target=self._work, name="pipestill-reader", daemon=True)
         self._thread.start()
 
@@ -105,6 +109,13 @@ class Reader:
     def __next__(self) -> Batch:
         batch = self.peek()
         self._peeked = None
+        if batch.counts and not any(batch.counts.values()) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"nothing counts in batch {self.num_batches} (all of its labels are ignored, say): its loss is 0, its gradients "
+                "are zero, and the optimizer does what it does without gradients, such as weight decay; this is said once a run",
+                stacklevel=2,
+            )
         self.num_batches += 1
         self.num_samples += batch.rows
         return batch
@@ -194,7 +205,8 @@ class Reader:
                 axis = self.length_axis
                 length = 0 if axis is None else length_of(axis, inputs, targets, f"batch {index}")
                 # It is read ahead, and a loader may fill the same tensors again for its next batch.
-                batch = Batch(rows, epoch, False, copied(inputs), copied(targets), length)
+                counts = self.counts(targets) if self.counts is not None else {}
+                batch = Batch(rows, epoch, False, copied(inputs), copied(targets), length, counts)
                 self._check_like_first(batch, index)
                 yield batch
 

@@ -121,6 +121,10 @@ class Engine(Protocol):
         """Split what the loader yields into inputs and targets; `DataError` for what cannot be."""
         return split_item(self.options.split_batch, item, "what the loader gave")
 
+    def counts(self, targets: Any) -> Mapping[str, float]:
+        """Count how much of a loss a batch's targets are, by part; none where all parts are means over rows."""
+        return {}
+
     def contracts(self, sample: tuple[Any, Any]) -> Any:
         """Find out what crosses each boundary with a few rows; raises `UserError`s for what cannot work."""
 

@@ -103,6 +103,9 @@ class PipelineEngine(Engine):
         if isinstance(self.task, Momentum):
             yield from try_first("momentum", self.task.momentum_at)
 
+    def counts(self, targets: Any) -> dict[str, float]:
+        return self.task.loss_counts(targets)
+
     def contracts(self, sample: tuple[Any, Any]) -> PipelineContracts:
         return dry_run(self.task, *sample, split=self.options.split_backward, length_axis=self.options.length_axis)
 

@@ -19,7 +19,7 @@ from pipestill.runtime.world import OneProcess, device_of, join_world
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.train.blockwise import BlockwiseEngine
 from pipestill.train.callbacks import Reporter
-from pipestill.train.data import DataOpener, Reader, SplitBatch, check_loader, sample, total_steps
+from pipestill.train.data import DataOpener, Reader, check_loader, sample, total_steps
 from pipestill.train.engine import REFERENCE, Engine, FirstBatch, Run
 from pipestill.train.options import TrainerOptions
 from pipestill.train.pipeline import PipelineEngine
@@ -177,7 +177,7 @@ class Trainer(TrainerOptions):
             reporter.start(description, None if total is None else total * self.engine.num_passes)
             validation = None
             if validate is not None and world.is_main:
-                validation = DataOpener(cleanup, lambda: self._reader(validate, 1, None, self.split_batch))
+                validation = DataOpener(cleanup, lambda: self._reader(validate, 1, None, validates=True))
             run = Run(world, contracts, plan, data, validation, validate is not None, reporter, cleanup)
             return self._train(run)
 
@@ -260,12 +260,10 @@ class Trainer(TrainerOptions):
             return OneProcess(1)
         return given or join_world(self.devices, self.device_type, self.timeout_seconds)
 
-    def _reader(
-        self, loader: Iterable[Any], epochs: int | None, steps: int | None, split_batch: SplitBatch | None = None
-    ) -> Reader:
+    def _reader(self, loader: Iterable[Any], epochs: int | None, steps: int | None, *, validates: bool = False) -> Reader:
         return Reader(
-            loader, epochs=epochs, steps=steps, seed=self.seed, split_batch=split_batch or self.engine.split,
-            length_axis=self.length_axis, timeout_seconds=self.timeout_seconds,
+            loader, epochs=epochs, steps=steps, seed=self.seed, split_batch=self.split_batch if validates else self.engine.split,
+            length_axis=self.length_axis, counts=None if validates else self.engine.counts, timeout_seconds=self.timeout_seconds,
         )  # fmt: skip
 
     def _look(self, world: World, loader: Iterable[Any]) -> tuple[FirstBatch, Any]:

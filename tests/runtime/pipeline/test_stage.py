@@ -38,7 +38,7 @@ def through(first: StudentStage, second: StudentStage, rows: slice, unit: int, s
     contract = first.contracts.student[0][first.blocks[-1]]
     value, gradients = second.enter([t.detach().clone() for t in contract.split(out, n)], n, unit, 0)
     output = second.forward(value, gradients, 0, unit, n, 0)
-    second.loss(unit, {unit: output}, {}, Y[rows], 0, share)
+    second.loss(unit, {unit: output}, {}, Y[rows], 0, [share])
     first.backward(second.backward(None, 0, unit), 0, unit)
 
 
@@ -119,7 +119,7 @@ def test_a_loss_with_other_parts_is_refused() -> None:
 
     (stage,) = stages(ps.Supervised(nn.Sequential(nn.Linear(4, 4)), loss), 1)
     with pytest.raises(ModelError, match="the loss had the parts few on the sample batch and now has many"):
-        stage.loss(0, {0: stage.forward(X, [], 0, 0, 6, 0)}, {}, Y, 0, 1.0)
+        stage.loss(0, {0: stage.forward(X, [], 0, 0, 6, 0)}, {}, Y, 0, [1.0])
 
 
 def test_infer_is_in_eval_mode_and_forward_in_train_mode() -> None:
@@ -151,8 +151,8 @@ def test_guard_batch() -> None:
 
 def test_weighted_loss() -> None:
     parts = {"a": torch.tensor(1.0), "b": torch.tensor(2.5)}
-    assert weighted_loss(parts, 0.5).item() == 1.75
-    assert weighted_loss({"a": torch.tensor(3.0)}, 0.5).item() == 1.5
+    assert weighted_loss(parts, [0.5, 0.5]).item() == 1.75
+    assert weighted_loss({"a": torch.tensor(3.0)}, [0.5]).item() == 1.5
 
 
 def test_gradient_squares() -> None:

@@ -25,8 +25,6 @@ from pipestill.schedule import Action, Kind, Op, Role, Schedule
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.structure import needs
 
-_END = Batch(0, 0, True)
-
 
 @dataclass(frozen=True)
 class Boundaries:
@@ -90,8 +88,9 @@ class Student(Protocol):
     def infer(self, value: Any, step: int, unit: int) -> Any: ...
     def end_batch(self) -> None: ...
     def loss(
-        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, weight: float
-    ) -> None: ...
+        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int,
+        factors: Sequence[float],
+    ) -> None: ...  # fmt: skip
     def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]: ...
     def weight_gradients(self, step: int, unit: int) -> None: ...
     def clip(self, squares: Tensor, largest: float) -> None: ...
@@ -137,8 +136,10 @@ class PipelineExecutor:
             self.schedule, self.rank, self.transport, device=self.recorder.device, local_uses=self._local_uses,
             segment=self.segment,
         )  # fmt: skip
-        endless = chain(self.source, repeat(_END)) if self.source is not None else None
-        self.batches = StepData(self.mailbox, endless, _BatchTravel(self.boundaries.contracts))
+        counted = self.boundaries.contracts.counted if self.structure.train else ()
+        end = Batch(0, 0, True, counts=dict.fromkeys(counted, 0.0))
+        endless = chain(self.source, repeat(end)) if self.source is not None else None
+        self.batches = StepData(self.mailbox, endless, _BatchTravel(self.boundaries.contracts, counted))
 
     def run(self) -> Waiting:
         """Run every period of the schedule, from the first batch to the last."""
@@ -263,7 +264,8 @@ class PipelineExecutor:
             if self.metric is not None:
                 self.metric(outputs[Role.STUDENT][number], target, rows)
             else:
-                self.student.loss(number, outputs[Role.STUDENT], outputs[Role.TEACHER], target, action.step, rows / batch.rows)
+                factors = batch.factors(self.boundaries.contracts.loss_parts, rows)
+                self.student.loss(number, outputs[Role.STUDENT], outputs[Role.TEACHER], target, action.step, factors)
 
     def _backward(self, action: Action, batch: Batch) -> Waiting:
         gradients = None  # the last stage's come from the loss
@@ -314,15 +316,15 @@ class PipelineExecutor:
 
 
 class _BatchTravel:
-    """How batches travel: inputs stay on the rank that reads them, targets go to the rank of the loss."""
+    """How batches travel: inputs stay on the rank that reads them, targets go to the rank of the loss, counts to all."""
 
-    header_length = HEADER_LENGTH
-
-    def __init__(self, contracts: PipelineContracts) -> None:
+    def __init__(self, contracts: PipelineContracts, counted: Sequence[str]) -> None:
         self.contracts = contracts
+        self.counted = counted
+        self.header_length = HEADER_LENGTH + len(counted)
 
     def from_header(self, header: Tensor) -> Batch:
-        return Batch.from_header(header)
+        return Batch.from_header(header, self.counted)
 
     def to_device(self, data: Batch, device: torch.device) -> Batch:
         return replace(data, inputs=to_device(data.inputs, device), targets=to_device(data.targets, device))

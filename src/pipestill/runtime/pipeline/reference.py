@@ -10,7 +10,7 @@ Step k takes one batch:
       |
       |  1. for each microbatch: the teacher's forward of every view that it sees     -> teacher outputs, without a graph
       |                          the student's forward of every view                  -> student outputs
-      |  2. the loss of these outputs, times (rows of the group) / B                  -> gradients of the student outputs
+      |  2. the loss of these outputs, each part times its factor                     -> gradients of the student outputs
       |  3. for each student output, in the same order: its backward                  -> gradients of weights, which add up
       v
       4. deferred batch norm moves its running statistics
@@ -18,12 +18,15 @@ Step k takes one batch:
       6. optimizer step at the learning rates and weight decays of step k             -> student version k + 1
       7. momentum only: teacher = m_k * teacher + (1 - m_k) * student                 -> teacher version k + 1
 
+The factor of a part is (rows of the group) / B, for parts are means over rows. Where the loss counts a part (`Batch.counts`), the
+part is a sum over what counts, and its factor 1 / the batch's count, or 0 where that is 0.
+
 Step k reads version k of all weights. With a staleness of 1 it reads version k - 1 (and step 0 version 0). A unit is one
 microbatch in one view: unit u of a model that sees V views is view u % V of microbatch u // V. Random numbers of a block follow
 from (seed, model, block, step, unit), so they do not depend on what ran before.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipestill.losses.step import at_step
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import detached
 from pipestill.model.nests import copied, rows_of, to_device
@@ -115,10 +119,10 @@ class Reference:
                 outputs[Role.TEACHER] |= self._teacher_outputs(step, microbatch, inputs)
                 outputs[Role.STUDENT] |= self._student_outputs(step, microbatch, inputs)
             rows = slice(group[0].rows.start, group[-1].rows.stop)
-            weight = (rows.stop - rows.start) / batch.rows
-            parts = self._backward(step, number, outputs, self._rows(batch.targets, rows), weight)  # 2. and 3.
-            for name, part in parts.items():
-                losses[name] = losses.get(name, 0.0) + float(part.detach().double()) * weight
+            factors = batch.factors(self.contracts.loss_parts, rows.stop - rows.start)
+            parts = self._backward(step, number, outputs, self._rows(batch.targets, rows), factors)  # 2. and 3.
+            for (name, part), factor in zip(parts.items(), factors, strict=True):
+                losses[name] = losses.get(name, 0.0) + float(part.detach().double()) * factor
         for model in (self.student, self.teacher):  # 4.
             if model is not None:
                 self.settings.norms.end_batch(model.model.modules())
@@ -159,7 +163,7 @@ class Reference:
         return run_blocks(model, range(len(model)), inputs, self.settings.seed, role, step, unit, self.device)
 
     def _backward(
-        self, step: int, number: int, outputs: Mapping[Role, Mapping[int, Any]], targets: Any, weight: float
+        self, step: int, number: int, outputs: Mapping[Role, Mapping[int, Any]], targets: Any, factors: Sequence[float]
     ) -> dict[str, Tensor]:
         """Evaluate the loss with this number in its step, and run its backward; return its parts.
 
@@ -169,8 +173,9 @@ class Reference:
         seed_block(self.settings.seed, Role.STUDENT, len(self.student), step, number, self.device)
         starts = {unit: detached(output) for unit, output in outputs[Role.STUDENT].items()}
         student_outputs = {unit: start.value for unit, start in starts.items()}
-        parts = evaluate_loss(self.task, student_outputs, outputs[Role.TEACHER], targets)
-        weighted_loss(parts, weight).backward()
+        with at_step(step):
+            parts = evaluate_loss(self.task, student_outputs, outputs[Role.TEACHER], targets)
+            weighted_loss(parts, factors).backward()
         for start in starts.values():
             used = [(t, g) for t, g in zip(start.tracked, start.gradients, strict=True) if g is not None]
             with self.student_weights.for_reading():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import DeviceError, ModelError
+from pipestill.losses.step import at_step
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Detached, SplitBlock, detached, start_graph, start_of
 from pipestill.model.contracts import Contract
@@ -33,10 +34,10 @@ def run_blocks(
     return value
 
 
-def weighted_loss(parts: dict[str, Tensor], weight: float) -> Tensor:
-    """The part of a batch's mean loss that a microbatch contributes that has the fraction `weight` of its rows."""
-    total = torch.stack(list(parts.values())).sum() if len(parts) > 1 else next(iter(parts.values()))
-    return total * weight
+def weighted_loss(parts: dict[str, Tensor], factors: Sequence[float]) -> Tensor:
+    """The part of a batch's loss that a microbatch contributes, by the factor of each part (see `Batch.factors`)."""
+    weighted = [part * factor for part, factor in zip(parts.values(), factors, strict=True)]
+    return torch.stack(weighted).sum() if len(weighted) > 1 else weighted[0]
 
 
 def guard_batch(value: Any) -> Callable[[str], None]:
@@ -195,23 +196,31 @@ class StudentStage:
             return self._run(self.blocks, value, step, unit)
 
     def loss(
-        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, weight: float
-    ) -> None:
-        """Evaluate the loss with a number in its step, of both models' outputs by unit, and keep their gradients."""
+        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int,
+        factors: Sequence[float],
+    ) -> None:  # fmt: skip
+        """Evaluate the loss with a number in its step, of both models' outputs by unit, and keep their gradients.
+
+        `factors` holds that of each part of the loss (see `Batch.factors`).
+        """
         seed_block(self.settings.seed, Role.STUDENT, len(self.model), step, number, self.device)
         starts = {unit: detached(output) for unit, output in outputs.items()}
-        parts = evaluate_loss(self.task, {unit: start.value for unit, start in starts.items()}, teacher, target)
+        given = {unit: start.value for unit, start in starts.items()}
+        with at_step(step):
+            parts = evaluate_loss(self.task, given, teacher, target)
         if tuple(parts) != self.contracts.loss_parts:
             raise ModelError(
                 f"the loss had the parts {', '.join(self.contracts.loss_parts)} on the sample batch and now has "
                 f"{', '.join(parts)}; it must always give the same ones, in the same order"
             )
-        self.loss_sums += torch.stack([part.detach().double() for part in parts.values()]) * weight
-        weighted_loss(parts, weight).backward()
+        weighted = [part.detach().double() * factor for part, factor in zip(parts.values(), factors, strict=True)]
+        self.loss_sums += torch.stack(weighted)
+        with at_step(step):  # a loss may recompute what it needs
+            weighted_loss(parts, factors).backward()
         self.from_loss |= {(step, unit): start for unit, start in starts.items()}
 
     def take_losses(self) -> dict[str, float]:
-        """The parts of the batch's mean loss, once all its microbatches are through; starts the next sum."""
+        """The parts of the batch's loss, once all its microbatches are through; starts the next sum."""
         sums, self.loss_sums = self.loss_sums, torch.zeros_like(self.loss_sums)
         return dict(zip(self.contracts.loss_parts, sums.tolist(), strict=True))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import ConfigError, DataError, ModelError, PlanError
+from pipestill.losses.step import at_step
 from pipestill.model.blocks import BlockModel, ranges
 from pipestill.model.contracts import Contract, TensorLeaf
 from pipestill.model.nests import num_rows, rows_of, to_device
@@ -19,6 +20,7 @@ from pipestill.model.seeding import OwnGenerator, derive
 from pipestill.model.tasks import Task
 from pipestill.optim import OptimizerFactory
 from pipestill.plan import Plan
+from pipestill.runtime.batch import Batch
 from pipestill.runtime.pipeline.stage import guard_batch, move, weighted_loss
 
 
@@ -56,7 +58,7 @@ def train_with_torch(
         return []
     rank, agreed = dist.get_rank(), num_rows(first[0], "batch 1")
     rows, is_last = agreed // plan.microbatches, rank == plan.num_devices - 1
-    loss = _Loss(task, rows, plan.microbatches)
+    loss = _Loss(task, contracts.loss_parts, rows)
     blocks = ranges(plan.student_partition)[rank]
     module = _Blocks(task.student_blocks, blocks, [contracts.inputs, *contracts.student[0]], rows, contracts.copies)
     make = Schedule1F1B if kind == "1f1b" else ScheduleGPipe
@@ -81,7 +83,8 @@ def train_with_torch(
             sizes = f"batches of one size (the first has {agreed}) that divides into {plan.microbatches} microbatches"
             raise DataError(f"batch {number} has {came} rows, and torch's schedules need {sizes}; use drop_last=True")
         read = (to_device(inputs, device),) if rank == 0 else ()
-        loss.targets = to_device(targets, device) if is_last else None
+        if is_last:
+            loss.take(Batch(came, 0, False, None, to_device(targets, device), counts=task.loss_counts(targets)))
         unchanged = guard_batch(read if teacher else ())
         if teacher is not None:
             with torch.no_grad():
@@ -151,17 +154,27 @@ def _example(leaf: TensorLeaf, rows: int, crosses: bool) -> Tensor:
 class _Loss:
     """The loss of the step under way. PyTorch passes it the index of a microbatch as the target."""
 
-    def __init__(self, task: Task, rows: int, num_microbatches: int) -> None:
+    def __init__(self, task: Task, parts: Sequence[str], rows: int) -> None:
         self.task = task
+        self.parts = parts
         self.rows = rows
-        self.fraction = 1 / num_microbatches  # of the batch that a microbatch is
+        """Of a microbatch."""
         self.taught: list[Tensor] = []
-        self.targets: Any = None
+        self.batch = Batch(0, 0, True)
+        self.factors: list[float] = []
+        self.step = -1
+
+    def take(self, batch: Batch) -> None:
+        """Go on to the next step, that of `batch`."""
+        self.batch = batch
+        self.factors = batch.factors(self.parts, self.rows)
+        self.step += 1
 
     def __call__(self, output: Tensor, index: Tensor) -> Tensor:
         m = int(index)
-        target = rows_of(self.targets, slice(m * self.rows, (m + 1) * self.rows))
-        return weighted_loss(self.task.loss_parts([output], self.taught[m : m + 1], target), self.fraction)
+        target = rows_of(self.batch.targets, slice(m * self.rows, (m + 1) * self.rows))
+        with at_step(self.step):
+            return weighted_loss(self.task.loss_parts([output], self.taught[m : m + 1], target), self.factors)
 
 
 def _apart(batches: Iterable[tuple[Any, Any]], seed: int) -> Iterator[tuple[Any, Any]]:

@@ -70,8 +70,9 @@ class VirtualStudent(VirtualStage):
         raise AssertionError("virtual devices only train")
 
     def loss(
-        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int, weight: float
-    ) -> None:
+        self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int,
+        factors: Sequence[float],
+    ) -> None:  # fmt: skip
         """Take the time of a loss."""
         self._work(Role.STUDENT, Op.LOSS, number)
 

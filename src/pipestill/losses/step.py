@@ -1,0 +1,27 @@
+"""The step that a loss is evaluated in: for temperatures, weights and the like that change while a student is trained."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_STEP: ContextVar[int] = ContextVar("step", default=0)
+
+
+def step_number() -> int:
+    """The number of the step, counted from 0 over the whole run, whose loss is being evaluated.
+
+    A loss calls this where it changes while the student is trained, as an annealed temperature does: the same step has the same
+    loss under any strategy, and where a run goes on from a state. It is 0 while a sample batch is tried out or costs are
+    measured, and outside of a run.
+    """
+    return _STEP.get()
+
+
+@contextmanager
+def at_step(step: int) -> Iterator[None]:
+    """Have `step_number` give `step` in the body."""
+    token = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
