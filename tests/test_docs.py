@@ -172,6 +172,13 @@ def test_blockwise_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         exec(compile("\n".join(fences_of("docs/blockwise.md", "python")), "docs/blockwise.md", "exec"), {"__name__": "page"})
 
 
+def test_losses_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code asserts by itself that microbatches change no update, and that what compares rows is refused."""
+    monkeypatch.delenv("RANK", raising=False)
+    with torch.random.fork_rng():
+        exec(compile("\n".join(fences_of("docs/losses.md", "python")), "docs/losses.md", "exec"), {"__name__": "page"})
+
+
 @pytest.mark.slow
 def test_language_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that blocks are the models, and that the student learnt."""

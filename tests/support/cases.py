@@ -409,8 +409,9 @@ class Centered(nn.Module):
         self.register_buffer("center", torch.zeros(CLASSES))
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Tensor]:
+        parts = {"centered": F.mse_loss(student, teacher - self.center), "labels": F.cross_entropy(student, target)}
         self.center.mul_(0.9).add_(teacher.mean(0), alpha=0.1)
-        return {"centered": F.mse_loss(student, teacher - self.center), "labels": F.cross_entropy(student, target)}
+        return parts
 
 
 def centered_loss() -> ps.Distillation:
@@ -548,6 +549,21 @@ def sequences(sizes: Sequence[tuple[int, int]] = ((7, 6), (7, 9), (5, 4), (7, 11
     return found
 
 
+def counted() -> ps.Distillation:
+    """Labels of which rows have 0 to all, so that a batch's loss is a sum over what its header counts."""
+    task = lengths()
+    return ps.Distillation(task.teacher, task.student, ps.losses.SoftTarget(4.0, 0.7))
+
+
+def counted_sequences() -> list[tuple[Any, Tensor]]:
+    """Microbatches without a label are among them."""
+    batches = sequences(((7, 6), (5, 6), (2, 6)))
+    for _, labels in batches:
+        for row in range(len(labels)):
+            labels[row, (5 * row) % 7 :] = -100
+    return batches
+
+
 CASES: dict[str, Case] = {
     **{
         make.__name__: case(make)
@@ -578,6 +594,7 @@ CASES: dict[str, Case] = {
     "steps_within_epochs": case(nothing_to_train_in_a_stage, fit={"steps": 5, "epochs": 4}, validate=vectors),
     "two_rates": case(nothing_to_train_in_a_stage, trainer={**SGD, "param_groups": two_rates, "lr_schedule": lambda k: 0.5**k}),
     "decays": case(nothing_to_train_in_a_stage, trainer={**OPTIMIZERS["adamw"], "weight_decay_schedule": lambda k: 3.0 * k}),
+    "counted": case(counted, counted_sequences),
     "lengths": case(
         lengths, sequences, validate=lambda: sequences(((5, 12), (3, 2))), fit={"epochs": 2},
         trainer={**SGD, **ACCURACY, "length_axis": 1},

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError, UserError
+from pipestill.model.additive import check_additive
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import why_whole
 from pipestill.model.contracts import FEW, MORE, Contract, observe
@@ -62,6 +63,8 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
     counted = check_counts(task, (few_targets, more_targets), more.loss_parts)
     if task.demands.batch_loss:
         check_joinable(few, more)
+    else:
+        check_additive(task, few, more, (few_targets, more_targets))
     check_chain(task, "student", student, view(task, more_inputs, 0))
     if teacher is not None:
         check_chain(task, "teacher", teacher, view(task, more_inputs, 0))
