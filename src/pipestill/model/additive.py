@@ -92,7 +92,7 @@ def _off(losses: Sequence[Mapping[str, float]], counts: Sequence[Mapping[str, fl
             problems.append(
                 f"the loss ('{name}') of {FEW + MORE} rows is {together:.6g}, and the mean of those of {FEW} and of {MORE} of "
                 f"them is {added:.6g}, so it would change with the number of microbatches: it compares rows with each other, or "
-                "is a mean over something else than rows. Give the task batch_loss=True, and the loss gets the whole batch at "
+                "is no mean over rows. Give the task batch_loss=True, and the loss gets the whole batch at "
                 "once; or, if it is a mean over tokens with a label or over class weights, say, let it add up, with "
                 "ps.losses.counted"
             )
@@ -109,7 +109,7 @@ def _losses(task: Task, given: Sequence[_Given], dtype: torch.dtype | None) -> l
 
     makes: list[Callable[[], _Given]] = [*((lambda one=one: copied(one)) for one in given), joined, joined]
     *found, again = (_evaluated(task, make, dtype) for make in makes)
-    if any(again[name] != value and not math.isnan(value) for name, value in found[-1].items()):
+    if any(one.keys() != again.keys() for one in found) or any(again[n] != v and not math.isnan(v) for n, v in found[-1].items()):
         raise _Unknown  # it remembers what it saw, or draws random numbers of its own
     return found
 

@@ -158,7 +158,7 @@ class _Loss:
         self.task = task
         self.parts = parts
         self.rows = rows
-        """Of a microbatch."""
+        """How many a microbatch has."""
         self.taught: list[Tensor] = []
         self.batch = Batch(0, 0, True)
         self.factors: list[float] = []
