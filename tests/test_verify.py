@@ -46,7 +46,10 @@ COMMON = (
     "strategy devices steps transports exact max_abs_difference max_relative_difference tolerance staleness rows_split dtype "
     "batch_norm whole_backwards problems"
 )
-KEYS = {"pipeline": f"{COMMON} microbatches versions", "blockwise": f"{COMMON} ranks"}
+KEYS = {
+    "pipeline": f"{COMMON} microbatches microbatch_difference microbatch_difference_missing versions",
+    "blockwise": f"{COMMON} ranks",
+}
 """What `check --json` prints of each kind; none may go."""
 
 
@@ -63,6 +66,8 @@ def test_a_pipeline_equals_the_plain_loop() -> None:
     assert result.keys() >= set(KEYS["pipeline"].split())
     assert result["exact"]
     assert (result["problems"], result["max_abs_difference"], result["tolerance"]) == ([], 0.0, 0.0)
+    assert result["microbatch_difference"] < 1e-6
+    assert result["microbatch_difference_missing"] is None
     assert [version["student"] for version in result["versions"][:3]] == [(0,), (1,), (2,)]
 
 

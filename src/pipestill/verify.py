@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ from pipestill.plan.blockwise.plan import BlockwisePlan
 from pipestill.recipes.recipe import Recipe, SizedIterable, Workload
 from pipestill.recipes.run_options import RunOptions
 from pipestill.runtime.launch import launch
+from pipestill.runtime.pipeline.one_batch import microbatch_difference
 from pipestill.runtime.world import OneProcess
-from pipestill.train.data import inputs_and_targets
+from pipestill.train.data import Reader, inputs_and_targets, sample
 from pipestill.train.engine import REFERENCE
 from pipestill.train.result import Result
 
@@ -107,6 +108,7 @@ def verify(recipe: Recipe, options: RunOptions, *, steps: int, transports: tuple
         "steps": steps,
         "transports": list(transports),
         **_OWN_FIGURES[workload.kind](plan, options),
+        **(_one_batch(workload, options) if workload.kind == "pipeline" else {}),
         "rows_split": float64,
         "dtype": "float64" if float64 else "float32",
         "batch_norm": "frozen" if float64 else "as trained",
@@ -123,6 +125,22 @@ def verify(recipe: Recipe, options: RunOptions, *, steps: int, transports: tuple
             if not is_rounding(d, tolerance)
         ],
     }
+
+
+def _one_batch(workload: Workload, options: RunOptions) -> dict[str, Any]:
+    """How far the loss and gradients of one batch in 1 and in the options' microbatches are apart, or why that is not known."""
+    task = workload.task()
+    trainer = workload.trainer(task, options.as_reference())
+    engine = trainer.engine
+    reader = Reader(
+        workload.loader, epochs=1, steps=1, seed=options.seed, split_batch=engine.split, length_axis=trainer.length_axis,
+        counts=engine.counts,
+    )  # fmt: skip
+    with closing(reader):
+        batch = reader.peek()
+    frozen = options.batch_norm == "frozen"
+    found = microbatch_difference(task, engine.contracts(sample(batch)), batch, options.microbatches, frozen_norms=frozen)
+    return {"microbatch_difference": found.relative, "microbatch_difference_missing": found.reason or None}
 
 
 def _pipeline_figures(plan: Plan | None, options: RunOptions) -> dict[str, Any]:

@@ -75,6 +75,9 @@ def _tell_of_pipeline(result: dict[str, Any], options: RunOptions, console: Cons
     stale = result["staleness"]
     which = "the reference" + (f" that reads weights {stale} step old" if stale else "")
     say(console, f"weights after {result['steps']} steps: {verdict} {which} ({' and '.join(result['transports'])})")
+    missing, difference = result["microbatch_difference_missing"], result["microbatch_difference"]
+    found = f"not compared: {missing}" if missing else f"relative difference {difference:.1e}"
+    say(console, f"loss and gradients of one batch in 1 and in {options.microbatches} microbatches: {found}")
     if result["whole_backwards"]:
         say(console, f"backwards that stay whole: {'; '.join(result['whole_backwards'])}")
 

@@ -90,7 +90,7 @@ class Reference:
         self.student.in_mode(train=True)  # anew: some layers may stay in eval mode
         self.student.model.zero_grad(set_to_none=True)
         for step, batch in enumerate(batches, self.first_step):
-            losses = self._accumulate_gradients(step, batch)
+            losses = self.accumulate_gradients(step, batch)
             before_update(step, batch, losses)
             self._update(step)
             after_update(step, batch)
@@ -108,7 +108,7 @@ class Reference:
 
     # -- gradients of one batch -------------------------------------------------------------------------------------
 
-    def _accumulate_gradients(self, step: int, batch: Batch) -> dict[str, float]:
+    def accumulate_gradients(self, step: int, batch: Batch) -> dict[str, float]:
         """Add up the gradients of one batch; return the parts of its loss."""
         losses: dict[str, float] = {}
         for number, group in enumerate(self._groups(batch)):
