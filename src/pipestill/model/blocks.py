@@ -155,19 +155,22 @@ class BlockModel:
         return [known[name].detach() for name in forms]
 
     def check_ties(self, stages: Sequence[range]) -> None:
-        """Refuse a tensor that two stages share: each would update its own copy, and the copies would drift apart.
+        """Refuse a trained parameter that two stages share: each would update its own copy, and the copies would drift apart.
+
+        What is not trained, such as frozen weights and the angles of rotary embeddings, may be in several stages: all copies
+        are alike. Buffers that a forward writes are another matter (see `model.buffers`).
 
         Args:
             stages: the range of block numbers of each stage.
 
         Raises:
-            ModelError: two stages share a tensor; names it and the stages.
+            ModelError: two stages share a parameter; names it and the stages.
         """
         owner: dict[int, tuple[int, str]] = {}
         for stage, blocks in enumerate(stages):
-            for name, tensor in self.tensors_of(blocks).items():
-                first, first_name = owner.setdefault(id(tensor), (stage, name))
-                if first != stage:
+            for name, parameter in self.parameters_of(blocks).items():
+                first, first_name = owner.setdefault(id(parameter), (stage, name))
+                if first != stage and parameter.requires_grad:
                     raise ModelError(
                         f"'{name}' (also '{first_name}') is shared by student stages {first} and {stage}, and tied "
                         "weights cannot be trained in two stages; choose a partition that keeps both in one stage, or untie "

@@ -16,6 +16,7 @@ from pipestill.errors import ModelError, UserError
 from pipestill.model.additive import check_additive
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import why_whole
+from pipestill.model.buffers import shared_buffers
 from pipestill.model.contracts import FEW, MORE, Contract, observe
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.pipeline_contracts import PipelineContracts, PipelineContractsByLength, length_of, sample_lengths, shortened
@@ -60,6 +61,8 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         few = stepwise(task, few_inputs, few_targets, partial(check_uses, student))
         more = stepwise(task, more_inputs, more_targets, partial(check_uses, student))
         unsplit = why_blocks_stay_whole(student, more.student) if split else {}
+        shared = shared_buffers("student", student, view(task, more_inputs, 0))
+        shared += () if teacher is None else shared_buffers("teacher", teacher, view(task, more_inputs, 0))
     counted = check_counts(task, (few_targets, more_targets), more.loss_parts)
     if task.demands.batch_loss:
         check_joinable(few, more)
@@ -77,6 +80,7 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         copies=more.copies,
         counted=counted,
         unsplit=unsplit,
+        shared_buffers=shared,
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import DataError, ModelError
+from pipestill.model.buffers import SharedBuffer
 from pipestill.model.contracts import ConstantLeaf, Contract, Leaf, LinearInRows, TensorForm, TensorLeaf
 from pipestill.model.nests import distinct_tensors
 
@@ -41,6 +42,8 @@ class PipelineContracts:
     """The parts of the loss that a batch's targets count for (see `Task.loss_counts`); the others are means over rows."""
     unsplit: Mapping[int, str] = field(default_factory=dict)
     """Student blocks whose backward cannot be taken in two halves, and why."""
+    shared_buffers: tuple[SharedBuffer, ...] = ()
+    """Buffers of both models that one block writes and another uses, which may not be in two stages."""
     by_length: PipelineContractsByLength | None = field(default=None, repr=False)
     """The contracts of batches of any length; None where batches do not differ in length."""
 

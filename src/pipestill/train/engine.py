@@ -137,6 +137,9 @@ class Engine(Protocol):
     def plan(self, costs: Any, rows: int, *, memory_bytes: float | None = None) -> Any:
         """Make the plan for batches of so many rows; `PlanError` where there is none, or none that fits into the memory."""
 
+    def check_plan(self, plan: Any, contracts: Any) -> None:
+        """Raise the `UserError`s of a plan that does not fit what `contracts` found out."""
+
     def splits_rows(self, plan: Any) -> bool:
         """Whether ranks share rows of what they train, so that sums of gradients are rounded in another order."""
         return False

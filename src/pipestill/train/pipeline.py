@@ -14,6 +14,7 @@ from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.errors import ConfigError, PlanError
 from pipestill.model.batchnorm import batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
+from pipestill.model.buffers import check_buffers
 from pipestill.model.dry_run import dry_run, try_validation
 from pipestill.model.nests import rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
@@ -134,6 +135,14 @@ class PipelineEngine(Engine):
         )  # fmt: skip
         self.task.student_blocks.check_ties(ranges(plan.student_partition))
         return plan
+
+    def check_plan(self, plan: Plan, contracts: PipelineContracts) -> None:
+        """Refuse stages that would see an old copy of a buffer that another stage writes."""
+        models = (self.task.student_blocks, self.task.teacher_blocks)
+        partitions = (plan.student_partition, plan.teacher_partition)
+        for role, model, partition in zip(("student", "teacher"), models, partitions, strict=True):
+            if model is not None:
+                check_buffers(model, [one for one in contracts.shared_buffers if one.role == role], ranges(partition))
 
     def plain_options(self, plan: Plan) -> dict[str, Any]:
         structure = plan.schedule.structure

@@ -211,13 +211,14 @@ class Trainer(TrainerOptions):
         """
         check_loader(loader, 1)
         raise_problems(self.engine.function_problems())
-        first, _ = self._look(OneProcess(1), loader)
+        first, contracts = self._look(OneProcess(1), loader)
         if self.strategy == REFERENCE:
             return
         if self.costs is None:  # what blocks hold in memory is not known before they are measured
-            self.engine.plan(self.engine.assumed_costs(first.rows), first.rows)
+            plan = self.engine.plan(self.engine.assumed_costs(first.rows), first.rows)
         else:
-            self.engine.plan(self.costs, first.rows, memory_bytes=self.memory_bytes)
+            plan = self.engine.plan(self.costs, first.rows, memory_bytes=self.memory_bytes)
+        self.engine.check_plan(plan, contracts)
 
     def measure(self, loader: Iterable[Any], *, world: World | None = None) -> Costs | BlockProfile:
         """Measure what `fit` would before it plans; called on all ranks together.
@@ -253,7 +254,9 @@ class Trainer(TrainerOptions):
     def _plan(self, world: World, contracts: Any, first: FirstBatch) -> Any:
         """Make the same plan on every rank, from the costs that were given, or that are measured here."""
         costs = world.broadcast(self.costs or self.engine.measure(world, contracts, first))
-        return self.engine.plan(costs, first.rows, memory_bytes=self.memory_bytes)
+        plan = self.engine.plan(costs, first.rows, memory_bytes=self.memory_bytes)
+        self.engine.check_plan(plan, contracts)
+        return plan
 
     def _world(self, given: World | None) -> World:
         if self.strategy == REFERENCE:

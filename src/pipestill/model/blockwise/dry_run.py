@@ -1,5 +1,6 @@
 """One tiny training step of every block before anything starts, which finds the contracts and what cannot work."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from pipestill.errors import ModelError
 from pipestill.model.blockwise.task import Blockwise, BlockwiseContracts, current_batch, untouched_blocks
+from pipestill.model.buffers import held_buffers, written_buffers
 from pipestill.model.contracts import FEW, MORE, observe
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of, watched
 from pipestill.model.stepwise import call_block
@@ -77,6 +79,8 @@ def _run_student(task: Blockwise, i: int, run: _Run) -> None:
     given, target = copied(run.values[i]), run.values[i + 1]
     trains = bool(task.parameters_of(i))
     writes, written = False, watched(given)
+    own, others = _buffers_of(task, i)
+    held = held_buffers(task.student_blocks, own & others.keys())
     try:
         for variant in task.variants(i):
             with torch.enable_grad():
@@ -96,6 +100,23 @@ def _run_student(task: Blockwise, i: int, run: _Run) -> None:
         ) from error
     if writes:
         run.student_writes.append(i)
+    _check_buffers(task, i, others, written_buffers(task.student_blocks, held))
+
+
+def _buffers_of(task: Blockwise, block: int) -> tuple[set[str], dict[str, int]]:
+    """The names of a student block's tensors, and another block for each name of those of other blocks."""
+    names = [set(task.student_blocks.tensors_of(range(i, i + 1))) for i in range(task.num_blocks)]
+    return names[block], {name: i for i in range(task.num_blocks) if i != block for name in names[i]}
+
+
+def _check_buffers(task: Blockwise, block: int, others: Mapping[str, int], written: set[str]) -> None:
+    """Refuse a buffer that a student block has written and that is part of another block too."""
+    for name in sorted(written):
+        one, other = (f"block {i} ('{task.student_blocks.blocks[i].name}')" for i in (block, others[name]))
+        raise ModelError(
+            f"buffer '{name}' is written by student {one} and is part of {other} too, and blocks that are trained alone share "
+            "nothing that changes; give each a buffer of its own"
+        )
 
 
 def _check_loss(loss: Any, block: int, trains: bool) -> None:
