@@ -13,10 +13,12 @@ from pipestill.losses.momentum import Dino, InfoNCE, byol
 from pipestill.losses.signatures import BlockLoss, DistillationLoss, LossValue, Metric, MomentumLoss, SupervisedLoss
 from pipestill.losses.supervised import accuracy, cross_entropy, masked_accuracy
 from pipestill.losses.tokenizers import check_same_tokenizer
+from pipestill.losses.tokens import TokenAccuracy, TokenCrossEntropy
 
 __all__ = [
     "JSD", "BlockLoss", "Cosine", "Dino", "DistillationLoss", "ForwardKL", "InfoNCE", "LinearLogits", "LogitLoss", "LogitsMSE",
     "LossValue", "MaskedDistillation", "Metric", "MomentumLoss", "ReverseKL", "SoftCrossEntropy", "SoftTarget",
-    "SupervisedLoss", "TopKKL", "TotalVariation", "accuracy", "byol", "check_same_tokenizer", "cosine_distance", "counted",
-    "cross_entropy", "logits_of", "masked_accuracy", "masked_cross_entropy", "mse", "normalised_mse",
+    "SupervisedLoss", "TokenAccuracy", "TokenCrossEntropy", "TopKKL", "TotalVariation", "accuracy", "byol",
+    "check_same_tokenizer", "cosine_distance", "counted", "cross_entropy", "logits_of", "masked_accuracy",
+    "masked_cross_entropy", "mse", "normalised_mse",
 ]  # fmt: skip

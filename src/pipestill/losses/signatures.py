@@ -18,7 +18,7 @@ SupervisedLoss = Callable[[Any, Any], LossValue]
 BlockLoss = Callable[[Any, Any], Tensor]
 """From (output of a student block, output of its teacher block) to a scalar."""
 Metric = Callable[[Any, Any], Tensor]
-"""From (output, target) to the mean over rows, a scalar."""
+"""From (output, target) to the mean over rows, a scalar; or over what the target counts for, where it has `counts`."""
 
 
 def check_shapes(student: Tensor, teacher: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipestill.errors import ConfigError, TrainingError
 from pipestill.losses import Metric
+from pipestill.losses.counted import counts_of, with_sums
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.transport.message import Message
 from pipestill.runtime.transport.protocol import Transport, receive
@@ -162,19 +163,22 @@ def check_finite_blocks(losses: Mapping[int, float], step: int) -> None:
 
 
 class MetricMeans:
-    """Adds up metrics, weighted by rows, and gives their means.
+    """Adds up metrics, weighted by rows or by what the targets count for (see `ps.losses.counted`), and gives their means.
 
-    `sums` holds one float64 for each metric and, last, the number of rows; it travels between ranks.
+    `sums` holds two float64 for each metric, its sum and the weight of that; it travels between ranks.
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         self.metrics = metrics
-        self.sums = torch.zeros(len(metrics) + 1, dtype=torch.float64)
+        self.sums = torch.zeros(len(metrics), 2, dtype=torch.float64)
 
     def add(self, output: Any, target: Any, rows: int) -> None:
         """Add every metric of the outputs and targets of `rows` rows; `ConfigError` where one is no scalar."""
-        values = [self._scalar(name, metric(output, target)) for name, metric in self.metrics.items()]
-        self.sums += torch.stack([*values, torch.ones((), dtype=torch.float64)]) * rows
+        for place, (name, metric) in zip(self.sums, self.metrics.items(), strict=True):
+            counts = counts_of(metric, target)
+            value = self._scalar(name, with_sums(metric, output, target))
+            weight = torch.tensor(float(sum(counts.values()) if counts else rows), dtype=torch.float64)
+            place += torch.stack([value if counts else value * weight, weight])
 
     @staticmethod
     def _scalar(name: str, value: Any) -> Tensor:
@@ -187,5 +191,6 @@ class MetricMeans:
         return scalar.detach().double().cpu()
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric over all rows that were added."""
-        return dict(zip(self.metrics, (self.sums[:-1] / self.sums[-1]).tolist(), strict=True))
+        """The mean of each metric over all that was added; 0 where nothing counted."""
+        means = torch.where(self.sums[:, 1] > 0, self.sums[:, 0] / self.sums[:, 1], 0.0)
+        return dict(zip(self.metrics, means.tolist(), strict=True))
