@@ -1,6 +1,6 @@
 """Cuts any `nn.Module` into ordered blocks, whose tensors keep the names of the unsplit model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +9,10 @@ from torch.nn.parameter import is_lazy
 
 from pipestill.arguments import shown
 from pipestill.errors import ModelError, nearest
-from pipestill.model.block import Block
+from pipestill.model.block import Block, JointCall
 from pipestill.model.families.image_models import image_model_blocks
 from pipestill.model.families.language_models import language_model_blocks
+from pipestill.model.families.replay import replay_blocks
 
 
 class TensorState(NamedTuple):
@@ -26,8 +27,8 @@ class BlockModel:
     """A model together with its ordered blocks. The model itself stays whole; the names in its state dict do not change.
 
     Without `cuts`, a model that has a method `pipeline_blocks()`, which returns such a list, is cut as that says; an
-    `nn.Sequential` is cut at every child, nested ones too; and a model of a known family (see `pipestill.model.families`) is
-    cut at its layers.
+    `nn.Sequential` is cut at every child, nested ones too; and a model of `transformers` or of a known family (see
+    `pipestill.model.families`) is cut at its layers.
 
     Args:
         model: the model, any `nn.Module` whose parameters have their sizes.
@@ -183,9 +184,34 @@ class BlockModel:
         Args:
             value: a batch's inputs, as the first block takes them.
         """
-        for block in self.blocks:
-            value = block.call(value)
+        return self.run(range(len(self)), value)
+
+    def run(self, blocks: range, value: Any, before: Callable[[int], None] = lambda block: None) -> Any:
+        """Run consecutive blocks.
+
+        Args:
+            blocks: a range of block numbers.
+            value: the value before the first of them.
+            before: called with each block's number just before the block does anything that random numbers matter for.
+        """
+        first = blocks.start
+        while first < blocks.stop:
+            call, end = self.blocks[first].call, first + 1
+            if not isinstance(call, JointCall):
+                before(first)
+                value = call(value)
+            else:
+                while end < blocks.stop and self._joined(end - 1):
+                    end += 1
+                start = first
+                value = call.run_with([b.call for b in self.blocks[first + 1 : end]], value, lambda i: before(start + i))  # noqa: B023
+            first = end
         return value
+
+    def _joined(self, block: int) -> bool:
+        """Whether a block's call can run the next block too."""
+        call = self.blocks[block].call
+        return isinstance(call, JointCall) and call.joins(self.blocks[block + 1].call)
 
 
 def _is_inside(name: str, uses: Iterable[str]) -> bool:
@@ -202,7 +228,7 @@ def _own_cuts(model: nn.Module) -> list[str | Block]:
         if model._forward_hooks or model._forward_pre_hooks:
             raise ModelError("the nn.Sequential has forward hooks, which its blocks alone would not call; remove them")
         return list(_sequential_names(model, ""))
-    for known_blocks in (language_model_blocks, image_model_blocks):
+    for known_blocks in (language_model_blocks, image_model_blocks, replay_blocks):
         if (blocks := known_blocks(model)) is not None:
             return blocks
     raise ModelError(

@@ -1,7 +1,6 @@
-"""How the families of Hugging Face's language models are described: where models keep their parts, and how these are called.
+"""How the families whose layers are halved are described: where models keep their parts, and how these are called.
 
-BERT, RoBERTa, DistilBERT and GPT-2 are cut into embeddings, the attention and the feed-forward network of each layer, and what
-comes after the layers: a final norm, a head.
+BERT, RoBERTa and DistilBERT are cut into embeddings, the attention and the feed-forward network of each layer, and a head.
 """
 
 from collections.abc import Callable
@@ -39,10 +38,6 @@ class Family:
     embed: Callable[[Any, dict[str, Any]], Tensor]
     """From (headless model, inputs) to hidden states (rows, length, features)."""
     halves: tuple[HalfLayer, HalfLayer]
-    final_norm: str | None = None
-    """The normalisation of the last hidden states, where the last layer does not end with one."""
-    causal: bool = False
-    """Whether a token attends to earlier tokens only."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +99,6 @@ ROBERTA = Family("roberta", ("embeddings",), "encoder.layer", ("pooler",), _bert
 DISTILBERT = Family("distilbert", ("embeddings",), "transformer.layer", (), _bert_embed, _DISTILBERT_HALVES)
 
 
-def _gpt2_embed(base: Any, inputs: dict[str, Any]) -> Tensor:
-    """Sum the embeddings of tokens and of their positions, 0 to length - 1."""
-    ids = inputs["input_ids"]
-    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    return base.drop(base.wte(ids) + base.wpe(positions))  # type: ignore[no-any-return]
-
-
-_GPT2_HALVES = (
-    HalfLayer(
-        "attention", ("ln_1", "attn"), lambda layer, h, mask: layer.attn(layer.ln_1(h), attention_mask=mask)[0] + h, masked=True
-    ),
-    HalfLayer("feed_forward", ("ln_2", "mlp"), lambda layer, h, _: h + layer.mlp(layer.ln_2(h))),
-)
-GPT2 = Family("transformer", ("wte", "wpe"), "h", ("ln_f",), _gpt2_embed, _GPT2_HALVES, final_norm="ln_f", causal=True)
-
 KNOWN = {
     "BertModel": (BERT, Head(pooler_output)),
     "BertForMaskedLM": (BERT, logits_of("cls")),
@@ -129,7 +109,5 @@ KNOWN = {
     "DistilBertModel": (DISTILBERT, Head(pooler_output)),
     "DistilBertForMaskedLM": (DISTILBERT, Head(_distilbert_words, ("vocab_transform", "vocab_layer_norm", "vocab_projector"))),
     "DistilBertForSequenceClassification": (DISTILBERT, Head(_distilbert_classes, ("pre_classifier", "classifier"))),
-    "GPT2Model": (GPT2, Head(pooler_output)),
-    "GPT2LMHeadModel": (GPT2, logits_of("lm_head")),
 }
 """The family and the head of each class of `transformers` that can be cut."""

@@ -1,4 +1,4 @@
-"""Cuts Hugging Face's language models into blocks: BERT, RoBERTa, DistilBERT and GPT-2, with their usual heads.
+"""Cuts Hugging Face's BERT, RoBERTa and DistilBERT into half layers; all other models of that library are cut by `replay`.
 
 A model is cut into its embeddings, the attention and the feed-forward network of each layer, and what comes after the layers.
 A layer stays one block where its own call does more than these two (hooks, gradient checkpointing, chunks). The first block
@@ -22,10 +22,10 @@ _WHOLE_LAYER = HalfLayer("", ("",), lambda layer, hidden, mask: layer(hidden, at
 
 
 def language_model_blocks(model: nn.Module) -> list[str | Block] | None:
-    """The blocks of a language model of `transformers`; None for a class that is not known.
+    """The blocks of a BERT-like model of `transformers`; None for a class that is not known.
 
-    Raises `ModelError` for a decoder made of a BERT, for cross attention, and for hooks on modules that only hold others:
-    blocks would not call them.
+    None also for a decoder made of a BERT, for cross attention, and for hooks on modules that only hold others, which these
+    blocks would not call.
     """
     kind = forward_class(model)
     if not kind.__module__.startswith("transformers.models.") or kind.__name__ not in KNOWN:
@@ -34,7 +34,8 @@ def language_model_blocks(model: nn.Module) -> list[str | Block] | None:
     prefix = f"{family.base}." if head.uses else ""
     base = model.get_submodule(prefix.rstrip("."))
     after = [name for name in family.after if isinstance(getattr(base, name, None), nn.Module)]
-    _check_complete(model, family, {"", prefix.rstrip("."), (prefix + family.layers.rpartition(".")[0]).rstrip(".")})
+    if _does_more(model, {"", prefix.rstrip("."), (prefix + family.layers.rpartition(".")[0]).rstrip(".")}):
+        return None
     blocks: list[str | Block] = [
         Block(f"{prefix}embeddings", partial(_first, family, base), tuple(prefix + name for name in family.embeddings))
     ]
@@ -43,11 +44,10 @@ def language_model_blocks(model: nn.Module) -> list[str | Block] | None:
         assert number == int(name)
         for half in family.halves if _is_its_halves(layer) else (_WHOLE_LAYER,):
             uses = tuple(f"{where}.{use}".rstrip(".") for use in half.uses)
-            blocks.append(Block(f"{where}.{half.name}".rstrip("."), partial(_through, family, base, half, layer), uses))
-    norm = None if family.final_norm is None else base.get_submodule(family.final_norm)
+            blocks.append(Block(f"{where}.{half.name}".rstrip("."), partial(_through, base, half, layer), uses))
     end = "head" if head.uses or not after else prefix + after[0]
     uses = (*head.uses, *(prefix + name for name in after))
-    return [*blocks, Block(end, partial(_last, head, model, norm), uses)]
+    return [*blocks, Block(end, partial(_last, head, model), uses)]
 
 
 def forward_class(model: nn.Module) -> type:
@@ -61,20 +61,11 @@ def _is_its_halves(layer: nn.Module) -> bool:
     return not (hooked or getattr(layer, "gradient_checkpointing", False) or getattr(layer, "chunk_size_feed_forward", 0))
 
 
-def _check_complete(model: nn.Module, family: Family, holders: set[str]) -> None:
-    """Refuse a model that does what its blocks would leave out. `holders`: modules whose own call no block makes."""
-    problems = []
+def _does_more(model: nn.Module, holders: set[str]) -> bool:
+    """Whether a model does what its blocks would leave out. `holders`: modules whose own call no block makes."""
     config: Any = model.config
-    if not family.causal and getattr(config, "is_decoder", False):
-        problems.append("config.is_decoder is set, and only its encoder can be cut")
-    if getattr(config, "add_cross_attention", False):
-        problems.append("config.add_cross_attention is set, and the blocks have no other states to attend to")
-    for name in sorted(holders):
-        holder = model.get_submodule(name)
-        if holder._forward_hooks or holder._forward_pre_hooks:
-            problems.append(f"'{name or type(model).__name__}' has forward hooks, which the blocks would not call")
-    if problems:
-        raise ModelError(f"{type(model).__name__}: {'; '.join(problems)}; change that, or pass cuts of your own")
+    hooked = [h for h in map(model.get_submodule, holders) if h._forward_hooks or h._forward_pre_hooks]
+    return bool(hooked or getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False))
 
 
 # -- the blocks' calls ------------------------------------------------------------------------------------------------
@@ -83,7 +74,7 @@ def _check_complete(model: nn.Module, family: Family, holders: set[str]) -> None
 def _first(family: Family, base: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """Embed ids (rows, length). Returns the hidden states (rows, length, features), and the mask where one is given."""
     given = {"input_ids": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    known = ("input_ids", "attention_mask") + (() if family.causal else ("token_type_ids", "position_ids"))
+    known = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
     if unknown := sorted(given.keys() - set(known)):
         raise ModelError(f"the inputs hold {', '.join(unknown)}; this model's blocks read {', '.join(known)}")
     value = {"hidden": family.embed(base, given)}
@@ -91,23 +82,21 @@ def _first(family: Family, base: nn.Module, inputs: Any) -> dict[str, Tensor]:
     return value if mask is None else {**value, "mask": mask.bool()}
 
 
-def _through(family: Family, base: nn.Module, half: HalfLayer, layer: nn.Module, value: dict[str, Tensor]) -> dict[str, Tensor]:
+def _through(base: nn.Module, half: HalfLayer, layer: nn.Module, value: dict[str, Tensor]) -> dict[str, Tensor]:
     """Run half a layer, or a whole one, on the hidden states."""
-    mask = _mask(family, base, value) if half.masked else None
+    mask = _mask(base, value) if half.masked else None
     return {**value, "hidden": half.call(layer, value["hidden"], mask)}
 
 
-def _mask(family: Family, base: nn.Module, value: dict[str, Tensor]) -> Tensor | None:
+def _mask(base: nn.Module, value: dict[str, Tensor]) -> Tensor | None:
     """Make the mask as the model's own forward does, for the kind of attention that its config names."""
     from transformers import masking_utils
 
-    make = masking_utils.create_causal_mask if family.causal else masking_utils.create_bidirectional_mask
-    rest = {"past_key_values": None} if family.causal else {}
-    mask: Tensor | None = make(config=base.config, inputs_embeds=value["hidden"], attention_mask=value.get("mask"), **rest)
+    make = masking_utils.create_bidirectional_mask
+    mask: Tensor | None = make(config=base.config, inputs_embeds=value["hidden"], attention_mask=value.get("mask"))
     return mask
 
 
-def _last(head: Head, model: nn.Module, norm: nn.Module | None, value: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Normalise the last hidden states where the family does that, and run the head."""
-    hidden = value["hidden"] if norm is None else norm(value["hidden"])
-    return {"last_hidden_state": hidden, **head.call(model, hidden)}
+def _last(head: Head, model: nn.Module, value: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Run the head."""
+    return {"last_hidden_state": value["hidden"], **head.call(model, value["hidden"])}

@@ -28,10 +28,7 @@ def run_blocks(
     model: BlockModel, blocks: range, value: Any, seed: int, role: Role, step: int, unit: int, device: torch.device
 ) -> Any:
     """The value after `blocks`, each with its own random numbers (see `seed_block`)."""
-    for i in blocks:
-        seed_block(seed, role, i, step, unit, device)
-        value = model.blocks[i].call(value)
-    return value
+    return model.run(blocks, value, lambda block: seed_block(seed, role, block, step, unit, device))
 
 
 def weighted_loss(parts: dict[str, Tensor], factors: Sequence[float]) -> Tensor:
