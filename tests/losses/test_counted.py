@@ -67,8 +67,8 @@ def test_a_loss_without_counts_is_called() -> None:
     [
         (lambda target: {"loss": -1.0}, r"gave -1.0 for 'loss'; expected finite numbers, 0 or more"),
         (lambda target: float("nan"), "gave nan for 'loss'"),
-        (lambda target: torch.ones(2), r"counts\(target\) failed: .*; expected a number, or a dict of numbers by part"),
-        (lambda target: target.labels.sum(), "counts.target. failed: AttributeError"),
+        (lambda target: torch.ones(2), r"counts\(target\) of the loss failed: .*; expected a number, or a dict of"),
+        (lambda target: target.labels.sum(), "counts.target. of the loss failed: AttributeError"),
     ],
 )
 def test_counts_that_are_none(counts: Callable[[Any], Any], message: str) -> None:

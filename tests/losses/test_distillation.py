@@ -9,7 +9,7 @@ from support.outputs import STUDENT, TARGET, TEACHER, softmax
 from torch import Tensor
 
 from pipestill.errors import ConfigError
-from pipestill.losses import Cosine, LogitsMSE, MaskedDistillation, SoftTarget, masked_accuracy, masked_cross_entropy
+from pipestill.losses import Cosine, LogitsMSE, MaskedDistillation, SoftTarget, accuracy, cross_entropy
 
 
 def test_soft_target_by_hand() -> None:
@@ -85,9 +85,8 @@ def masked_case() -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tenso
         {"logits": torch.randn(2, 3, 4, generator=generator), "last_hidden_state": torch.randn(2, 3, 5, generator=generator)}
         for _ in range(2)
     )
-    labels = torch.tensor([[1, 0, 3], [2, 1, 0]])
-    masked, tokens = torch.tensor([[1.0, 0, 0], [0, 1, 0]]), torch.tensor([[1.0, 1, 1], [1, 1, 0]])
-    return student, teacher, {"labels": labels, "masked": masked * 2 / 2, "tokens": tokens * 2 / 5}
+    labels, tokens = torch.tensor([[1, -100, -100], [-100, 1, -100]]), torch.tensor([[1.0, 1, 1], [1, 1, 0]])
+    return student, teacher, {"labels": labels, "tokens": tokens}
 
 
 def test_masked_distillation_by_hand() -> None:
@@ -108,8 +107,9 @@ def test_masked_distillation_by_hand() -> None:
     assert parts["cross_entropy"].item() == pytest.approx(2.0 * labels / 2, rel=1e-5)
     assert parts["cosine"].item() == pytest.approx(hidden / 5, rel=1e-5)
     right = sum(int(student["logits"][at].argmax()) == int(target["labels"][at]) for at in masked)
-    assert masked_accuracy(student, target).item() == pytest.approx(right / 2)
-    assert masked_cross_entropy(student, target)["cross_entropy"].item() == pytest.approx(labels / 2, rel=1e-5)
+    assert MaskedDistillation(2.0, 5.0, 2.0, 1.0).counts(target) == {"soft_target": 5.0, "cross_entropy": 2.0, "cosine": 5.0}
+    assert accuracy(student, target).item() == pytest.approx(right / 2)
+    assert cross_entropy(student, target)["cross_entropy"].item() == pytest.approx(labels / 2, rel=1e-5)
 
 
 def test_masked_distillation_refuses_and_leaves_out() -> None:

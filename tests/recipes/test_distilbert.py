@@ -176,13 +176,6 @@ def test_the_distilled_student_is_better_than_the_same_one_alone(small: str, tmp
     assert metrics["student"]["cross_entropy"] < metrics["student_alone"]["cross_entropy"] - 0.2
 
 
-def test_ranks_without_metrics_conclude_nothing(small: str) -> None:
-    """Those of a phase are gathered on rank 0; perplexity was asked for on all."""
-    workload = DistilBert(**TINY, data=small).workload(0)
-    assert workload.concluded({}) == {}
-    assert workload.concluded({"cross_entropy": 2.0}) == {"cross_entropy": 2.0, "perplexity": pytest.approx(7.389, abs=1e-3)}
-
-
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 

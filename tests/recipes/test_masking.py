@@ -30,10 +30,10 @@ def test_masks_are_berts() -> None:
     ids, shown = targets["labels"], inputs["input_ids"]
     assert ids.shape == (400, 32)
     assert torch.equal(inputs["attention_mask"].sum(1), lengths)
-    chosen = targets["masked"] > 0
-    real = inputs["attention_mask"].bool()
+    chosen, real = ids != -100, inputs["attention_mask"].bool()
     assert not bool((chosen & ~real).any())
-    assert torch.equal(shown[~chosen], ids[~chosen])
+    assert torch.equal(targets["tokens"], real.float())
+    assert not bool((shown[real & ~chosen] == 4).any())
     assert float(chosen.sum() / real.sum()) == pytest.approx(0.15, abs=0.02)
     as_mask, kept = (shown[chosen] == 4).double().mean(), (shown[chosen] == ids[chosen]).double().mean()
     assert float(as_mask) == pytest.approx(0.8, abs=0.05)
@@ -44,24 +44,20 @@ def test_masks_are_berts() -> None:
 def test_no_special_token_is_masked() -> None:
     sequence = torch.tensor([2, 7, 8, 9, 3], dtype=torch.int32)
     inputs, targets = Masking(tokens(), 8, 0.999)([sequence])
-    assert (targets["masked"][0] > 0).tolist() == [False, True, True, True, False, False, False, False]
+    assert (targets["labels"][0] != -100).tolist() == [False, True, True, True, False, False, False, False]
     assert inputs["input_ids"][0, [0, 4]].tolist() == [2, 3]
 
 
-def test_weights_make_a_loss_the_mean_over_the_batchs_tokens_however_it_is_cut() -> None:
+def test_the_loss_is_the_mean_over_the_batchs_masked_tokens_however_it_is_cut() -> None:
     _, _, targets = masked(rows=10)
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn((*targets["labels"].shape, 120), generator=generator)
-    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets["labels"].flatten(), reduction="none")
-    chosen = (targets["masked"] > 0).flatten()
+    labels = targets["labels"]
+    logits = torch.randn((*labels.shape, 120), generator=torch.Generator().manual_seed(1))
+    chosen, count = labels != -100, losses.cross_entropy.counts(targets)["cross_entropy"]
+    expected = torch.nn.functional.cross_entropy(logits[chosen], labels[chosen])
     for cuts in ((10,), (4, 3, 3), (9, 1)):
-        total = sum(
-            losses.masked_cross_entropy({"logits": part}, {"labels": labels, "masked": weights})["cross_entropy"] * len(part) / 10
-            for part, labels, weights in zip(
-                logits.split(cuts), targets["labels"].split(cuts), targets["masked"].split(cuts), strict=True
-            )
-        )
-        assert float(total) == pytest.approx(float(each[chosen].mean()), rel=1e-6)
+        parts = zip(logits.split(cuts), labels.split(cuts), strict=True)
+        total = sum(losses.cross_entropy.sums({"logits": a}, {"labels": b})["cross_entropy"] for a, b in parts)
+        assert float(total) / count == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_masks_follow_the_run_s_seed_and_epoch() -> None:
@@ -85,13 +81,9 @@ def test_masks_follow_the_run_s_seed_and_epoch() -> None:
     assert len({batch.shape[1] for batch in one}) > 1
 
 
-def test_tests_see_the_same_masks_and_weigh_every_masked_token_alike() -> None:
+def test_tests_see_the_same_masks() -> None:
     few = data(20, torch.Generator().manual_seed(0))
     one, same, other = (fixed(few, Masking(tokens(), 32), 8, seed) for seed in (0, 0, 1))
     assert all(torch.equal(a[0]["input_ids"], b[0]["input_ids"]) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one[0][0]["input_ids"], other[0][0]["input_ids"])
-    for name in ("masked", "tokens"):
-        weights = {float(w) for _, targets in one for w in targets[name].unique() if w}
-        count = sum(int((targets[name] > 0).sum()) for _, targets in one)
-        assert list(weights) == [pytest.approx(20 / count)]
     assert [batch[0]["input_ids"].shape[0] for batch in one] == [8, 8, 4]

@@ -6,19 +6,19 @@ scalar or as a dict of scalars whose sum is the loss; their names are logged. A 
 
 from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, normalised_mse
 from pipestill.losses.counted import counted
-from pipestill.losses.distillation import Cosine, MaskedDistillation, masked_cross_entropy
+from pipestill.losses.distillation import Cosine, MaskedDistillation
 from pipestill.losses.logit_losses import JSD, ForwardKL, LogitLoss, LogitsMSE, ReverseKL, SoftTarget, TopKKL, TotalVariation
 from pipestill.losses.logits import LinearLogits, logits_of
+from pipestill.losses.metrics import Accuracy, Agreement, Perplexity, accuracy, agreement, perplexity
 from pipestill.losses.momentum import Dino, InfoNCE, byol
 from pipestill.losses.signatures import BlockLoss, DistillationLoss, LossValue, Metric, MomentumLoss, SupervisedLoss
-from pipestill.losses.supervised import accuracy, cross_entropy, masked_accuracy
+from pipestill.losses.supervised import CrossEntropy, cross_entropy
 from pipestill.losses.tokenizers import check_same_tokenizer
-from pipestill.losses.tokens import TokenAccuracy, TokenCrossEntropy
 
 __all__ = [
-    "JSD", "BlockLoss", "Cosine", "Dino", "DistillationLoss", "ForwardKL", "InfoNCE", "LinearLogits", "LogitLoss", "LogitsMSE",
-    "LossValue", "MaskedDistillation", "Metric", "MomentumLoss", "ReverseKL", "SoftCrossEntropy", "SoftTarget",
-    "SupervisedLoss", "TokenAccuracy", "TokenCrossEntropy", "TopKKL", "TotalVariation", "accuracy", "byol",
-    "check_same_tokenizer", "cosine_distance", "counted", "cross_entropy", "logits_of", "masked_accuracy",
-    "masked_cross_entropy", "mse", "normalised_mse",
+    "Accuracy", "Agreement", "BlockLoss", "Cosine", "CrossEntropy", "Dino", "DistillationLoss", "ForwardKL", "InfoNCE", "JSD",
+    "LinearLogits", "LogitLoss", "LogitsMSE", "LossValue", "MaskedDistillation", "Metric", "MomentumLoss", "Perplexity",
+    "ReverseKL", "SoftCrossEntropy", "SoftTarget", "SupervisedLoss", "TopKKL", "TotalVariation", "accuracy", "agreement",
+    "byol", "check_same_tokenizer", "cosine_distance", "counted", "cross_entropy", "logits_of", "mse", "normalised_mse",
+    "perplexity",
 ]  # fmt: skip

@@ -64,8 +64,8 @@ def means(sums: LossValue, counts: Counts) -> LossValue:
     return found
 
 
-def counts_of(loss: Any, target: Any) -> dict[str, float]:
-    """How much a target counts for, by part of a loss; empty where all its parts are means over rows.
+def counts_of(loss: Any, target: Any, what: str = "the loss") -> dict[str, float]:
+    """How much a target counts for, by part of a loss (or a metric, `what`); empty where all its parts are means over rows.
 
     Raises a `UserError` where the loss's `counts` fails, or gives anything but numbers of at least 0.
     """
@@ -79,12 +79,12 @@ def counts_of(loss: Any, target: Any) -> dict[str, float]:
         raise
     except Exception as error:
         raise ModelError(
-            f"the loss's counts(target) failed: {type(error).__name__}: {error}; expected a number, or a dict of numbers by part "
+            f"counts(target) of {what} failed: {type(error).__name__}: {error}; expected a number, or a dict of numbers by part "
             "of the loss, from a whole batch's targets on the CPU"
         ) from error
     wrong = [f"{value} for '{name}'" for name, value in numbers.items() if not (math.isfinite(value) and value >= 0)]
     if wrong:
-        raise ModelError(f"the loss's counts(target) gave {', '.join(wrong)}; expected finite numbers, 0 or more")
+        raise ModelError(f"counts(target) of {what} gave {', '.join(wrong)}; expected finite numbers, 0 or more")
     return numbers
 
 

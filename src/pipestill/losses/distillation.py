@@ -1,14 +1,22 @@
-"""Losses of (student output, teacher output, target), for `ps.Distillation`, and of masked language models without a teacher."""
+"""Losses of (student output, teacher output, target), for `ps.Distillation`, beside those of logits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pipestill.arguments import raise_problems, real_number
 from pipestill.errors import ConfigError
-from pipestill.losses.signatures import check_shapes
+from pipestill.losses.counted import means
+from pipestill.losses.logit_losses import SoftTarget
+from pipestill.losses.signatures import LossValue, check_shapes
+from pipestill.losses.supervised import CrossEntropy
+from pipestill.losses.targets import labels_of
+
+IGNORED = -100
+"""The label of tokens that are not masked."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,9 @@ class MaskedDistillation:
     """DistilBERT's loss of masked language models: the sum of three parts (Sanh et al. 2019, section 3).
 
     `soft_target` * T^2 * KL(teacher || student) of logits softened by temperature T, `cross_entropy` * the cross entropy
-    with the masked tokens, and `cosine` * (1 - cosine similarity of the last hidden states). Each is the mean over rows of
-    the weighted sum over tokens. With weights of rows / tokens, that is the mean over the batch's tokens, whatever
-    microbatches the batch has. The defaults are those of DistilBERT's released training, which counts padding in none of
-    the three.
+    with the masked tokens, and `cosine` * (1 - cosine similarity of the last hidden states). The cross entropy is the mean over
+    the masked tokens of a batch, the other two are means over all of its tokens. The defaults are those of DistilBERT's released
+    training, which counts padding in none of the three.
 
     Args:
         temperature: T, above 0, by which the logits of both models are divided.
@@ -71,45 +78,47 @@ class MaskedDistillation:
                 f"temperature {self.temperature} and weights {weights}; expected > 0, and weights >= 0 that are not all 0"
             )
 
-    def __call__(
+    def counts(self, target: Mapping[str, Tensor]) -> dict[str, float]:
+        """Count the masked tokens, and all tokens.
+
+        Args:
+            target: as for a call.
+        """
+        tokens, masked = float(target["tokens"].sum()), labels_of(target, IGNORED).counted.sum()
+        counts = {"soft_target": tokens, "cross_entropy": float(masked), "cosine": tokens}
+        return {name: count for name, count in counts.items() if getattr(self, name)}
+
+    def sums(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], target: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Compute the parts `soft_target`, `cross_entropy` and `cosine`.
+        """Compute the three parts as sums over tokens.
+
+        Args:
+            student: as for a call.
+            teacher: as for a call.
+            target: as for a call.
+        """
+        parts: dict[str, Tensor] = {}
+        if self.soft_target:
+            loss = SoftTarget(self.temperature, self.soft_target, cross_entropy=self.cross_entropy, ignore_index=IGNORED)
+            parts |= loss.sums(student, teacher, target)
+        elif self.cross_entropy:
+            part = CrossEntropy(IGNORED).sums(student, target)["cross_entropy"]
+            parts["cross_entropy"] = part * self.cross_entropy
+        if self.cosine:
+            student_states, teacher_states = student["last_hidden_state"], teacher["last_hidden_state"]
+            check_shapes(student_states, teacher_states)
+            distance = 1.0 - F.cosine_similarity(student_states.float(), teacher_states.float(), dim=-1)
+            parts["cosine"] = torch.where(target["tokens"] > 0, distance * target["tokens"], 0.0).sum() * self.cosine
+        return parts
+
+    def __call__(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> LossValue:
+        """Compute the parts `soft_target`, `cross_entropy` and `cosine` as means over what counts.
 
         Args:
             student: the student's `logits`, (rows, length, vocabulary), and `last_hidden_state`, (rows, length, features).
             teacher: the teacher's, of the same shapes.
-            target: `labels`, the ids of the original tokens, (rows, length), and two weights of that shape: `masked`, of
-                each token in the cross entropy, and `tokens`, of each token in the other two parts.
+            target: `labels`, the ids of the masked tokens and -100 elsewhere, (rows, length), and `tokens`, of that shape: 1 for
+                each token, and 0 for padding.
         """
-        check_shapes(student["logits"], teacher["logits"])
-        parts, t = {}, self.temperature
-        if self.soft_target:
-            of_student, of_teacher = (F.log_softmax(output["logits"] / t, -1) for output in (student, teacher))
-            divergence = F.kl_div(of_student, of_teacher, reduction="none", log_target=True).sum(-1)
-            parts["soft_target"] = weighted_mean(divergence, target["tokens"]) * (self.soft_target * t * t)
-        if self.cross_entropy:
-            parts["cross_entropy"] = masked_cross_entropy(student, target)["cross_entropy"] * self.cross_entropy
-        if self.cosine:
-            student_states, teacher_states = student["last_hidden_state"], teacher["last_hidden_state"]
-            check_shapes(student_states, teacher_states)
-            distance = 1.0 - F.cosine_similarity(student_states, teacher_states, dim=-1)
-            parts["cosine"] = weighted_mean(distance, target["tokens"]) * self.cosine
-        return parts
-
-
-def masked_cross_entropy(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Compute the cross entropy with the masked tokens, the mean over rows of the weighted sum over tokens.
-
-    Args:
-        output: the model's `logits`, (rows, length, vocabulary).
-        target: `labels`, (rows, length), and the weights `masked`, of that shape, as in `MaskedDistillation`.
-    """
-    logits = output["logits"]
-    each = F.cross_entropy(logits.flatten(0, 1), target["labels"].flatten(), reduction="none")
-    return {"cross_entropy": weighted_mean(each.view_as(target["masked"]), target["masked"])}
-
-
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """The mean over rows of the weighted sum over tokens; both (rows, length)."""
-    return (values * weights).sum(-1).mean()
+        return means(self.sums(student, teacher, target), self.counts(target))

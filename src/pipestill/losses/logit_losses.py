@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pipestill.arguments import one_of, raise_problems, real_number, whole
-from pipestill.errors import ConfigError, DataError
+from pipestill.errors import ConfigError
 from pipestill.losses import divergences
 from pipestill.losses.chunks import Work, sums_of
 from pipestill.losses.divergences import Divergence
 from pipestill.losses.logits import Logits, logits_of
-from pipestill.losses.targets import Target, read_target, spread
+from pipestill.losses.targets import Labels, Target, checked_labels, read_target, spread
 
 
 @dataclass(frozen=True)
@@ -162,18 +162,8 @@ class LogitLoss:
     def _labels(self, target: Target, lead: torch.Size, vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The label of each token, 0 where it does not count, and whether it does."""
         assert target.labels is not None and target.counted is not None
-        if target.labels.shape != lead:
-            raise DataError(
-                f"labels are {tuple(target.labels.shape)}, but the logits are {(*lead, vocabulary)}; expected a label for each "
-                "token (the first axes), or cross_entropy=0"
-            )
-        labels = torch.where(target.counted, target.labels, 0).reshape(-1).to(device)
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
-            raise DataError(
-                f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {vocabulary - 1}, or "
-                f"{self.ignore_index} where none counts (ignore_index)"
-            )
-        return labels, target.counted.reshape(-1).to(device).double()
+        labels, counted = checked_labels(Labels(target.labels, target.counted), lead, vocabulary, self.ignore_index)
+        return labels.to(device), counted.to(device)
 
 
 def _over(factor: float, counts: Mapping[str, float] | None, part: str) -> float:

@@ -17,8 +17,8 @@ SupervisedLoss = Callable[[Any, Any], LossValue]
 """From (output, target)."""
 BlockLoss = Callable[[Any, Any], Tensor]
 """From (output of a student block, output of its teacher block) to a scalar."""
-Metric = Callable[[Any, Any], Tensor]
-"""From (output, target) to the mean over rows, a scalar; or over what the target counts for, where it has `counts`."""
+Metric = Callable[[Any, Any], LossValue]
+"""From (output, target) to the mean over rows, a scalar or a loss of one part; see `pipestill.losses.metrics`."""
 
 
 def check_shapes(student: Tensor, teacher: Tensor) -> None:

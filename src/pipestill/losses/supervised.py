@@ -1,39 +1,67 @@
-"""Functions of (output, target): the loss of a classifier without a teacher, and metrics of validation data."""
+"""Losses of (output, target), for a classifier or a language model without a teacher."""
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
-from pipestill.losses.distillation import weighted_mean
+from pipestill.arguments import raise_problems, whole
+from pipestill.losses.chunks import Work, sums_of
+from pipestill.losses.counted import means
+from pipestill.losses.divergences import forward_kl
+from pipestill.losses.logits import logits_of
+from pipestill.losses.signatures import LossValue
+from pipestill.losses.targets import checked_labels, labels_of
 
 
-def cross_entropy(output: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Compute the cross entropy of logits with class indices, the mean over rows.
-
-    Args:
-        output: the logits, (rows, classes).
-        target: class indices, (rows,).
-    """
-    return {"cross_entropy": F.cross_entropy(output, target)}
-
-
-def accuracy(output: Tensor, target: Tensor) -> Tensor:
-    """Compute the fraction of rows whose largest logit is that of their label.
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The cross entropy of logits with labels, the part `cross_entropy`: the mean over all labels of a batch that count.
 
     Args:
-        output: the logits, (rows, classes).
-        target: class indices, (rows,).
+        ignore_index: the label of what does not count.
     """
-    return (output.argmax(-1) == target).double().mean()
+
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        raise_problems(whole("ignore_index", self.ignore_index))
+
+    def counts(self, target: Any) -> dict[str, float]:
+        """Count the labels.
+
+        Args:
+            target: class indices, (rows, ...), or a mapping with these as `labels`.
+        """
+        return {"cross_entropy": float(labels_of(target, self.ignore_index).counted.sum())}
+
+    def sums(self, output: Any, target: Any) -> dict[str, Tensor]:
+        """Compute the part `cross_entropy` as a sum over the labels.
+
+        Args:
+            output: the logits, (rows, ..., classes), or a mapping with `logits`; or either as a `ps.losses.LinearLogits`.
+            target: class indices, (rows, ...), or a mapping with these as `labels`.
+        """
+        logits = logits_of(output)
+        lead, classes = logits.shape[:-1], logits.shape[-1]
+        labels, weights = checked_labels(labels_of(target, self.ignore_index), lead, classes, self.ignore_index)
+        device = (logits if isinstance(logits, Tensor) else logits.hidden).device
+        weights = weights.to(device)
+        work = Work(
+            forward_kl, 1.0, torch.zeros_like(weights), 0.0, labels.to(device), weights, 1.0, vocabulary=classes, chunk_size=None
+        )
+        return {"cross_entropy": sums_of(work, logits, logits)[1]}  # the divergence, of factor 0, is of nothing
+
+    def __call__(self, output: Any, target: Any) -> LossValue:
+        """Compute the part `cross_entropy` as a mean over the labels, 0 where there are none.
+
+        Args:
+            output: the logits, (rows, ..., classes), or a mapping with `logits`; or either as a `ps.losses.LinearLogits`.
+            target: class indices, (rows, ...), or a mapping with these as `labels`.
+        """
+        return means(self.sums(output, target), self.counts(target))
 
 
-def masked_accuracy(output: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Tensor:
-    """Compute the fraction of the masked tokens whose largest logit is that of the original token.
-
-    Args:
-        output: the model's `logits`, (rows, length, vocabulary).
-        target: `labels`, (rows, length), and the weights `masked`, of that shape, as in `ps.losses.MaskedDistillation`.
-    """
-    right = output["logits"].argmax(-1) == target["labels"]
-    return weighted_mean(right.double(), target["masked"])
+cross_entropy = CrossEntropy()
+"""The cross entropy with labels other than -100."""

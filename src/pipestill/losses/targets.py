@@ -45,6 +45,43 @@ def _whole(labels: Tensor) -> bool:
     return not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
 
 
+class Labels(NamedTuple):
+    """The labels of some tokens, (rows, ...)."""
+
+    labels: Tensor
+    counted: Tensor
+    """Whether each label counts."""
+
+
+def labels_of(target: Any, ignore_index: int) -> Labels:
+    """The labels in a target; `DataError` where there are none."""
+    read = read_target(target, ignore_index)
+    if read.labels is None or read.counted is None:
+        came = f"a mapping of {', '.join(map(str, target))}" if isinstance(target, Mapping) else type(target).__name__
+        came = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else came
+        raise DataError(f"the target is {came}; expected labels: class indices, (rows, ...), or a mapping with them as 'labels'")
+    return Labels(read.labels, read.counted)
+
+
+def checked_labels(found: Labels, lead: torch.Size, vocabulary: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The label of each token of `lead` axes, 0 where it does not count, and whether it does (float64), both (tokens,).
+
+    `DataError` where tokens have no label of their own, or one that is no class of the `vocabulary`.
+    """
+    if found.labels.shape != lead:
+        raise DataError(
+            f"labels are {tuple(found.labels.shape)}, but the logits are {(*lead, vocabulary)}; expected a label for each "
+            "token (the first axes), or cross_entropy=0"
+        )
+    labels = torch.where(found.counted, found.labels, 0).reshape(-1)
+    if labels.numel() and not labels.is_meta and not 0 <= int(labels.min()) <= int(labels.max()) < vocabulary:
+        raise DataError(
+            f"labels go from {int(labels.min())} to {int(labels.max())}; expected 0 to {vocabulary - 1}, or "
+            f"{ignore_index} where none counts (ignore_index)"
+        )
+    return labels, found.counted.reshape(-1).double()
+
+
 def spread(values: Tensor, lead: torch.Size, what: str) -> Tensor:
     """Give each token its row's value, divided by the row's tokens, where `values` has fewer axes than the logits' `lead`.
 

@@ -1,6 +1,5 @@
 """Distil a BERT into a DistilBERT of fewer layers."""
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -193,8 +192,8 @@ class DistilBert:
             loss=losses.MaskedDistillation(
                 self.temperature, self.soft_target_weight, self.cross_entropy_weight, self.cosine_weight
             ),
-            supervised_loss=losses.masked_cross_entropy,
-            metrics={"cross_entropy": _cross_entropy, "accuracy": losses.masked_accuracy},
+            supervised_loss=losses.cross_entropy,
+            metrics={"cross_entropy": losses.cross_entropy, "accuracy": losses.accuracy, "perplexity": losses.perplexity},
             train_loader=self._loader(seen, masking),
             validation_loader=DataLoader(fixed(test, masking, 2 * self.batch_size, seed), batch_size=None),
             teacher_training=self._training(self.teacher_epochs, self.teacher_lr),
@@ -202,7 +201,6 @@ class DistilBert:
             length_axis=1 if self.group_by_length else None,
             prepare=self._prepare,
             teacher_origin=(self.teacher_model or RANDOM) if published else None,
-            conclude=_perplexity,
         )
 
     def sizes(self) -> tuple[Sizes, Sizes]:
@@ -304,12 +302,3 @@ def _groups(weight_decay: float, named: Mapping[str, nn.Parameter]) -> list[dict
     others = [parameter for parameter in named.values() if parameter.dim() <= 1]
     groups = ((matrices, weight_decay), (others, 0.0))
     return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
-
-
-def _cross_entropy(output: Any, target: Any) -> torch.Tensor:
-    return losses.masked_cross_entropy(output, target)["cross_entropy"]
-
-
-def _perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The perplexity of the masked tokens: e to their mean cross entropy, which has to be averaged first."""
-    return {"perplexity": math.exp(min(metrics["cross_entropy"], 700.0))}

@@ -1,7 +1,7 @@
 """The workload of a distillation: a teacher that is trained once or read, its student, and the same student without a teacher."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,7 +36,6 @@ class DistillationWorkload(EndToEndWorkload):
         prepare: initialises the student from the teacher, once that is what it will be; the student without a teacher stays as
             it was built (default: nothing)
         teacher_origin: where the teacher comes from if it is not trained here, for the summary (default: it is trained here)
-        conclude: a function from the means of the metrics to further metrics that follow from them (default: none)
     """
 
     build_teacher: Callable[[], nn.Module]
@@ -47,7 +46,6 @@ class DistillationWorkload(EndToEndWorkload):
     teacher_training: Training
     prepare: Callable[[nn.Module, nn.Module], None] | None = None
     teacher_origin: str | None = None
-    conclude: Callable[[Mapping[str, float]], dict[str, float]] | None = None
 
     def task(self) -> Distillation:
         """Build the distillation of fresh models."""
@@ -92,13 +90,8 @@ class DistillationWorkload(EndToEndWorkload):
         runner.write_config(student)
         read_from = {} if origin is None else {"read_from": origin}
         metrics = {
-            "student": self.concluded(main.metrics), "teacher": {**read_from, **self.concluded(of_teacher)},
-            "student_alone": self.concluded(lone.metrics),
+            "student": main.metrics, "teacher": {**read_from, **of_teacher}, "student_alone": lone.metrics,
             "parameters": {"student": num_parameters(student), "teacher": num_parameters(teacher)},
         }  # fmt: skip
         taught = {} if self.teacher_origin is None else {"teacher": origin}
         return {**main.summary(), "metrics": metrics, **taught}
-
-    def concluded(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of a model with what follows from them; those of a training are known on rank 0 only."""
-        return {**metrics, **(self.conclude(metrics) if self.conclude and metrics else {})}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipestill.losses.distillation import IGNORED
 from pipestill.model.seeding import derive
 from pipestill.recipes.sequences import Sequences
 from pipestill.recipes.tokens import Tokens
@@ -42,17 +43,12 @@ class Masking:
         shown = torch.where(chosen & (draw < 0.8), self.tokens.mask, ids)
         shown = torch.where(chosen & (draw >= 0.9), other, shown)
         inputs = {"input_ids": shown, "attention_mask": real.long()}
-        return inputs, {"labels": ids, "masked": _shares(chosen), "tokens": _shares(real)}
-
-
-def _shares(counted: Tensor) -> Tensor:
-    """Weights (rows, length) whose sums over rows have as their mean the mean over what is counted."""
-    return counted.float() * (len(counted) / max(1, int(counted.sum())))
+        return inputs, {"labels": torch.where(chosen, ids, IGNORED), "tokens": real.float()}
 
 
 @dataclass(frozen=True)
 class Fixed(Dataset[int]):
-    """Batches that are masked once, for all tests alike; weights are those of all of them together."""
+    """Batches that are masked once, for all tests alike."""
 
     batches: tuple[Batch, ...]
 
@@ -64,17 +60,8 @@ class Fixed(Dataset[int]):
 
 
 def fixed(data: Sequences, masking: Masking, batch_size: int, seed: int) -> Fixed:
-    """All of `data` in batches, from the longest sequence to the shortest, masked by `seed`.
-
-    The mean of a metric over their rows is its mean over all masked tokens.
-    """
+    """All of `data` in batches, from the longest sequence to the shortest, masked by `seed`."""
     order = data.lengths().argsort(descending=True, stable=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "test masks"))
-        batches = [masking([data[int(i)] for i in part]) for part in order.split(batch_size)]
-    rows = len(data)
-    for name in ("masked", "tokens"):
-        total = sum(int(targets[name].count_nonzero()) for _, targets in batches)
-        for _, targets in batches:
-            targets[name] = (targets[name] > 0).float() * (rows / max(1, total))
-    return Fixed(tuple(batches))
+        return Fixed(tuple(masking([data[int(i)] for i in part]) for part in order.split(batch_size)))

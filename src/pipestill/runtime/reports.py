@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -163,25 +164,27 @@ def check_finite_blocks(losses: Mapping[int, float], step: int) -> None:
 
 
 class MetricMeans:
-    """Adds up metrics, weighted by rows or by what the targets count for (see `ps.losses.counted`), and gives their means.
+    """Adds up metrics, and gives their means: over rows, or over what a metric counts (see `pipestill.losses.metrics`).
 
-    `sums` holds two float64 for each metric, its sum and the weight of that; it travels between ranks.
+    `sums` holds a float64 sum and a weight for each metric, (2, metrics); it travels between ranks.
     """
 
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         self.metrics = metrics
-        self.sums = torch.zeros(len(metrics), 2, dtype=torch.float64)
+        self.sums = torch.zeros(2, len(metrics), dtype=torch.float64)
 
     def add(self, output: Any, target: Any, rows: int) -> None:
         """Add every metric of the outputs and targets of `rows` rows; `ConfigError` where one is no scalar."""
-        for place, (name, metric) in zip(self.sums, self.metrics.items(), strict=True):
-            counts = counts_of(metric, target)
+        for i, (name, metric) in enumerate(self.metrics.items()):
             value = self._scalar(name, with_sums(metric, output, target))
-            weight = torch.tensor(float(sum(counts.values()) if counts else rows), dtype=torch.float64)
-            place += torch.stack([value if counts else value * weight, weight])
+            counts = list(counts_of(metric, target, f"metric '{name}'").values())
+            self.sums[0, i] += value if counts else value * rows
+            self.sums[1, i] += counts[0] if counts else rows
 
     @staticmethod
     def _scalar(name: str, value: Any) -> Tensor:
+        if isinstance(value, Mapping) and len(value) == 1:  # a loss of one part
+            (value,) = value.values()
         try:
             scalar = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):
@@ -191,6 +194,14 @@ class MetricMeans:
         return scalar.detach().double().cpu()
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric over all that was added; 0 where nothing counted."""
-        means = torch.where(self.sums[:, 1] > 0, self.sums[:, 0] / self.sums[:, 1], 0.0)
-        return dict(zip(self.metrics, means.tolist(), strict=True))
+        """The value of each metric over all that was added; 0, and a warning, where nothing counts."""
+        found = {}
+        for (name, metric), (total, weight) in zip(self.metrics.items(), self.sums.T.tolist(), strict=True):
+            if weight:
+                of_mean = getattr(metric, "of_mean", None)
+                found[name] = of_mean(total / weight) if callable(of_mean) else total / weight
+            else:
+                found[name] = 0.0
+                what = f"nothing in the validation data counts for metric '{name}' (all labels are ignored, say)"
+                warnings.warn(f"{what}; it is given as 0", stacklevel=2)
+        return found
