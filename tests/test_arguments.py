@@ -76,7 +76,25 @@ def test_hints_name_arguments_that_are_there() -> None:
     assert small.__doc__ == "Do nothing."
     with pytest.raises(UnknownArgument, match="small has no argument 'learning_rate'; there are devices"):
         small(learning_rate=1)  # type: ignore[call-arg]
-    assert not [name for name, hint in _HINTS.items() if not hint]
+    assert not [name for name, hints in _HINTS.items() if not all(hints)]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ps.losses.SoftTarget(T=2.0, alpha=0.5), "'T'; it is called `temperature`.*'alpha'; it is called `kd_ratio`"),
+        (lambda: ps.losses.JSD(tau=2.0), "JSD has no argument 'tau'; it is called `temperature` here"),
+        (lambda: ps.losses.Cosine(alpha=2.0), "Cosine has no argument 'alpha'; it is called `weight` here"),
+        (lambda: ps.losses.TopKKL(top_k=3), "'top_k'; it is called `k` here"),
+        (lambda: ps.losses.ForwardKL(vocab_size=3), "'vocab_size'; it is called `vocabulary` here"),
+        (lambda: ps.losses.InfoNCE(temp=3), "'temp'; it is called `temperature` here"),
+        (lambda: ps.losses.Dino(dim=3, out_dim=3), r"Dino has no argument 'out_dim' \(did you mean 'dim'"),
+        (lambda: ps.losses.SoftTarget(temperatur=1.0), r"'temperatur' \(did you mean 'temperature'"),
+    ],
+)
+def test_losses_answer_familiar_names_with_theirs(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UnknownArgument, match=message):
+        call()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ else:
 
 import pipestill as ps
 from pipestill.cli import main
-from pipestill.cli.main import COMMANDS
+from pipestill.cli.commands import COMMANDS
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.schedule import PIPELINE_STRATEGIES
 

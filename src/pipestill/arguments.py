@@ -201,13 +201,21 @@ criterion loss_fn loss_function objective: called `loss` here
 temperature alpha: the loss's: for example loss=ps.losses.SoftTarget(temperature=4.0, weight=0.1)
 ema ema_decay tau decay moving_average_decay: called `momentum` here
 cuts split_points: called `student_cuts` here (and `teacher_cuts`)
+T temp tau kd_temperature softmax_temperature student_temp: called `temperature` here
+alpha lambda_kd kd_alpha kd_lambda soft_weight: called `kd_ratio` here (the cross entropy weighs the rest), or `weight`
+alpha lambda_kd kd_weight distill_weight coefficient factor: called `weight` here
+ce_weight hard_weight label_weight: called `cross_entropy` here: the factor of the cross entropy with the labels
+topk top_k num_classes_kept: called `k` here
+ignore_id ignore_label label_pad_token_id: called `ignore_index` here
+vocab_size num_words: called `vocabulary` here: how many logits of each model are compared
 precision fp16 bf16 amp: no argument: call `fit` inside torch.autocast, with bfloat16
 """
 """Names of arguments that users of other libraries write, and what to write instead."""
 
-_HINTS = {
-    name: hint for names, _, hint in (line.partition(": ") for line in _FAMILIAR.strip().splitlines()) for name in names.split()
-}
+_HINTS: dict[str, list[str]] = {}
+for _names, _, _hint in (line.partition(": ") for line in _FAMILIAR.strip().splitlines()):
+    for _name in _names.split():
+        _HINTS.setdefault(_name, []).append(_hint)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -232,10 +240,10 @@ def hinted(called: F) -> F:
 
 def _instead(name: str, known: Sequence[str]) -> str:
     """The end of a message about an unknown argument: what to write instead, the closest name, or all names."""
-    hint = _HINTS.get(name, "").replace("NAME", name)
-    called = re.search("called `([a-z_]+)`", hint)
-    if (of_fit := re.search(r"an argument of `fit`: .*, (\w+)=", hint)) and of_fit[1] in known:  # this is `fit`
-        return f"; it is called `{of_fit[1]}` here"
-    if hint and (called is None or called[1] in known):
-        return f"; it is {hint}"
+    hints = [(hint.replace("NAME", name), re.search("called `([a-z_]+)`", hint)) for hint in _HINTS.get(name, ())]
+    for hint, called in sorted(hints, key=lambda pair: pair[1] is None):  # those that name an argument of this function first
+        if (of_fit := re.search(r"an argument of `fit`: .*, (\w+)=", hint)) and of_fit[1] in known:  # this is `fit`
+            return f"; it is called `{of_fit[1]}` here"
+        if called is None or called[1] in known:
+            return f"; it is {hint}"
     return nearest(name, known) or f"; there are {', '.join(known)}"

@@ -148,13 +148,26 @@ def test_only_train_runs_under_torchrun(capsys: pytest.CaptureFixture[str], monk
 def test_all_wrong_options_are_named_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = run(capsys, "train", "soft-target", "--epochs", "0", "--batch_size", "0", "--dropout", "2")
     assert all(part in err for part in ("epochs is 0", "batch_size is 0", "dropout is 2"))
+    status, _, err = run(capsys, "train", "soft-target", "--epochs", "x", "--batch_size=y", "--lr", "0.1")
+    assert status == 2
+    assert "epochs takes a whole number, got 'x'; batch_size takes a whole number, got 'y'\n" in err
+
+
+def test_wrong_keys_and_values_of_a_config_file_are_all_named_with_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yaml").write_text("recipe: soft-target\nepochs: x\nbatch_size: y\n")
+    _, _, err = run(capsys, "train", "mine.yaml", "--lr", "z")
+    assert "epochs takes a whole number, got 'x' in 'mine.yaml'; batch_size takes a whole number, got 'y' in 'mine.yaml'" in err
+    assert "lr takes a number, got 'z'\n" in err
+    Path("mine.yaml").write_text("recipe: soft-target\nepochz: 3\n")
+    _, _, err = run(capsys, "train", "mine.yaml", "--epoch", "3")
+    assert "no key 'epoch' (did you mean 'epochs'?); no key 'epochz' in 'mine.yaml' (did you mean 'epochs'?)" in err
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("epochs: 3\n", "has no line 'recipe: NAME'"),
-        ("recipe: soft-target\nepoch: 3\n", "no key 'epoch' (did you mean 'epochs'?)"),
+        ("recipe: soft-target\nepoch: 3\n", "no key 'epoch' in "),
         ("recipe: [\n", "config 'config.yaml' is not YAML, line 2: expected the node content, but found '<stream end>'\n"),
         ("- a\n", "is not a list of 'key: value' lines"),
         ("recipe: soft-target\nepochs: many\n", "epochs"),

@@ -54,6 +54,14 @@ def test_help_fits_eighty_columns(command, capsys, monkeypatch):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize("command", ["check", "compare", "check soft-target", "compare soft-target", "compare --virtual"])
+def test_help_says_what_the_command_does(command, capsys):
+    assert main([*command.split(), "--help"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    about = "Prove a schedule, then compare its weights" if command.startswith("check") else "Measure strategies side by side"
+    assert any(line.startswith(about) for line in told)
+
+
 def test_help_shows_the_usual_preset_and_how_a_flag_is_taken_back(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     assert main(["train", "distilbert", "--help"]) == 0

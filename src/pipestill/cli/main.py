@@ -11,20 +11,8 @@ from importlib import import_module
 from importlib.metadata import version
 
 from pipestill.busy import Busy
+from pipestill.cli.commands import COMMANDS
 from pipestill.errors import ConfigError, PipestillError, RankFailure, UserError, nearest
-
-COMMANDS = {
-    "recipes": "list what ships, with what each needs",
-    "train": "train a recipe: teacher, distilled student, and the student alone",
-    "profile": "measure what a recipe's blocks and the links between devices take",
-    "plan": "search for the fastest strategy, with a table of what was considered",
-    "simulate": "time a schedule without running it, and draw it",
-    "compare": "measure strategies side by side in one run",
-    "check": "prove a schedule, then compare its weights with the plain loop's",
-    "trace": "draw what happened in a run",
-    "doctor": "what this machine has, what is missing, how to mend it",
-}
-
 
 _YIELD_SECONDS = 3.0
 """How long a rank under torchrun that lost a peer leaves the word to the rank that failed first."""

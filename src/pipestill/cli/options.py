@@ -8,15 +8,15 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import register_type
 
 from pipestill.arguments import raise_problems, real_number, whole
+from pipestill.cli.commands import COMMANDS
+from pipestill.cli.parser import FromFile, Parser
 from pipestill.errors import ConfigError, nearest
 from pipestill.recipes import RECIPES, find
 from pipestill.recipes.run_options import Numbers, NumBytes
@@ -25,46 +25,7 @@ if TYPE_CHECKING:
     from pipestill.recipes.recipe import Recipe
 
 
-register_type(Numbers, serializer=list, deserializer=Numbers.parse, deserializer_exceptions=(ValueError,))
-register_type(NumBytes, serializer=int, deserializer=NumBytes.parse, deserializer_exceptions=(ValueError,))
-
-
-class _Parser(ArgumentParser):
-    """Raises `ConfigError` where argparse would print its usage and exit."""
-
-    hints: Mapping[str, Any] = {}
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise ConfigError(_plain(" ".join(message.split()), self.hints))
-
-
-_WANTED = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    Numbers: "whole numbers such as 3,3",
-    NumBytes: "an amount such as 80GB or 512MiB",
-}
 _VALUES = {int: "N", float: "X", str: "TEXT", Numbers: "N,N", NumBytes: "SIZE"}
-
-
-def _plain(message: str, hints: Mapping[str, Any]) -> str:
-    """What a parser complains about, in words for a user."""
-    wrong = re.match(r'Parser key "(\w+)":.* (?:Got|Given) value:(.*)$', message)
-    if wrong and wrong[1] in hints:
-        return f"{wrong[1]} takes {_wanted(hints[wrong[1]])}, got '{wrong[2].strip()}'"
-    if left := re.match(r"unrecognized arguments: (.*)$", message):
-        return f"cannot tell what '{left[1]}' is for; every option is --key value, and --help lists the keys"
-    if lone := re.match(r"argument (--\w+): expected one argument$", message):
-        return f"{lone[1]} needs a value"
-    return message
-
-
-def _wanted(hint: Any) -> str:
-    """The values that a key takes."""
-    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    return " or ".join(map(str, kinds)) if get_origin(hint) is Literal else _WANTED[kinds[0]]
 
 
 def _hints(groups: Sequence[type]) -> dict[str, Any]:
@@ -77,6 +38,7 @@ def _help(command: str, groups: Sequence[type], defaults: Mapping[str, Any]) -> 
     """The help of a command: what each key means and its usual value, from the docstrings of the dataclasses."""
     width = min(shutil.get_terminal_size().columns, 110)
     lines = textwrap.wrap(f"usage: pipestill {command} [--KEY VALUE ...]", width, subsequent_indent="  ")
+    lines += ["", *_about(command, width)]
     for group in groups:
         about = inspect.cleandoc(group.__doc__ or "").partition("Args:")[0]
         summary, *more = (" ".join(paragraph.split()) for paragraph in about.strip().split("\n\n"))
@@ -96,6 +58,12 @@ def _help(command: str, groups: Sequence[type], defaults: Mapping[str, Any]) -> 
     lines += _entry("  --print_config", "print all keys with their values as YAML, and do nothing else", width)
     lines += _entry("  -h, --help", "print this help", width)
     return "\n".join(lines)
+
+
+def _about(command: str, width: int) -> list[str]:
+    """What a command does, as lines of a sentence."""
+    summary = COMMANDS[command.split()[0]]
+    return textwrap.wrap(f"{summary[0].upper()}{summary[1:]}.", width)
 
 
 def _own_first(group: type) -> list[dataclasses.Field[Any]]:
@@ -148,7 +116,7 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
     Every field of every group is a key. Prints help for --help, the result as YAML for --print_config, and raises
     `ConfigError` for an unknown key (with the nearest one) or a value of another type.
     """
-    parser = _Parser(prog=f"pipestill {command}", exit_on_error=False, default_env=False)
+    parser = Parser(prog=f"pipestill {command}", exit_on_error=False, default_env=False)
     parser.hints = _hints(groups)
     for group in groups:
         parser.add_class_arguments(group, None, fail_untyped=True)
@@ -158,16 +126,15 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
         [f.name for group in groups for f in dataclasses.fields(group) if f.type in (bool, "bool")],
     )
     own = {key: value for group in groups for key, value in getattr(group, "run_defaults", {}).items() if key in known}
+    file = defaults.file if isinstance(defaults, FromFile) else ""
     defaults = {**own, **(defaults or {})}
     if "--help" in words or "-h" in words:
         print(_help(command, groups, defaults))
         raise SystemExit(0)
     given = [w[2:].split("=")[0] for w in words if w.startswith("--")]
-    _refuse_unknown([*(key for key in given if key != "print_config"), *defaults], known)
+    _refuse_unknown([key for key in given if key != "print_config"], defaults, known, file)
     wants_print = "--print_config" in words
-    values = vars(parser.parse_object(defaults))
-    parser.set_defaults({key: value for key, value in values.items() if key in known})
-    values = vars(parser.parse_args([w for w in words if w != "--print_config"]))
+    values = parser.read(defaults, [w for w in words if w != "--print_config"], file)
     raise_problems(_impossible({key: values[key] for key in known}))
     instances = [group(**{f.name: values[f.name] for f in dataclasses.fields(group)}) for group in groups]
     if wants_print:
@@ -211,8 +178,10 @@ def _impossible(values: Mapping[str, Any]) -> Iterator[str]:
         yield from real_number("timeout_seconds", values["timeout_seconds"], above=0)
 
 
-def _refuse_unknown(keys: Sequence[str], known: Sequence[str]) -> None:
-    problems = [_RENAMED.get(key) or f"no key '{key}'{nearest(key, known)}" for key in keys if key not in known]
+def _refuse_unknown(given: Iterable[str], of_file: Iterable[str], known: Sequence[str], file: str) -> None:
+    """Raise `ConfigError` for the keys of a command line and of a config file that there are not."""
+    places = [*((key, "") for key in given), *((key, f" in '{file}'" if file else "") for key in of_file)]
+    problems = [_RENAMED.get(key) or f"no key '{key}'{where}{nearest(key, known)}" for key, where in places if key not in known]
     if problems:
         raise ConfigError("; ".join(problems) + "; --help lists the keys")
 
@@ -249,7 +218,8 @@ def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe
         if "--help" in arguments or "-h" in arguments:
             width = min(shutil.get_terminal_size().columns, 110)
             recipes = [line for name, entry in RECIPES.items() for line in _entry(f"  {name}", entry.summary, width, 16)]
-            print("\n".join([f"usage: pipestill {command} RECIPE|config.yaml [--KEY VALUE ...]", "", "Recipes:", *recipes, ""]))
+            usage = f"usage: pipestill {command} RECIPE|config.yaml [--KEY VALUE ...]"
+            print("\n".join([usage, "", *_about(command, width), "", "Recipes:", *recipes, ""]))
             more = (
                 f"'pipestill {command} {next(iter(RECIPES))} --help' lists the keys. A config.yaml holds a line "
                 "'recipe: NAME' and any of those keys; the command line wins over it."
@@ -267,7 +237,7 @@ def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe
         values = {key: value for key, value in values.items() if key not in _RENAMED or value is not None}
         if not isinstance(name, str):
             raise ConfigError(f"'{first}' has no line 'recipe: NAME'; add one, such as 'recipe: soft-target'")
-        return find(name).load(), values, rest
+        return find(name).load(), FromFile(values, first), rest
     if first.endswith((".json", ".csv")):
         raise ConfigError(
             f"'{first}' is neither a recipe nor a config.yaml, which '{command}' needs first; a file of costs follows --costs"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipestill.arguments import raise_problems, real_number
+from pipestill.arguments import hinted, raise_problems, real_number
 from pipestill.losses.signatures import check_shapes
 
 
@@ -51,6 +51,7 @@ def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (1.0 - F.cosine_similarity(student.flatten(1), teacher.flatten(1), dim=-1)).mean()
 
 
+@hinted
 @dataclass(frozen=True)
 class SoftCrossEntropy:
     """T^2 times the cross entropy of the student's logits with the teacher's softmax, both softened by a temperature T.

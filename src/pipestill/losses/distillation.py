@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipestill.arguments import raise_problems, real_number
+from pipestill.arguments import hinted, raise_problems, real_number
 from pipestill.errors import ConfigError
 from pipestill.losses.counted import means
 from pipestill.losses.logit_losses import SoftTarget
@@ -29,6 +29,7 @@ class _Weighted:
         raise_problems(real_number("weight", self.weight, least=0))
 
 
+@hinted
 @dataclass(frozen=True)
 class Cosine(_Weighted):
     """The mean of 1 - cosine similarity of the two models' features.
@@ -49,6 +50,7 @@ class Cosine(_Weighted):
         return {"cosine": (1.0 - F.cosine_similarity(student, teacher, dim=-1)).mean() * self.weight}
 
 
+@hinted
 @dataclass(frozen=True)
 class MaskedDistillation:
     """DistilBERT's loss of masked language models: the sum of three parts (Sanh et al. 2019, section 3).

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pipestill.arguments import one_of, raise_problems, real_number, whole
+from pipestill.arguments import hinted, one_of, raise_problems, real_number, whole
 from pipestill.errors import ConfigError
 from pipestill.losses import divergences
 from pipestill.losses.chunks import Work, sums_of
@@ -173,6 +173,7 @@ def _over(factor: float, counts: Mapping[str, float] | None, part: str) -> float
     return factor / counts[part] if counts[part] else 0.0
 
 
+@hinted
 @dataclass(frozen=True)
 class SoftTarget(LogitLoss):
     """Cross entropy with the labels plus weight * T^2 * KL(teacher || student) of logits softened by a temperature T.
@@ -196,6 +197,7 @@ class SoftTarget(LogitLoss):
         return divergences.forward_kl
 
 
+@hinted
 @dataclass(frozen=True)
 class ForwardKL(LogitLoss):
     """KL(teacher || student), the part `forward_kl`: the student gives mass wherever the teacher does (Hinton et al. 2015).
@@ -214,6 +216,7 @@ class ForwardKL(LogitLoss):
         return divergences.forward_kl
 
 
+@hinted
 @dataclass(frozen=True)
 class ReverseKL(LogitLoss):
     """KL(student || teacher), the part `reverse_kl`: the student gives no mass where the teacher does not (Gu et al. 2024).
@@ -232,6 +235,7 @@ class ReverseKL(LogitLoss):
         return divergences.reverse_kl
 
 
+@hinted
 @dataclass(frozen=True)
 class JSD(LogitLoss):
     """The generalised Jensen-Shannon divergence, the part `jsd` (GKD, Agarwal et al. 2024, section 2).
@@ -262,6 +266,7 @@ class JSD(LogitLoss):
         return partial(divergences.jensen_shannon, beta=self.beta)
 
 
+@hinted
 @dataclass(frozen=True)
 class TotalVariation(LogitLoss):
     """Half the sum of abs(teacher - student) of the probabilities, the part `total_variation` (Wen et al. 2023).
@@ -282,6 +287,7 @@ class TotalVariation(LogitLoss):
         return divergences.total_variation
 
 
+@hinted
 @dataclass(frozen=True)
 class TopKKL(LogitLoss):
     """KL(teacher || student) over the teacher's k likeliest classes and all others as one, the part `top_k_kl`.
@@ -309,6 +315,7 @@ class TopKKL(LogitLoss):
         return partial(divergences.top_k_kl, k=self.k)
 
 
+@hinted
 @dataclass(frozen=True)
 class LogitsMSE(LogitLoss):
     """The mean squared error of the student's logits from the teacher's, the part `logits_mse` (Ba and Caruana 2014, 2.2).

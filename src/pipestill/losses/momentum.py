@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipestill.arguments import raise_problems, real_number
+from pipestill.arguments import hinted, raise_problems, real_number
 from pipestill.errors import ConfigError
 
 
@@ -26,6 +26,7 @@ def byol(student: Sequence[Tensor], teacher: Sequence[Tensor], target: object) -
     return {"byol": torch.stack(terms).sum()}
 
 
+@hinted
 @dataclass(frozen=True)
 class InfoNCE:
     """MoCo v3's loss: 2 T times the cross entropy of telling each sample's other view from those of all other samples.
@@ -59,6 +60,7 @@ class InfoNCE:
         return {"info_nce": torch.stack(terms).sum()}
 
 
+@hinted
 class Dino(nn.Module):
     """DINO's loss: the cross entropy of the student's view i with the teacher's view j (Caron et al. 2021, section 3.1).
 
