@@ -1,6 +1,7 @@
 """Sums of a divergence and a cross entropy over tokens, with their gradients, a chunk of tokens at a time."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +74,8 @@ class _Sums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_divergence: Tensor, of_label: Tensor) -> tuple[Any, ...]:
         work: Work = ctx.work
-        factor, label_factor = of_divergence.item(), of_label.item()
+        known = not of_divergence.is_meta  # where only costs are computed, nothing is
+        factor, label_factor = (of_divergence.item(), of_label.item()) if known else (1.0, 1.0)
         if not work.has_labels:
             label_factor = factor
         elif not work.factor:
@@ -93,7 +95,8 @@ def _run(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The two sums, float64, and the gradients of their total by the student's tensors, those that are wanted."""
     device = work.weights.device
-    with torch.autocast(device.type, enabled=False):  # a head has its own type; the rest is float64
+    cast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    with cast:  # a head has its own type; the rest is float64
         student = Source(heads[0], tensors[:3], wanted, work.vocabulary)
         teacher = Source(heads[1], tensors[3:], (False, False, False), work.vocabulary)
         values = torch.zeros(2, len(work.weights), dtype=torch.float64, device=device)
@@ -116,8 +119,8 @@ def _chunks(work: Work, computed: bool) -> Iterator[Tokens]:
     chunk = _CHUNK.get(device.type, _CHUNK["other"]) if computed else _fitting(work.vocabulary, device)
     size = chunk if work.chunk_size is None else work.chunk_size
     counts = (work.weights != 0) | (work.label_weights != 0)
-    numbers = counts.nonzero().squeeze(-1)
-    if len(numbers) == len(counts):
+    numbers = None if counts.is_meta else counts.nonzero().squeeze(-1)  # where only costs are computed, all count
+    if numbers is None or len(numbers) == len(counts):
         yield from _slices(len(counts), size)
     elif len(numbers):
         yield from numbers.split(size)

@@ -28,7 +28,7 @@ def head_of(logits: Logits) -> Head | None:
     if isinstance(logits, Tensor):
         return None
     device = logits.weight.device.type
-    low = torch.is_autocast_enabled(device) and logits.weight.dtype != torch.float64
+    low = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and logits.weight.dtype != torch.float64
     return Head(logits.scale, logits.softcap, torch.get_autocast_dtype(device) if low else logits.weight.dtype)
 
 
