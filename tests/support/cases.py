@@ -511,7 +511,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 # ---------------------------------------------------------------- batches of several lengths
 
 
-def lengths() -> ps.Distillation:
+def lengths(head_last: bool = False) -> ps.Distillation:
     """Token sequences: an attention mask (length x length), transposed and flattened boundaries, a number that follows from
     the length, and a loss of every token.
     """
@@ -529,7 +529,8 @@ def lengths() -> ps.Distillation:
         return {**v, "h": h.transpose(1, 2), "flat": self.layer(h.reshape(-1, 6))}
 
     def end(self: Any, v: dict[str, Any]) -> Tensor:
-        return self.layer(v["h"].transpose(1, 2)) * (v["length"] / 8)
+        hidden, scale = v["h"].transpose(1, 2), v["length"] / 8
+        return self.layer(hidden * scale) if head_last else self.layer(hidden) * scale
 
     def blocks(count: int) -> list[nn.Module]:
         attends = [Call(attend, layer=nn.Linear(6, 6)) for _ in range(count)]
@@ -564,6 +565,12 @@ def counted_sequences() -> list[tuple[Any, Tensor]]:
     return batches
 
 
+def fused() -> ps.Distillation:
+    """The loss applies both heads, and the student's gets its gradients there."""
+    task = lengths(head_last=True)
+    return ps.Distillation(task.teacher, task.student, ps.losses.JSD(0.3, 2.0, kd_ratio=0.6, chunk_size=2), fuse_heads=True)
+
+
 CASES: dict[str, Case] = {
     **{
         make.__name__: case(make)
@@ -595,6 +602,7 @@ CASES: dict[str, Case] = {
     "two_rates": case(nothing_to_train_in_a_stage, trainer={**SGD, "param_groups": two_rates, "lr_schedule": lambda k: 0.5**k}),
     "decays": case(nothing_to_train_in_a_stage, trainer={**OPTIMIZERS["adamw"], "weight_decay_schedule": lambda k: 3.0 * k}),
     "counted": case(counted, counted_sequences),
+    "fused": case(fused, counted_sequences, validate=counted_sequences, trainer={**SGD, **ACCURACY}),
     "lengths": case(
         lengths, sequences, validate=lambda: sequences(((5, 12), (3, 2))), fit={"epochs": 2},
         trainer={**SGD, **ACCURACY, "length_axis": 1},

@@ -59,7 +59,7 @@ def test_peculiar_models(case: str, strategy: str, devices: int | str) -> None:
 THRICE = ("dictionaries", "skips", "views", "turned", "in_place_starts", "frozen_first", "tied", "new_buffers", "steps")
 """What three processes run too."""
 
-BETWEEN = (*THRICE, "many", "scalars", "odd_types", "nested", "channels_last", "one_row", "stream", "lengths", "counted")
+BETWEEN = (*THRICE, "many", "scalars", "odd_types", "nested", "channels_last", "one_row", "stream", "lengths", "counted", "fused")
 """What is peculiar about the tensors that cross between processes, or about the batches that they must agree on."""
 
 

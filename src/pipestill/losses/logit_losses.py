@@ -43,6 +43,8 @@ class LogitLoss:
 
     part: ClassVar[str]
     """The name of the divergence's part."""
+    takes_linear_logits: ClassVar[bool] = True
+    """That it takes `LinearLogits` for logits, which `ps.Distillation(..., fuse_heads=True)` asks of a loss."""
 
     def __post_init__(self) -> None:
         temperature, weight = self._own

@@ -18,10 +18,11 @@ from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import why_whole
 from pipestill.model.buffers import shared_buffers
 from pipestill.model.contracts import FEW, MORE, Contract, observe
+from pipestill.model.heads import heads_applied
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.pipeline_contracts import PipelineContracts, PipelineContractsByLength, length_of, sample_lengths, shortened
 from pipestill.model.stepwise import StepValues, call_block, stepwise, untouched
-from pipestill.model.tasks import Task, check_views, view
+from pipestill.model.tasks import Distillation, Task, check_views, view
 
 
 def dry_run(task: Task, inputs: Any, targets: Any, *, split: bool = False, length_axis: int | None = None) -> PipelineContracts:
@@ -68,9 +69,11 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         check_joinable(few, more)
     else:
         check_additive(task, few, more, (few_targets, more_targets))
-    check_chain(task, "student", student, view(task, more_inputs, 0))
-    if teacher is not None:
-        check_chain(task, "teacher", teacher, view(task, more_inputs, 0))
+    with heads_applied(task.heads if isinstance(task, Distillation) else ()):
+        check_chain(task, "student", student, view(task, more_inputs, 0))
+        if teacher is not None:
+            check_chain(task, "teacher", teacher, view(task, more_inputs, 0))
+    check_heads(task, more_inputs)
     return PipelineContracts(
         inputs=observe("the batch's inputs", few_inputs, more_inputs),
         targets=observe("the batch's targets", few_targets, more_targets),
@@ -145,6 +148,15 @@ def check_chain(task: Task, role: str, model: BlockModel, inputs: Any) -> None:
             f"the {role}'s blocks ({', '.join(block.name for block in model.blocks)}), one after the other, do not "
             f"give what {type(model.model).__name__}.forward gives; put what only its forward does into a block"
         )
+
+
+def check_heads(task: Task, inputs: Any) -> None:
+    """Refuse heads that the loss is to apply, but after which a model does something else with its logits."""
+    if isinstance(task, Distillation) and task.heads:
+        with untouched(task), torch.no_grad():
+            for head in task.heads:
+                head.blocks.model.eval()
+                head.check(copied(inputs))
 
 
 def _evaluated(task: Task, model: BlockModel, call: Callable[[Any], Any], inputs: Any) -> Any:

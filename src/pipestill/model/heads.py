@@ -1,6 +1,7 @@
 """Linear heads that are taken out of a model's last block, so that the loss can apply them to a chunk of tokens at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,8 @@ class FusedHead:
         """The last block as it was, with the head."""
         self.name, self.layer = _linear_head(role, blocks)
         self.scale, self.softcap = _after_head(blocks.model)
+        self.applied = False
+        """Whether the last block applies the head after all (see `heads_applied`)."""
         self._copies: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
         """A frozen head on other devices than its own: the teacher's last stage may be on another one than the loss."""
         blocks.blocks = (*blocks.blocks[:-1], replace(self.whole, call=self._call))
@@ -44,7 +47,7 @@ class FusedHead:
     def _call(self, value: Any) -> Any:
         """Call the last block, without its head where the loss applies it."""
         student_is_evaluated = self.role == "student" and not self.blocks.model.training
-        return self.whole.call(value) if student_is_evaluated else self.without(value)
+        return self.whole.call(value) if self.applied or student_is_evaluated else self.without(value)
 
     def without(self, value: Any) -> Any:
         """Call the last block, and give what its head gets in place of the logits."""
@@ -54,7 +57,7 @@ class FusedHead:
             taken.append(hidden)
             return hidden.new_zeros((*hidden.shape[:-1], 1))
 
-        self.layer.forward = take  # type: ignore[method-assign]
+        self.layer.forward = take  # type: ignore[method-assign, assignment]
         try:
             output = self.whole.call(value)
         finally:
@@ -111,6 +114,28 @@ class FusedHead:
             )
 
 
+@contextmanager
+def heads_applied(heads: Sequence[FusedHead]) -> Iterator[None]:
+    """Have last blocks give logits in the body, as they would without fused heads."""
+    for head in heads:
+        head.applied = True
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.applied = False
+
+
+def check_takes_linear_logits(loss: object) -> None:
+    """Raise `ModelError` for a loss that could not apply heads itself."""
+    if not getattr(loss, "takes_linear_logits", False):
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise ModelError(
+            f"fuse_heads needs a loss that applies heads itself, such as ps.losses.SoftTarget, and '{name}' does not; use such a "
+            "loss, or give yours takes_linear_logits = True if it takes ps.losses.LinearLogits"
+        )
+
+
 def _linear_head(role: str, blocks: BlockModel) -> tuple[str, nn.Linear]:
     """The name and the layer of a model's head: its output embeddings, else the only linear layer of its last block."""
     model, last = blocks.model, range(len(blocks) - 1, len(blocks))
@@ -122,8 +147,8 @@ def _linear_head(role: str, blocks: BlockModel) -> tuple[str, nn.Linear]:
     if len(found) != 1 or type(found[0]).forward is not nn.Linear.forward or not any(found[0] is module for module in inside):
         what = ", ".join(f"'{names.get(id(module), '?')}' ({type(module).__name__})" for module in found) or "none"
         raise ModelError(
-            f"fuse_heads needs one nn.Linear that makes the {role}'s logits in its last block ('{blocks.blocks[-1].name}'); there "
-            f"is {what}; cut the model so that its head is its last block, or leave fuse_heads out"
+            f"fuse_heads needs one nn.Linear that makes the {role}'s logits in its last block ('{blocks.blocks[-1].name}'); "
+            f"there is {what}; cut the model so that its head is its last block, or leave fuse_heads out"
         )
     layer = found[0]
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
@@ -139,5 +164,3 @@ def _after_head(model: nn.Module) -> tuple[float, float | None]:
     divided = getattr(config, "logits_scaling", None) or 1.0
     softcap = getattr(config, "final_logit_softcapping", None)
     return float(scale) / float(divided), None if softcap is None else float(softcap)
-
-

@@ -13,6 +13,7 @@ from pipestill.losses import DistillationLoss, LossValue, MomentumLoss, Supervis
 from pipestill.losses.counted import counts_of, with_sums
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
+from pipestill.model.heads import FusedHead, check_takes_linear_logits
 from pipestill.schedule.pipeline.structure import Demands
 
 
@@ -76,9 +77,13 @@ class Distillation(CutModels, CountedLoss):
             gives it one microbatch at a time.
         teacher_cuts: the teacher's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
         student_cuts: the student's blocks, likewise.
+        fuse_heads: True has the loss apply both models' heads to a chunk of tokens at a time, so that logits of all words are
+            never held, and hidden states travel to the loss in their place. Both models end with one linear layer, and the
+            loss is one of logits (`ps.losses.LogitLoss`). Metrics of a validation get logits as ever.
 
     Raises:
-        ModelError: a model is none, the two share a parameter or buffer, or the loss is no function or has parameters.
+        ModelError: a model is none, the two share a parameter or buffer, the loss is no function or has parameters, or heads
+            cannot be fused.
     """
 
     teacher: nn.Module
@@ -87,11 +92,21 @@ class Distillation(CutModels, CountedLoss):
     batch_loss: bool = field(default=False, kw_only=True)
     teacher_cuts: Sequence[str | Block] | None = None
     student_cuts: Sequence[str | Block] | None = None
+    fuse_heads: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        wrong = one_of("batch_loss", self.batch_loss, bool, "True or False")
+        wrong = [p for name in ("batch_loss", "fuse_heads") for p in one_of(name, getattr(self, name), bool, "True or False")]
         check_parts({"teacher": self.teacher, "student": self.student}, {"the loss": self.loss}, wrong)
         _check_apart(self.teacher, self.student)
+        if self.fuse_heads:
+            check_takes_linear_logits(self.loss)
+            _ = self.heads
+
+    @cached_property
+    def heads(self) -> tuple[FusedHead, ...]:
+        """The heads of the student and of the teacher that the loss applies; none unless they are fused."""
+        both = (("student", self.student_blocks), ("teacher", self.teacher_blocks))
+        return tuple(FusedHead(role, blocks) for role, blocks in both) if self.fuse_heads else ()
 
     @property
     def demands(self) -> Demands:
@@ -106,7 +121,10 @@ class Distillation(CutModels, CountedLoss):
             teacher: a list of the teacher's output.
             target: the targets of the same rows.
         """
-        return _named_parts(with_sums(self.loss, student[0], teacher[0], target))
+        outputs = [student[0], teacher[0]]
+        if self.heads:
+            outputs = [head.with_logits(output) for head, output in zip(self.heads, outputs, strict=True)]
+        return _named_parts(with_sums(self.loss, *outputs, target))
 
 
 @hinted
