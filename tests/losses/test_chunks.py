@@ -155,3 +155,15 @@ def test_heads_that_do_not_fit_are_refused() -> None:
         LinearLogits(torch.zeros(2, 4, 6), torch.zeros(37, 6), torch.zeros(6))
     with pytest.raises(ps.UserError, match="softcap is 0; expected more than 0"):
         LinearLogits(torch.zeros(2, 4, 6), torch.zeros(37, 6), softcap=0)
+
+
+def test_costs_can_be_computed_from_tensors_without_content() -> None:
+    """`--estimate` takes the loss over PyTorch's meta device, where no number is known."""
+    with torch.device("meta"):
+        leaves = [torch.randn(6, 4, requires_grad=True), torch.randn(WORDS, 4, requires_grad=True)]
+        given = torch.randn(6, WORDS, requires_grad=True)
+        labels = torch.zeros(6, dtype=torch.long)
+        for student in (given, LinearLogits(*leaves)):
+            parts = ps.losses.SoftTarget().sums(student, torch.randn(6, WORDS), labels)
+            sum(parts.values()).backward()  # type: ignore[union-attr]
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in (*leaves, given))
