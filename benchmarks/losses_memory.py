@@ -64,7 +64,8 @@ def work(way: str, tokens: int, words: int) -> tuple[Callable[[], Tensor], list[
     trained = [hidden["student"].requires_grad_(), heads["student"].requires_grad_()]
 
     def fused() -> Tensor:
-        return in_chunks(*(ps.losses.LinearLogits(hidden[role], heads[role]) for role in ("student", "teacher")), labels)
+        student, teacher = (ps.losses.LinearLogits(hidden[role], heads[role]) for role in ("student", "teacher"))
+        return in_chunks(student, teacher, labels)
 
     def whole() -> Tensor:
         with torch.no_grad():

@@ -179,6 +179,7 @@ def test_a_row_with_one_label_and_many_outputs_counts_once() -> None:
         (torch.full((3, 5), 7), "labels go from 7 to 7; expected 0 to 6, or -100 where none counts"),
         (torch.full((3, 5), -1), "labels go from -1 to -1; expected 0 to 6"),
         ({"labels": torch.zeros(3, 5)}, "labels are torch.float32; expected class indices"),
+        (torch.zeros(3, 5), r"the target is torch.float32 \(3, 5\); expected class indices, .* or a loss with cross_entropy=0"),
         ({"labels": LABELS, "tokens": torch.ones(3)}, r"tokens are \(3,\); expected a weight for each label, \(3, 5\)"),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipestill.arguments import hinted, one_of, raise_problems, real_number, whole
-from pipestill.errors import ConfigError
+from pipestill.errors import ConfigError, DataError
 from pipestill.losses import divergences
 from pipestill.losses.chunks import Work, sums_of
 from pipestill.losses.divergences import Divergence
@@ -83,7 +83,17 @@ class LogitLoss:
         Args:
             target: class indices, (rows, ...), or a mapping with `labels` and perhaps `tokens`, weights of the same shape.
         """
-        return self._counts(read_target(target, self.ignore_index))
+        return self._counts(self._read(target))
+
+    def _read(self, target: Any) -> Target:
+        """What a target says of tokens; `DataError` where it cannot have the labels that the loss needs."""
+        read = read_target(target, self.ignore_index)
+        if read.labels is None and isinstance(target, Tensor) and self.factors[1]:
+            raise DataError(
+                f"the target is {target.dtype} {tuple(target.shape)}; expected class indices, whole numbers of (rows, ...), or a "
+                "loss with cross_entropy=0"
+            )
+        return read
 
     def _counts(self, target: Target) -> dict[str, float]:
         if target.weights is None:
@@ -102,7 +112,7 @@ class LogitLoss:
             teacher: the teacher's, of the same shape.
             target: as `counts` takes it, or None for the divergence alone.
         """
-        read = read_target(target, self.ignore_index)
+        read = self._read(target)
         return self._parts(student, teacher, read, {} if read.weights is not None else None)
 
     def __call__(self, student: Any, teacher: Any, target: Any) -> dict[str, Tensor]:
@@ -114,7 +124,7 @@ class LogitLoss:
             teacher: the teacher's, of the same shape.
             target: as `counts` takes it, or None for the divergence alone.
         """
-        read = read_target(target, self.ignore_index)
+        read = self._read(target)
         return self._parts(student, teacher, read, self._counts(read) or None)
 
     def _parts(self, student: Any, teacher: Any, target: Target, counts: Mapping[str, float] | None) -> dict[str, Tensor]:
