@@ -206,6 +206,16 @@ def test_a_batch_loss_of_a_distillation_is_exact(microbatches: int, devices: int
     assert_same(case.run(strategy, devices, microbatches=microbatches), case.run("reference", microbatches=microbatches))
 
 
+def test_a_supervised_loss_may_take_the_whole_batch_too() -> None:
+    def spread(output: Tensor, target: Any) -> Tensor:
+        return F.pdist(output).log().mean()
+
+    case = Case(lambda: ps.Supervised(linears(0), spread, batch_loss=True), lambda: [vectors(9)], trainer={"costs": None})
+    expected = case.run("reference", microbatches=1).steps[0]["loss"]
+    assert case.run("reference", microbatches=4).steps[0]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert_same(case.run("gpipe", 2, microbatches=4), case.run("reference", microbatches=4))
+
+
 def annealed(student: Tensor, teacher: Tensor, target: Any) -> Tensor:
     return F.mse_loss(student, teacher) * (1.0 + ps.step_number())
 

@@ -248,6 +248,7 @@ class Supervised(CutStudent, CountedLoss):
         student: the model that is trained.
         loss: `loss(output, target)` -> the mean over the rows of the output, as a scalar or as a dict of named scalars whose
             sum is the loss. It gets one microbatch at a time.
+        batch_loss: True gives the loss the output of the whole batch at once, as for `ps.Distillation`.
         student_cuts: the model's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
 
     Raises:
@@ -256,15 +257,17 @@ class Supervised(CutStudent, CountedLoss):
 
     student: nn.Module
     loss: SupervisedLoss
+    batch_loss: bool = field(default=False, kw_only=True)
     student_cuts: Sequence[str | Block] | None = None
 
     def __post_init__(self) -> None:
-        check_parts({"student": self.student}, {"the loss": self.loss})
+        wrong = one_of("batch_loss", self.batch_loss, bool, "True or False")
+        check_parts({"student": self.student}, {"the loss": self.loss}, wrong)
 
     @property
     def demands(self) -> Demands:
         """What the task asks of a schedule."""
-        return Demands()
+        return Demands(batch_loss=self.batch_loss)
 
     @property
     def teacher_blocks(self) -> BlockModel | None:

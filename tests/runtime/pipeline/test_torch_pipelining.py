@@ -1,3 +1,4 @@
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,12 +107,12 @@ def train_rank(rows: Sequence[int], uneven: Sequence[int]) -> dict[str, Any]:
     return outcome
 
 
-def trained_by_reference(task: Any, rows: Sequence[int]) -> dict[str, Tensor]:
+def trained_by_reference(task: Any, rows: Sequence[int], data: Any = None) -> dict[str, Tensor]:
     trainer = ps.Trainer(
         task, strategy="reference", microbatches=MICROBATCHES, device="cpu",
         lr=OPTIONS["lr"], optimizer_options={"momentum": OPTIONS["momentum"]},
     )  # fmt: skip
-    trainer.fit(batches(rows))
+    trainer.fit(data or batches(rows))
     return dict(trainer.student.state_dict())
 
 
@@ -167,6 +168,25 @@ def test_student_without_a_teacher_trains_like_the_reference() -> None:
     with one_rank():
         got = train("1f1b", task, plan_of(task, ranks=1), batches((8, 8)))
     assert_equal(got, trained_by_reference(supervised(), (8, 8)))
+
+
+@needs_peer
+def test_uneven_labels_count_as_in_the_reference() -> None:
+    """Of each batch of 8 rows, whole microbatches have no label."""
+    uneven = batches((8, 8))
+    for _, labels in uneven:
+        labels[:3] = -100
+    task = distillation()
+    with one_rank():
+        got = train("1f1b", task, plan_of(task, ranks=1), uneven)
+    assert_equal(got, trained_by_reference(distillation(), (8, 8), uneven))
+
+
+@needs_peer
+def test_a_loss_of_the_whole_batch_is_refused() -> None:
+    task = dataclasses.replace(distillation(), batch_loss=True)
+    with one_rank(), pytest.raises(PlanError, match="losses of a microbatch"):
+        train("1f1b", task, dataclasses.replace(plan_of(task, ranks=1), demands=task.demands), batches((8,)))
 
 
 @needs_peer
