@@ -5,7 +5,6 @@ Beyond taking each other's values, a task's blocks must fulfil what makes a pipe
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from pipestill.model.additive import check_additive
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import why_whole
 from pipestill.model.buffers import shared_buffers
+from pipestill.model.chain import TrainedWatch, check_chain
 from pipestill.model.contracts import FEW, MORE, Contract, observe
 from pipestill.model.heads import heads_applied
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
@@ -59,8 +59,9 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
     few_targets, more_targets = rows_of(targets, few_rows), rows_of(targets, more_rows)
     student, teacher = task.student_blocks, task.teacher_blocks
     with untouched(task):
-        few = stepwise(task, few_inputs, few_targets, partial(check_uses, student))
-        more = stepwise(task, more_inputs, more_targets, partial(check_uses, student))
+        watch = TrainedWatch(student)
+        few = stepwise(task, few_inputs, few_targets, watch.done)
+        more = stepwise(task, more_inputs, more_targets, watch.done)
         unsplit = why_blocks_stay_whole(student, more.student) if split else {}
         shared = shared_buffers("student", student, view(task, more_inputs, 0))
         shared += () if teacher is None else shared_buffers("teacher", teacher, view(task, more_inputs, 0))
@@ -69,6 +70,7 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         check_joinable(few, more)
     else:
         check_additive(task, few, more, (few_targets, more_targets))
+    watch.warn_of_untrained()
     with heads_applied(task.heads if isinstance(task, Distillation) else ()):
         check_chain(task, "student", student, view(task, more_inputs, 0))
         if teacher is not None:
@@ -131,25 +133,6 @@ def try_validation(
             ) from error
 
 
-def check_chain(task: Task, role: str, model: BlockModel, inputs: Any) -> None:
-    """Refuse blocks that, called one after the other, do not compute what the model's own forward computes.
-
-    The two are compared in eval mode, where the forward takes the same single value and returns a nest of the same
-    structure. A model whose forward takes other arguments, or whose blocks return something else each time, cannot be
-    compared and is taken to be what its blocks say.
-    """
-    chain, again = (_evaluated(task, model, model, inputs) for _ in range(2))
-    try:
-        whole = _evaluated(task, model, model.model, inputs)
-    except Exception:  # it takes other arguments: there is nothing to compare with
-        return
-    if _alike(chain, again) and _alike(chain, whole) is False:
-        raise ModelError(
-            f"the {role}'s blocks ({', '.join(block.name for block in model.blocks)}), one after the other, do not "
-            f"give what {type(model.model).__name__}.forward gives; put what only its forward does into a block"
-        )
-
-
 def check_heads(task: Task, inputs: Any) -> None:
     """Refuse heads that the loss is to apply, but after which a model does something else with its logits."""
     if isinstance(task, Distillation) and task.heads:
@@ -157,25 +140,6 @@ def check_heads(task: Task, inputs: Any) -> None:
             for head in task.heads:
                 head.blocks.model.eval()
                 head.check(copied(inputs))
-
-
-def _evaluated(task: Task, model: BlockModel, call: Callable[[Any], Any], inputs: Any) -> Any:
-    """Call the blocks or the whole model on a copy of the inputs, in eval mode and from the same random state."""
-    with untouched(task), torch.no_grad():
-        model.model.eval()
-        torch.manual_seed(0)
-        return call(copied(inputs))
-
-
-def _alike(one: Any, other: Any) -> bool | None:
-    """Whether the tensors of two nests are equal up to rounding; None when the nests differ in structure."""
-    (ours, spec), (theirs, their_spec) = pytree.tree_flatten(one), pytree.tree_flatten(other)
-    if spec != their_spec:
-        return None
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor) and isinstance(b, Tensor)]
-    return all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-3, atol=1e-5, equal_nan=True) for a, b in pairs
-    )
 
 
 def check_joinable(few: StepValues, more: StepValues) -> None:
@@ -202,24 +166,6 @@ def check_counts(task: Task, targets: Sequence[Any], parts: Sequence[str]) -> tu
     if unknown:
         raise ModelError(f"the loss's counts(target) names {', '.join(unknown)}, and the loss has the parts {', '.join(parts)}")
     return more
-
-
-def check_uses(model: BlockModel, what: str, block: int) -> None:
-    """Refuse a student block that trains a parameter without naming it in its `uses`; called as each piece of a step ends.
-
-    In a pipeline such a parameter could lie in another stage, where the block would train a copy of it. The gradients that
-    the block's backward has left are looked at, then removed.
-    """
-    if what != "backward":
-        return
-    own = {id(p) for p in model.parameters_of(range(block, block + 1)).values()}
-    others = [name for name, p in model.model.named_parameters() if p.grad is not None and id(p) not in own]
-    if others:
-        raise ModelError(
-            f"student block {block} ('{model.blocks[block].name}') trains {', '.join(map(repr, others[:5]))}"
-            f"{' and more' if len(others) > 5 else ''} without naming them in its `uses`; name them there"
-        )
-    model.model.zero_grad()
 
 
 def why_blocks_stay_whole(model: BlockModel, views: Sequence[Sequence[Any]]) -> dict[int, str]:
