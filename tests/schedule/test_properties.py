@@ -10,7 +10,7 @@ from schedule.tasks import Task, assert_refused, places, stage_costs, swapped, t
 
 from pipestill.costs import StageCosts
 from pipestill.errors import PlanError
-from pipestill.schedule import Action, Event, Kind, Lane, Op, Schedule, Trace, check, generate
+from pipestill.schedule import KINDS, Action, Event, Kind, Lane, Op, Schedule, Trace, check, generate
 from pipestill.schedule.check import examine
 from pipestill.schedule.pipeline.fill import stash_units
 from pipestill.schedule.simulate import simulate
@@ -138,6 +138,7 @@ def test_generators_are_pure(task: Task) -> None:
     """Every rank derives the plan by itself: the same question has the same answer."""
     made = [task.schedule() for _ in range(2)]
     assert made[0] == made[1]
+    assert Schedule.from_text(made[0].to_text(), *KINDS) == made[0]
 
 
 # ---------------------------------------------------------------- tampering

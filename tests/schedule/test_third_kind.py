@@ -19,10 +19,11 @@ from schedule.tasks import swapped, texts_of, with_row
 from pipestill import draw
 from pipestill.costs import Link
 from pipestill.errors import ScheduleError
-from pipestill.schedule import Action, Kind, Lane, Op, Proof, Role, Schedule, check
+from pipestill.schedule import KINDS, Action, Kind, Lane, Op, Proof, Role, Schedule, check
 from pipestill.schedule.comms import connect, edges
 from pipestill.schedule.simulate import simulate
 from pipestill.schedule.structure import Versions
+from pipestill.schedule.text import Fields, parse_number
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Workers:
 
     num_workers: int
 
+    line_names: ClassVar[tuple[str, ...]] = ("workers",)
     receives_by_lane: ClassVar[bool] = False
     by_block: ClassVar[bool] = False
     batches_per_step: ClassVar[int] = 1
@@ -92,6 +94,13 @@ class Workers:
 
     def transfer_seconds(self, result: Action, destination: int, costs: ServerCosts) -> float:
         return costs.link.seconds(0 if result.op is Op.DATA else 100)
+
+    def lines(self) -> list[str]:
+        return [f"workers: {self.num_workers}"]
+
+    @classmethod
+    def from_lines(cls, fields: Fields) -> "Workers":
+        return cls(parse_number("workers", fields))
 
     def label(self, action: Action) -> str:
         return f"gradient{action.microbatch}" if action.op is Op.BACKWARD else action.op.name.lower()
@@ -167,3 +176,12 @@ def test_is_drawn(tmp_path: Path) -> None:
     assert "trace0-backward-0" in svg and "<!-- 8 s per step, utilisation 37.5% -->" in svg
     draw.write_chrome_trace(trace, tmp_path / "a.json")
     assert draw.read_chrome_trace(tmp_path / "a.json").seconds_per_step == pytest.approx(8.0)
+
+
+def test_is_written_and_read_back() -> None:
+    text = SCHEDULE.to_text()
+    assert text.splitlines()[:3] == ["pipestill schedule 1", "strategy: workers", "workers: 2"]
+    assert Schedule.from_text(text, *KINDS, Workers) == SCHEDULE
+    assert Schedule.from_text(text, Workers) == SCHEDULE
+    with pytest.raises(ValueError, match="lacks the line 'student ranks'"):
+        Schedule.from_text(text, *KINDS)  # whoever reads it has to know the kind

@@ -9,7 +9,11 @@ from pipestill.schedule.schedule import Schedule
 from pipestill.schedule.structure import Proof, Structure
 from pipestill.schedule.trace import Event, Trace
 
+KINDS: tuple[type[Structure], ...] = (PipelineStructure, BlockwiseStructure)
+"""The structures that a schedule's text may be of: `Schedule.from_text(text, *KINDS)`."""
+
 __all__ = [
+    "KINDS",
     "PIPELINE_STRATEGIES",
     "Action",
     "BlockwiseStructure",

@@ -1,15 +1,20 @@
-"""Schedules as data: the order in which each rank does its actions, as rows."""
+"""Schedules as data: the order in which each rank does its actions, as rows and as text."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pipestill.schedule.action import Action
-from pipestill.schedule.structure import Structure
+from pipestill.schedule.structure import S, Structure
+from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers
 
 S_co = TypeVar("S_co", bound=Structure, covariant=True)
 
 Row = tuple[Action, ...]
 """The actions of one rank in their order."""
+
+_HEADER = "pipestill schedule 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +51,48 @@ class Schedule(Generic[S_co]):
         """Each rank's actions of steps 0 to `num_steps` - 1, with absolute steps."""
         periods = range(-self.lookahead, num_steps)
         return [[a.at(p + a.step) for p in periods for a in row if 0 <= p + a.step < num_steps] for row in self.rows]
+
+    def to_text(self) -> str:
+        """The schedule as text that `from_text` reads back."""
+        lines = [
+            _HEADER,
+            f"strategy: {self.strategy}",
+            *self.structure.lines(),
+            f"stash: {numbers(self.stash)}",
+            f"run ahead: {self.run_ahead}",
+            *(f"rank {r}: {' '.join(map(str, row))}" for r, row in enumerate(self.rows)),
+        ]
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def from_text(text: str, *kinds: type[S]) -> Schedule[S]:
+        """Read back what `to_text` wrote; `ValueError` names the line or the action that is wrong.
+
+        `kinds` are the structures that the text may be of: the first whose lines it has, or else the first of all.
+        """
+        fields = _fields(text)
+        kind = next((k for k in kinds if not fields.keys().isdisjoint(k.line_names)), kinds[0])
+        try:
+            structure = kind.from_lines(fields)
+            strategy, stash = fields.pop("strategy"), parse_numbers("stash", fields)
+            run_ahead = parse_number("run ahead", fields)
+            rows = tuple(tuple(map(Action.parse, fields.pop(f"rank {r}").split())) for r in range(structure.num_ranks))
+        except KeyError as error:
+            raise ValueError(f"the schedule lacks the line {error}") from None
+        if fields:
+            raise ValueError(f"the schedule has lines that mean nothing: {', '.join(fields)}")
+        return Schedule(strategy, structure, rows, stash, run_ahead)
+
+
+def _fields(text: str) -> Fields:
+    """The lines of a schedule's text below its header, by what stands before their colons."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines or lines[0] != _HEADER:
+        raise ValueError(f"not a schedule: expected the first line to be '{_HEADER}', got {lines[:1]}")
+    fields: Fields = {}
+    for line in lines[1:]:
+        key, colon, value = line.partition(":")
+        if not colon or key in fields:
+            raise ValueError(f"not a line of a schedule, or a second one of its kind: '{line}'")
+        fields[key] = value.strip()
+    return fields

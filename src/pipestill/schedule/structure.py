@@ -1,15 +1,16 @@
 """The protocol by which a kind of training says what its steps consist of, and what each action waits for.
 
-Schedules, their proof and simulation, transfers and pictures ask these questions and know no kind of training.
+Schedules, their proof and simulation, transfers, texts and pictures ask these questions and know no kind of training.
 `pipeline.structure` and `blockwise.structure` answer them; so would a third kind. `needs` and `lane` add what is true of every
 kind: transfers, and reads of the data.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from pipestill.schedule.action import Action, Kind, Lane, Op, Role
+from pipestill.schedule.text import Fields
 
 S = TypeVar("S", bound="Structure")
 
@@ -32,7 +33,7 @@ class Proof:
     stash_peak: tuple[int, ...]
     """For each rank, the most units of the student held between their forward and the end of their backward."""
     run_ahead: int
-    """How far the teacher is ahead of the student at most: in units on one rank, or in steps of blockwise training."""
+    """How far the teacher is ahead of the student at most: in units on one rank, or in steps where blocks train alone."""
     staleness: int
     """Newest version minus the version used, in steps: of the student, and of a teacher that moves."""
 
@@ -43,6 +44,9 @@ class Structure(Protocol):
     Actions are written with the step that they belong to. What is asked about is work (`Action.computes`), unless a method says
     otherwise; the read of the data (`Op.DATA`) is a step's first work in every kind of training.
     """
+
+    line_names: ClassVar[tuple[str, ...]]
+    """Names of lines by which a schedule's text is recognised as being of this kind."""
 
     @property
     def num_ranks(self) -> int:
@@ -90,7 +94,14 @@ class Structure(Protocol):
     def transfer_seconds(self, result: Action, destination: int, costs: Any) -> float:
         """How long a result takes to arrive at rank `destination`, latency included, under costs of this kind."""
 
-    # How it is drawn.
+    # How it is written down and drawn.
+
+    def lines(self) -> list[str]:
+        """The lines of a schedule's text that `from_lines` reads back."""
+
+    @classmethod
+    def from_lines(cls: type[S], fields: Fields) -> S:
+        """Read back `lines`, and take them out of `fields`. `KeyError` names a missing line, `ValueError` a wrong one."""
 
     def label(self, action: Action) -> str:
         """A short name for the payload of `action` in tables, such as `F0`, unique among the work of a rank in one step."""

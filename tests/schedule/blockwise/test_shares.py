@@ -6,7 +6,18 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, strategies as st
 
-from pipestill.schedule.blockwise.shares import WHOLE, Share, common, equal_shares, overlap, rows_of_part, tiles
+from pipestill.schedule.blockwise.shares import (
+    WHOLE,
+    Share,
+    blocks_in,
+    common,
+    equal_shares,
+    overlap,
+    parse_shares,
+    rows_of_part,
+    share_lines,
+    tiles,
+)
 
 
 @given(st.integers(0, 30), st.sets(st.fractions(0, 1), max_size=6))
@@ -42,3 +53,19 @@ def test_tiles_are_all_rows_once() -> None:
 def test_equal_shares() -> None:
     assert [str(share) for share in equal_shares([4, 2, 3], batch=1)] == ["1@4:0-1/3", "1@2:1/3-2/3", "1@3:2/3-1"]
     assert equal_shares([5]) == (Share(0, 5),)
+
+
+def test_lines_are_read_back() -> None:
+    blocks = [(Share(0, 0), Share(1, 2)), (), equal_shares([0, 1])]
+    lines = share_lines("teacher", blocks)
+    assert lines == ["teacher 0: 0@0 1@2", "teacher 1: none", "teacher 2: 0@0:0-1/2 0@1:1/2-1"]
+    fields = dict(line.split(": ") for line in lines)
+    assert blocks_in(fields) == range(3)
+    assert [parse_shares(f"teacher {i}", fields) for i in range(3)] == blocks
+    assert fields == {}
+
+
+@pytest.mark.parametrize("text", ["", "0", "0@", "a@0", "0@0:0-0.5", "0@0:0-1/0", "0@-1", "00@1"])
+def test_wrong_shares(text: str) -> None:
+    with pytest.raises(ValueError, match="expected shares like 0@1"):
+        parse_shares("student 3", {"student 3": text})

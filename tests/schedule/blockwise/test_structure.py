@@ -1,17 +1,27 @@
-"""What blockwise work needs, and on which lanes results travel."""
+"""What blockwise work needs, on which lanes results travel, and the text of a structure."""
 
 from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from schedule.blockwise.tasks import HYBRID, RELAY, block_schedules, costs_of, groups, line, profiles, sliced_schedules
+from schedule.blockwise.tasks import (
+    HYBRID,
+    RELAY,
+    block_schedules,
+    costs_of,
+    groups,
+    half_a_block_moves,
+    line,
+    profiles,
+    sliced_schedules,
+)
 
 from pipestill.costs import Link
 from pipestill.errors import ScheduleError
 from pipestill.plan.blockwise.cost_model import stage_seconds
-from pipestill.schedule import Action, Kind, Op, Role, Schedule, Trace, check
-from pipestill.schedule.blockwise.generate import staged
+from pipestill.schedule import KINDS, Action, Kind, Op, Role, Schedule, Trace, check, generate
+from pipestill.schedule.blockwise.generate import Portion, sliced, staged
 from pipestill.schedule.blockwise.profile import BlockProfile, BlockTimes
 from pipestill.schedule.blockwise.shares import Share, equal_shares
 from pipestill.schedule.blockwise.structure import BlockwiseCosts, BlockwiseStructure
@@ -68,12 +78,81 @@ def test_transfers_of_one_result_share_a_lane_at_both_ends(schedule: Schedule) -
                 assert (rank, action.peer, on) in edges(structure)
 
 
+@given(block_schedules)
+@settings(deadline=None, max_examples=30)
+def test_text_round_trip(schedule: Schedule) -> None:
+    assert Schedule.from_text(schedule.to_text(), *KINDS) == schedule
+
+
+def test_text() -> None:
+    third = Fraction(1, 3)
+    both = [Portion(0, range(1), (Fraction(0), third)), Portion(1, range(1), (third, Fraction(1))), Portion(1, range(1, 2))]
+    whole = range(2)
+    schedule = sliced(2, [[Portion(0, whole)], [Portion(1, whole)]], [both, []], 2, teacher_first=True)
+    head, rows = schedule.to_text().split("rank 0: ")
+    assert head == (
+        "pipestill schedule 1\n"
+        "strategy: balanced\n"
+        "ranks: 2\n"
+        "window: 2\n"
+        "barrier: no\n"
+        "ahead: 1\n"
+        "teacher 0: 0@0 1@0\n"
+        "teacher 1: 0@1 1@1\n"
+        "student 0: 0@0:0-1/3 0@1:1/3-1 1@1\n"
+        "student 1: none\n"
+        "stash: 0 0\n"
+        f"run ahead: {schedule.run_ahead}\n"
+    )
+    assert rows == " ".join(map(str, schedule.rows[0])) + "\nrank 1: " + " ".join(map(str, schedule.rows[1])) + "\n"
+    assert Schedule.from_text(head + "rank 0: " + rows, *KINDS) == schedule
+
+
+@pytest.mark.parametrize("schedule", [staged("relay", RELAY, barrier=True), half_a_block_moves(teacher_first=True)])
+def test_text_without_one_of_its_lines(schedule: Schedule) -> None:
+    lines = schedule.to_text().splitlines()
+    for i, gone in enumerate(lines):
+        with pytest.raises(ValueError, match="schedule") as error:
+            Schedule.from_text("\n".join([*lines[:i], *lines[i + 1 :]]), *KINDS)
+        assert gone.split(":")[0] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("window: 1", "window: one", "'window: one' in a schedule: expected a whole number"),
+        ("window: 1", "window: 2", "the shares of student block 0 are not all rows of batch 1 once"),
+        ("barrier: no", "barrier: maybe", "'barrier: maybe' in a schedule: expected yes or no"),
+        ("ranks: 3", "ranks: 4", "4 ranks, of which 3 have nothing to do"),
+        ("ranks: 3", "ranks: 2", "for 2 ranks and a window of 1 batches"),
+        ("ranks: 3", "ranks: 3\nviews: 1", "lines that mean nothing: views"),
+        ("teacher 0: 0@0:0-1/2 0@1:1/2-1", "teacher 0:", "'teacher 0: ... ' in a schedule: expected shares like 0@1"),
+        ("teacher 0: 0@0", "teacher 0: 0", "'teacher 0: ... 0:0-1/2' in a schedule: expected shares like 0@1"),
+        ("teacher 0: 0@0:0-1/2", "teacher 0: 0@0:0-1/0", "'teacher 0: ... 0@0:0-1/0' in a schedule: expected shares"),
+        ("teacher 0: 0@0:0-1/2", "teacher 0: 0@0:0-0.5", "'teacher 0: ... 0@0:0-0.5' in a schedule: expected shares"),
+        ("teacher 0: 0@0:0-1/2", "teacher 0: 0@0:1-1/2", "... 0@0:1-1/2' in a schedule: a share of rows 1 to 1/2"),
+        ("teacher 0: 0@0:0-1/2", "teacher 0: 0@0:0-1/3", "teacher block 0 does not have all rows once"),
+        ("student 1: 0@2", "student 999999999: 0@2", "the schedule lacks the line 'teacher 3'"),
+        ("S1U0@0", "S1X0@0", "'S1X0@0<2' is not an action"),
+    ],
+)
+def test_malformed_text(old: str, new: str, message: str) -> None:
+    text = staged("hybrid", HYBRID).to_text()
+    assert old in text
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_text(text.replace(old, new, 1), *KINDS)
+
+
 def test_rows_of_another_structure_are_refused() -> None:
-    schedule = staged("hybrid", HYBRID)
-    first, _, *others = schedule.structure.student
-    other = replace(schedule.structure, student=(first, (), *others))
+    text = staged("hybrid", HYBRID).to_text().replace("student 1: 0@2", "student 1: none")
     with pytest.raises(ScheduleError, match="rank 2: S1B0@0 is not part of the step"):
-        check(replace(schedule, structure=other))
+        check(Schedule.from_text(text, *KINDS))
+
+
+def test_lines_of_both_kinds_do_not_mix() -> None:
+    text = generate("1f1b", 2, 2).to_text().replace("microbatches: 2", "microbatches: 2\nwindow: 2")
+    with pytest.raises(ValueError, match="lines that mean nothing: window"):
+        Schedule.from_text(text, *KINDS)
 
 
 PROFILE = BlockProfile((line(1.0, 2.0, 80, 10), line(3.0, 5.0, 120, 20), line(7.0, 11.0, 0, 40)), Link(0.5, 100.0))
@@ -144,7 +223,7 @@ def test_stages_take_what_the_cost_model_says(data: st.DataObject, held: list[tu
     num_blocks = held[-1][0].stop
     profile = data.draw(profiles(st.just(num_blocks)))
     batch = data.draw(st.integers(1, 40))
-    free = replace(profile, link=Link(0.0, profile.link.bytes_per_second))
+    free = profile.with_link(Link(0.0, profile.link.bytes_per_second))
     worst = [stage_seconds(free, blocks.start, blocks.stop, len(ranks), batch) for blocks, ranks in held]
     relays = [free.relay_seconds(blocks.start, batch, len(ranks)) if blocks.start else 0 for blocks, ranks in held]
     work = max(seconds - relay for seconds, relay in zip(worst, relays, strict=True))

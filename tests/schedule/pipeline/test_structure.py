@@ -34,6 +34,14 @@ def test_stage_i_of_both_models_is_on_rank_i() -> None:
     assert pipeline(2, 1, teacher=False) == PipelineStructure((0, 1), (), 1)
 
 
+@pytest.mark.parametrize("structure", [EVERYTHING, PipelineStructure((1, 0), (), 1, serial=True, train=False)])
+def test_lines_are_read_back(structure: PipelineStructure) -> None:
+    fields = dict(line.split(": ") for line in structure.lines())
+    assert not fields.keys().isdisjoint(PipelineStructure.line_names)
+    assert PipelineStructure.from_lines(fields) == structure
+    assert fields == {}
+
+
 def test_labels() -> None:
     actions = [Action.parse(text) for text in ("S0F1@2", "T1F0@0>1", "T0E@1", "S0U@0", "S0D@1")]
     assert [EVERYTHING.label(a) for a in actions] == ["F1", "t0", "E", "U", "D"]

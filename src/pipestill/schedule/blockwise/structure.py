@@ -9,9 +9,10 @@ from typing import ClassVar
 from pipestill.costs import Link
 from pipestill.schedule.action import Action, Lane, Op, Role
 from pipestill.schedule.blockwise.profile import BlockProfile
-from pipestill.schedule.blockwise.shares import Part, Share
+from pipestill.schedule.blockwise.shares import Part, Share, blocks_in, parse_shares, share_lines
 from pipestill.schedule.blockwise.step import BlockwiseStep
 from pipestill.schedule.structure import Proof, Versions
+from pipestill.schedule.text import Fields, parse_number, parse_truth, yes_or_no
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ class BlockwiseCosts:
 class BlockwiseStructure(BlockwiseStep):
     """Everything that one step of blockwise training computes, and what waits for what (fields: see `BlockwiseStep`)."""
 
+    line_names: ClassVar[tuple[str, ...]] = ("ranks", "window", "ahead", "barrier")
     receives_by_lane: ClassVar[bool] = True  # what a lane carries in one period may belong to batches of different steps
     by_block: ClassVar[bool] = True
 
@@ -122,6 +124,30 @@ class BlockwiseStructure(BlockwiseStep):
         elif key in self.moves:
             moved = costs.state_bytes(result.stage)
         return costs.link.seconds(moved)
+
+    def lines(self) -> list[str]:
+        """The lines of a schedule's text that `from_lines` reads back."""
+        return [
+            f"ranks: {self.num_ranks}",
+            f"window: {self.window}",
+            f"barrier: {yes_or_no(self.barrier)}",
+            f"ahead: {self.ahead}",
+            *share_lines("teacher", self.teacher),
+            *share_lines("student", self.student),
+        ]
+
+    @classmethod
+    def from_lines(cls, fields: Fields) -> BlockwiseStructure:
+        """Read back `lines`."""
+        blocks = blocks_in(fields)  # a gap among them is a missing line
+        return cls(
+            num_ranks=parse_number("ranks", fields),
+            window=parse_number("window", fields),
+            teacher=tuple(parse_shares(f"teacher {i}", fields) for i in blocks),
+            student=tuple(parse_shares(f"student {i}", fields) for i in blocks),
+            barrier=parse_truth("barrier", fields),
+            ahead=parse_number("ahead", fields),
+        )
 
     def label(self, action: Action) -> str:
         """`T3` and `B3` of block 3; of blocks with several shares the number of the share too, as in `B3.1`."""

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields as fields_of
+from typing import Any, ClassVar, get_type_hints
 
 from pipestill.costs import StageCosts
 from pipestill.schedule.action import Action, Lane, Op, Role
 from pipestill.schedule.pipeline.needs import lane, needs
 from pipestill.schedule.pipeline.step import PipelineStep
 from pipestill.schedule.structure import Proof, Versions
+from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers, parse_truth, yes_or_no
+
+_FORMS: dict[Any, tuple[Callable[[Any], str], Callable[[str, Fields], Any]]] = {
+    tuple[int, ...]: (numbers, parse_numbers), int: (str, parse_number), bool: (yes_or_no, parse_truth),
+}  # fmt: skip
+"""How fields of each type are written in a schedule's text, and read from it; in the order of its lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineStructure(PipelineStep):
     """Everything that one step of a pipeline computes, and what waits for what (fields: see `PipelineStep`)."""
 
+    line_names: ClassVar[tuple[str, ...]] = ("student ranks", "teacher ranks")
     receives_by_lane: ClassVar[bool] = False  # a lane's results come step by step, so receives are in their order
     by_block: ClassVar[bool] = False
     batches_per_step: ClassVar[int] = 1
@@ -83,6 +90,22 @@ class PipelineStructure(PipelineStep):
         """
         assert work.microbatch is not None
         return costs.views[work.microbatch % self.views_of(work.role)] / self.pieces
+
+    def lines(self) -> list[str]:
+        """The lines of a schedule's text that `from_lines` reads back."""
+        return [f"{line}: {_FORMS[kind][0](getattr(self, name))}" for name, line, kind in self._lines()]
+
+    @classmethod
+    def from_lines(cls, fields: Fields) -> PipelineStructure:
+        """Read back `lines`."""
+        return cls(**{name: _FORMS[kind][1](line, fields) for name, line, kind in cls._lines()})
+
+    @classmethod
+    def _lines(cls) -> list[tuple[str, str, Any]]:
+        """(field, name of its line, its type) in the order of the lines."""
+        types = get_type_hints(cls)
+        found = [(f.name, f.name.removeprefix("num_").replace("_", " "), types[f.name]) for f in fields_of(cls)]
+        return sorted(found, key=lambda line: list(_FORMS).index(line[2]))
 
     def label(self, action: Action) -> str:
         """`F0`, `t1` for a teacher's forward; where some rank has several stages of one model, `S2F0`."""
