@@ -223,7 +223,7 @@ def test_stages_take_what_the_cost_model_says(data: st.DataObject, held: list[tu
     num_blocks = held[-1][0].stop
     profile = data.draw(profiles(st.just(num_blocks)))
     batch = data.draw(st.integers(1, 40))
-    free = profile.with_link(Link(0.0, profile.link.bytes_per_second))
+    free = replace(profile, link=Link(0.0, profile.link.bytes_per_second))
     worst = [stage_seconds(free, blocks.start, blocks.stop, len(ranks), batch) for blocks, ranks in held]
     relays = [free.relay_seconds(blocks.start, batch, len(ranks)) if blocks.start else 0 for blocks, ranks in held]
     work = max(seconds - relay for seconds, relay in zip(worst, relays, strict=True))
