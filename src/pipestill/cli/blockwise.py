@@ -13,12 +13,12 @@ from rich.text import Text
 
 from pipestill import draw
 from pipestill.cli.figures import FigureTable, milliseconds, say, show_line, shown_bytes
-from pipestill.cli.kinds import SearchReport
+from pipestill.cli.kinds import SearchReport, considered_figures, tell_considered
 from pipestill.cli.pipelines import NOT_MEASURED, block_name, shown_link
 from pipestill.plan.blockwise.describe import describe, phase_titles
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
 from pipestill.plan.blockwise.plan_json import blockwise_plan_to_json
-from pipestill.plan.search import Considered, Search, search_blockwise
+from pipestill.plan.search import Search, search_blockwise
 from pipestill.recipes.run_options import Kind
 from pipestill.recipes.timelines import draw_blocks, trace_names
 from pipestill.schedule import Trace
@@ -156,29 +156,24 @@ class BlockwisePlanner:
             "kind": self.kind, "devices": options.devices, "batch": self.batch,
             "memory_limit_bytes": options.memory and int(options.memory),
             "limit_seconds_per_step": found.plan.limit_seconds_per_batch, "chosen": found.chosen.name,
-            "considered": [_considered(one, found, dp) for one in found.considered],
+            "considered": considered_figures(
+                found, lambda plan: {**BlockwiseReport(plan).figures(), "speedup": _speedup(plan, dp)}
+            ),
         }  # fmt: skip
         plan = blockwise_plan_to_json(found.plan, options.memory)
         keys = {"strategy": found.chosen.name}
         return SearchReport(figures, plan, keys, lambda console: self._tell_search(found, dp, console))
 
     def _tell_search(self, found: Search[BlockwisePlan], dp: BlockwisePlan | None, console: Console) -> None:
-        table = FigureTable("strategy", "ms a batch", "model", "over dp", "busy", "window", "memory", "")
-        for one in found.considered:
-            plan = one.plan
-            if plan is None:
-                table.add_row(one.name, "", "", "", "", "", "", "refused")
-                continue
+        def cells(plan: BlockwisePlan) -> list[str]:
             model, speedup = plan.cost_model_seconds_per_batch, _speedup(plan, dp)
-            table.add_row(
-                one.name, milliseconds(plan.seconds_per_batch), "" if model is None else milliseconds(model),
+            return [
+                milliseconds(plan.seconds_per_batch), "" if model is None else milliseconds(model),
                 "" if speedup is None else f"{speedup:.2f}", f"{plan.utilisation:.1%}", str(plan.window),
-                shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "", "<- chosen" if one is found.chosen else "",
-            )  # fmt: skip
-        table.show(console)
-        for one in found.considered:
-            if one.plan is None:
-                say(console, f"{one.name}: {one.refused}")
+                shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "",
+            ]  # fmt: skip
+
+        tell_considered(found, console, ("ms a batch", "model", "over dp", "busy", "window", "memory"), cells)
         for one in found.considered:
             if one.plan is not None and (one.plan.num_devices <= _FEW or one is found.chosen):
                 say(console, f"{one.name}:")
@@ -246,13 +241,6 @@ class BlockwisePlanner:
         from pipestill.compare.virtual import compare_virtual_blockwise
 
         return compare_virtual_blockwise(self.profile, options, batch=self.batch)
-
-
-def _considered(one: Considered[BlockwisePlan], found: Search[BlockwisePlan], dp: BlockwisePlan | None) -> dict[str, Any]:
-    if one.plan is None:
-        return {"name": one.name, "chosen": False, "refused": one.refused}
-    speedup = _speedup(one.plan, dp)
-    return {"name": one.name, "chosen": one is found.chosen, **BlockwiseReport(one.plan).figures(), "speedup": speedup}
 
 
 def _speedup(plan: BlockwisePlan, dp: BlockwisePlan | None) -> float | None:

@@ -25,11 +25,6 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def listed(numbers: Sequence[int]) -> str:
-    """Numbers as the command line takes them."""
-    return ",".join(map(str, numbers))
-
-
 _NO_END = 1_000  # columns of a file
 
 

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 from pipestill import draw
-from pipestill.cli.figures import FigureTable, listed, milliseconds, say, show_line, shown_bytes
+from pipestill.cli.figures import FigureTable, milliseconds, say, show_line, shown_bytes
 from pipestill.cli.files import write_json
-from pipestill.cli.kinds import SearchReport
+from pipestill.cli.kinds import SearchReport, considered_figures, tell_considered
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.plan import Plan, make_plan
-from pipestill.plan.search import Considered, Search, search_pipelines
+from pipestill.plan.search import Search, search_pipelines
 from pipestill.recipes.run_options import Kind
 from pipestill.recipes.timelines import draw_pipeline, trace_names
 from pipestill.schedule import PIPELINE_STRATEGIES, Trace
@@ -173,33 +173,23 @@ class PipelinePlanner:
         figures = {
             "kind": self.kind, "devices": options.devices, "microbatches": options.microbatches, "rows": self.costs.rows,
             "costs": self.costs.source, "memory_limit_bytes": options.memory and int(options.memory),
-            "chosen": found.chosen.name, "considered": [_considered(one, found) for one in found.considered],
+            "chosen": found.chosen.name, "considered": considered_figures(found, _considered),
         }  # fmt: skip
         plan = found.plan
         keys: dict[str, Any] = {"strategy": plan.strategy, "microbatches": options.microbatches}
         keys |= {"split_backward": True} if plan.split_backward else {}
         keys |= {"stash": plan.stash} if plan.stash is not None else {}
         keys |= {"staleness": plan.staleness} if plan.staleness else {}
-        keys["student_partition"] = listed(plan.student_partition)
-        keys |= {"teacher_partition": listed(plan.teacher_partition)} if plan.teacher_partition else {}
+        keys["student_partition"] = plan.student_partition
+        keys |= {"teacher_partition": plan.teacher_partition} if plan.teacher_partition else {}
         return SearchReport(figures, plan.to_json(), keys, lambda console: self._tell_search(found, console))
 
     def _tell_search(self, found: Search[Plan], console: Console) -> None:
-        table = FigureTable("strategy", "ms a step", "busy", "stash", "stale", "memory", "")
-        for one in found.considered:
-            if one.plan is None:
-                table.add_row(one.name, "", "", "", "", "", "refused")
-                continue
-            plan, mark = one.plan, "<- chosen" if one is found.chosen else ""
-            table.add_row(
-                one.name, milliseconds(plan.prediction.seconds_per_step), f"{plan.prediction.utilisation:.1%}",
-                str(max(plan.proof.stash_peak)), str(plan.proof.staleness),
-                shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "", mark,
-            )  # fmt: skip
-        table.show(console)
-        for one in found.considered:
-            if one.refused:
-                say(console, f"{one.name}: {one.refused}")
+        tell_considered(found, console, ("ms a step", "busy", "stash", "stale", "memory"), lambda plan: [
+            milliseconds(plan.prediction.seconds_per_step), f"{plan.prediction.utilisation:.1%}",
+            str(max(plan.proof.stash_peak)), str(plan.proof.staleness),
+            shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "",
+        ])  # fmt: skip
         plan = found.plan
         say(console, f"{found.chosen.name}, by rank:")
         PipelineReport(plan).stages_table().show(console)
@@ -252,11 +242,8 @@ class PipelinePlanner:
         return compare_virtual_pipelines(costs, self.demands, options, microbatches=microbatches)
 
 
-def _considered(one: Considered[Plan], found: Search[Plan]) -> dict[str, Any]:
-    if one.plan is None:
-        return {"name": one.name, "chosen": False, "refused": one.refused}
-    knobs = {"split_backward": one.plan.split_backward, "stash": one.plan.stash}
-    return {"name": one.name, "chosen": one is found.chosen, **PipelineReport(one.plan).figures(), **knobs}
+def _considered(plan: Plan) -> dict[str, Any]:
+    return {**PipelineReport(plan).figures(), "split_backward": plan.split_backward, "stash": plan.stash}
 
 
 def _cells(block: BlockCosts, trains: bool) -> list[str]:

@@ -186,12 +186,7 @@ def _trivial(costs: Costs, devices: int) -> Plan:
 
 def _run_pipelines(plans: Mapping[str, Plan], steps: Mapping[str, Sequence[int]], rounds: int, timeout_seconds: float) -> Runs:
     """Run every plan in every round, on every rank; complete on rank 0."""
-
-    def run(name: str) -> tuple[list[Trace], float]:
-        trace, late = run_virtual_pipeline(plans[name], steps[name][0], timeout_seconds) or (None, 0.0)
-        return [trace] if trace else [], late
-
-    return in_rounds(plans, rounds, run)
+    return in_rounds(plans, rounds, lambda name: run_virtual_pipeline(plans[name], steps[name][0], timeout_seconds))
 
 
 # ---------------------------------------------------------------- blockwise
@@ -232,8 +227,4 @@ def _run_blockwise(
 ) -> Runs:
     """Run every plan in every round, on every rank; complete on rank 0."""
     groups = process_groups(list(plans.values()))
-
-    def run(name: str) -> tuple[list[Trace], float]:
-        return run_virtual_blockwise(plans[name], steps[name], groups, timeout_seconds) or ([], 0.0)
-
-    return in_rounds(plans, rounds, run)
+    return in_rounds(plans, rounds, lambda name: run_virtual_blockwise(plans[name], steps[name], groups, timeout_seconds))

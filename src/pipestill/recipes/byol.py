@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from pipestill.losses import byol
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.images import Images
 from pipestill.recipes.networks import RESNETS, network
 from pipestill.recipes.recipe import filled
-from pipestill.recipes.self_supervised import TwoViews, rising, seeded
+from pipestill.recipes.self_supervised import TwoViews, rising
 from pipestill.recipes.soft_target import convolutions
 
 _PUBLISHED: dict[str, Any] = {

@@ -13,6 +13,7 @@ from pipestill.model.seeding import derive
 from pipestill.recipes.cifar import CIFAR_FOLDER, CIFAR_PAGE, cifar10
 from pipestill.recipes.image_folders import image_folders, read_classes
 from pipestill.recipes.images import Images, Sample
+from pipestill.recipes.packages import needed
 
 NOISE, _NOISE_BATCHES = "noise", 16
 _SHOWN = 5  # entries of a folder that is no data set
@@ -51,11 +52,7 @@ def choose_images(
 
 def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
     """scikit-learn's digits as images (rows, 1, 8, 8), 0 to 1, and labels (rows,): 1,437 to train, 360 to test."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ConfigError("the digits are read from scikit-learn, which is not installed; run pip install scikit-learn") from None
-    data = load_digits()
+    data = needed("sklearn.datasets", "the digits are read from scikit-learn", "scikit-learn").load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
     labels = torch.tensor(data.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive(seed, "split")))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from pipestill import losses
 from pipestill.lr_schedules import LrSchedule, cosine
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View
 from pipestill.recipes.byol import cnn
 from pipestill.recipes.images import Images
 from pipestill.recipes.recipe import filled
-from pipestill.recipes.self_supervised import Chain, SelfSupervised, patch_problems, rising, seeded
+from pipestill.recipes.self_supervised import Chain, SelfSupervised, patch_problems, rising
 from pipestill.recipes.training import OPTIMIZERS, Training, without_decay
 from pipestill.recipes.vit import VIT_B, VIT_S, ViTShape, vit
 

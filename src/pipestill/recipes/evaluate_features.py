@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from pipestill.errors import ConfigError
 from pipestill.recipes.images import Collate, Images
+from pipestill.recipes.packages import needed
 
 MOST = 10_000
 """Samples of each half of the data that are looked at: of more, evenly many from all parts."""
@@ -72,13 +73,10 @@ def knn_accuracy(known: Tensor, labels: Tensor, asked: Tensor, truth: Tensor, ne
 
 def linear_accuracy(known: Tensor, labels: Tensor, asked: Tensor, truth: Tensor) -> float:
     """By scikit-learn's logistic regression with its usual penalty on features (rows, dim)."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise ConfigError("the linear probe is scikit-learn's, which is not installed; run pip install scikit-learn") from None
+    models = needed("sklearn.linear_model", "the linear probe is scikit-learn's", "scikit-learn")
     if len(labels.unique()) < 2:
         raise ConfigError("the training data has one class only; a linear probe needs two, so pass data with more")
     mean, deviation = known.mean(0), known.std(0).clamp_min(1e-6)
     known, asked = ((features - mean) / deviation for features in (known, asked))
-    probe = LogisticRegression(max_iter=1_000).fit(known.numpy(), labels.numpy())
+    probe = models.LogisticRegression(max_iter=1_000).fit(known.numpy(), labels.numpy())
     return float(probe.score(asked.numpy(), truth.numpy()))

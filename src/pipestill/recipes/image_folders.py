@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipestill.errors import ConfigError, DataError, nearest
+from pipestill.errors import DataError, nearest
 from pipestill.recipes.images import Images, Sample
+from pipestill.recipes.packages import needed
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _OPENED = 1_000  # images of a tree that are read before training: all of a smaller one, else the first of each class
@@ -81,12 +82,8 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
 
 
 def pillow() -> Any:
-    """Pillow's module of images; `ConfigError` where it is missing."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError("folders of images are read with Pillow, which is not installed; run pip install pillow") from None
-    return Image
+    """Import Pillow's module of images; `ConfigError` where it is missing."""
+    return needed("PIL.Image", "folders of images are read with Pillow", "pillow")
 
 
 def _files(folder: Path, problems: list[str]) -> list[Path]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipestill.errors import ConfigError
+from pipestill.arguments import raise_problems
 from pipestill.recipes.datasets import choose_images
 from pipestill.recipes.images import Images
 
@@ -72,8 +72,7 @@ class ImageRecipe(ABC):
             problems.append(f"weight_decay is {self.weight_decay}; expected 0 or more")
         if self.preset == "digits" and self.data is None and self.image_size != 8:
             problems.append(f"image_size is {self.image_size}; the digits are 8 x 8, so give --data, or leave it out")
-        if problems:
-            raise ConfigError("; ".join(problems))
+        raise_problems(problems)
 
 
 def problems_of(recipe: Any, least: Mapping[str, float], fractions: Sequence[str], above_0: Sequence[str]) -> list[str]:

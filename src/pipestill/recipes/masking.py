@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.recipes.sequences import Sequences
 from pipestill.recipes.tokens import Tokens
 
@@ -50,31 +49,17 @@ def _shares(counted: Tensor) -> Tensor:
     return counted.float() * (len(counted) / max(1, int(counted.sum())))
 
 
-@dataclass(frozen=True)
-class Fixed(Dataset[int]):
-    """Batches that are masked once, for all tests alike; weights are those of all of them together."""
-
-    batches: tuple[Batch, ...]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
-        return self.batches[index]
-
-
-def fixed(data: Sequences, masking: Masking, batch_size: int, seed: int) -> Fixed:
-    """All of `data` in batches, from the longest sequence to the shortest, masked by `seed`.
+def fixed(data: Sequences, masking: Masking, batch_size: int, seed: int) -> list[Batch]:
+    """Make batches of all of `data` for tests, from the longest sequence to the shortest, masked once, by `seed`.
 
     The mean of a metric over their rows is its mean over all masked tokens.
     """
     order = data.lengths().argsort(descending=True, stable=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "test masks"))
-        batches = [masking([data[int(i)] for i in part]) for part in order.split(batch_size)]
+    parts = order.split(batch_size)
+    batches = seeded(derive(seed, "test masks"), lambda: [masking([data[int(i)] for i in part]) for part in parts])
     rows = len(data)
     for name in ("masked", "tokens"):
         total = sum(int(targets[name].count_nonzero()) for _, targets in batches)
         for _, targets in batches:
             targets[name] = (targets[name] > 0).float() * (rows / max(1, total))
-    return Fixed(tuple(batches))
+    return batches

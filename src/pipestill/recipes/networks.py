@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.model.block import Block
+from pipestill.model.seeding import seeded
 
 _LARGE = 64  # pixels: ResNets of larger images begin with a 7x7 convolution and a pooling, both of stride 2
 
@@ -66,11 +67,9 @@ def network(
     the same form at each of these cuts, whatever their depths. With `cuts` of "residual" a ResNet has a block for each of its
     residual ones instead, and one for what is before them: more to choose from for a level pipeline.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if shape.family == "resnet":
-            return ResNet(shape, channels, size, classes, separable, cuts)
-        return VGG(shape, channels, size, classes, norm, separable)
+    if shape.family == "resnet":
+        return seeded(seed, lambda: ResNet(shape, channels, size, classes, separable, cuts))
+    return seeded(seed, lambda: VGG(shape, channels, size, classes, norm, separable))
 
 
 class VGG(nn.Module):

@@ -8,13 +8,12 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from pipestill.lr_schedules import LrSchedule, cosine
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View, view_loader
 from pipestill.recipes.evaluate_features import FeatureQuality
@@ -81,13 +80,6 @@ def patch_problems(recipe: Any, names: Sequence[str], patch: int) -> list[str]:
         for name in names
         if getattr(recipe, name) % patch
     ]
-
-
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module with random numbers from `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
 
 
 def encoder_of(network: Any) -> Callable[[Tensor], Tensor]:

@@ -12,7 +12,7 @@ from pipestill import lr_schedules
 from pipestill.errors import nearest
 from pipestill.losses import SoftTarget as SoftTargetLoss, accuracy, cross_entropy
 from pipestill.model.families.load import LIBRARIES, load_model
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.recipes.datasets import digits
 from pipestill.recipes.distillation import DistillationWorkload
 from pipestill.recipes.image_recipe import ImageRecipe
@@ -249,9 +249,7 @@ class Head(nn.Module):
 
 def cnn(width: int, depth: int, dropout: float, seed: int, channels_in: int = 1, classes: int = CLASSES) -> nn.Sequential:
     """A first convolution, `depth` more (the middle one halves the image and doubles the channels) and a head."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(*convolutions(channels_in, width, depth, dropout), Head(2 * width, classes))
+    return seeded(seed, lambda: nn.Sequential(*convolutions(channels_in, width, depth, dropout), Head(2 * width, classes)))
 
 
 def convolutions(channels: int, width: int, depth: int, dropout: float) -> list[nn.Module]:

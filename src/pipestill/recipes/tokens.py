@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipestill.errors import ConfigError
+from pipestill.recipes.packages import needed
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CHARACTERS = 1_000  # most that a vocabulary begins with: writing of many signs is made of larger pieces
@@ -96,8 +97,4 @@ def _tokens(made: Any, origin: str, names: dict[str, str]) -> Tokens:
 
 
 def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ConfigError("text is read with tokenizers, which is not installed; run pip install tokenizers") from None
-    return tokenizers
+    return needed("tokenizers", "text is read with tokenizers", "tokenizers")

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipestill.arguments import raise_problems
 from pipestill.errors import ConfigError
 from pipestill.model.block import Block
+from pipestill.model.seeding import seeded
 
 Positions = Literal["learnt", "sincos"]
 
@@ -35,8 +37,7 @@ class ViTShape:
             problems.append(f"width {self.width} is no multiple of the {self.heads} heads")
         if not self.mlp_ratio > 0:
             problems.append(f"mlp_ratio is {self.mlp_ratio}; expected more than 0")
-        if problems:
-            raise ConfigError("; ".join(problems))
+        raise_problems(problems)
 
 
 VIT_S, VIT_B, VIT_L = ViTShape(384, 12, 6, 16), ViTShape(768, 12, 12, 16), ViTShape(1024, 24, 16, 16)
@@ -64,9 +65,7 @@ def vit(
     `positions`: trained from random values, or fixed sines and cosines of row and column. `freeze_patches`: the
     projection of patches stays as it is initialised, without which MoCo v3 is unstable (section 4.2).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VisionTransformer(shape, channels, size, classes, positions, freeze_patches, dropout)
+    return seeded(seed, lambda: VisionTransformer(shape, channels, size, classes, positions, freeze_patches, dropout))
 
 
 class VisionTransformer(nn.Module):

@@ -33,7 +33,7 @@ class Proof:
     stash_peak: tuple[int, ...]
     """For each rank, the most units of the student held between their forward and the end of their backward."""
     run_ahead: int
-    """How far the teacher is ahead of the student at most: in units on one rank, or in steps where blocks train alone."""
+    """How far the teacher is ahead of the student at most: in units on one rank, or in steps in blockwise training."""
     staleness: int
     """Newest version minus the version used, in steps: of the student, and of a teacher that moves."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from pipestill.arguments import mebibytes
+from pipestill.arguments import mebibytes, raise_problems
 from pipestill.errors import PlanError
 from pipestill.schedule.blockwise.generate import AHEAD
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -130,8 +130,7 @@ class Problem:
                 f"a limit of {mebibytes(self.memory_bytes)} a rank for a profile that does not say what blocks hold in "
                 "memory; measure one that does (columns teacher_bytes, state_bytes, activation_bytes_per_row)"
             )
-        if problems:
-            raise PlanError("; ".join(problems))
+        raise_problems(problems, PlanError)
 
     @property
     def pace(self) -> Sequence[float]:
