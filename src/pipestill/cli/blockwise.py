@@ -50,7 +50,7 @@ class BlockwiseReport:
         return trace_names(len(self.plan.phases))
 
     def figures(self) -> dict[str, Any]:
-        """What is predicted; a step is one batch for every block."""
+        """Give what is predicted, for JSON; a step is one batch for every block."""
         plan = self.plan
         return {
             "strategy": plan.strategy,
@@ -67,14 +67,14 @@ class BlockwiseReport:
         }
 
     def picture(self, path: Path, title: str, num_steps: int | None, unit: draw.Unit) -> None:
-        """Draw what is predicted."""
+        """Draw the predicted timeline."""
         plan = self.plan
         titles = [title] if len(plan.phases) == 1 else phase_titles(plan)
         steps = (1 if plan.window > 1 else 2) if num_steps is None else num_steps
         draw.picture(plan.predictions, path, titles=titles, num_steps=steps)
 
     def tell(self, console: Console, title: str, unit: draw.Unit, schedule: bool) -> None:
-        """Print what is predicted, and the schedule too where it is asked for."""
+        """Print the predicted timeline and figures, and the schedule too where it is asked for."""
         plan = self.plan
         for phase, trace, name in zip(plan.phases, plan.predictions, phase_titles(plan), strict=True):
             if len(plan.phases) > 1:
@@ -95,7 +95,7 @@ class BlockwiseReport:
         )
 
     def ranks(self) -> list[str]:
-        """A line for every rank, or for several that have the same to do."""
+        """Describe the work of every rank in a line, or of several that have the same to do."""
         plan = self.plan
         held = [f" ({shown_bytes(size)})" for size in plan.memory_bytes] or [""] * plan.num_devices
         lines, first = [], 0
@@ -110,7 +110,7 @@ class BlockwiseReport:
         draw_blocks(self.plan, traces, path, num_steps)
 
     def run_figures(self, traces: Sequence[Trace], summary: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
-        """What happened in a run, for JSON, from its traces, its summary.json and the files of the traces."""
+        """Give what was measured in a run, for JSON, from its traces, its summary.json and the files of the traces."""
         names = ("seconds_per_step", "utilisation", "bubble")
         figures = {name: summary[name] for name in names}
         return {**figures, "ranks": describe(self.plan), "perfetto": [str(file) for file in files]}
@@ -136,7 +136,7 @@ class BlockwisePlanner:
 
     @property
     def num_blocks(self) -> str:
-        """How many blocks the profile is of, in words."""
+        """The number of the profile's blocks, in words."""
         return f"{len(self.profile.blocks)} blocks"
 
     def make(self, options: SimulateOptions) -> BlockwiseReport:
@@ -193,12 +193,12 @@ class BlockwisePlanner:
         self.profile.save(path)
 
     def figures(self, microbatches: int) -> dict[str, Any]:
-        """The profile, for JSON."""
+        """Give the profile, for JSON."""
         profile = self.profile
         return {"batch": profile.batch, "blocks": [asdict(block) for block in profile.blocks], "link": profile.link.to_json()}
 
     def tell(self, console: Console, devices: int) -> None:
-        """Print the profile, which was measured with so many processes."""
+        """Print the profile, which was measured with `devices` processes."""
         profile = self.profile
         most = max(block.relative_standard_error for block in profile.blocks)
         say(
@@ -218,7 +218,7 @@ class BlockwisePlanner:
         say(console, f"link: {shown_link(profile.link)}" if devices > 1 else NOT_MEASURED)
 
     def _tables(self) -> Iterator[FigureTable]:
-        """Times at each number of rows, a few beside each other, and then the bytes."""
+        """Yield tables of the times at each number of rows, a few beside each other, and then a table of the bytes."""
         blocks = self.profile.blocks
         rows = blocks[0].rows[::-1]
         for start in range(0, len(rows), _SHOWN):

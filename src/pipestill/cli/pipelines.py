@@ -51,7 +51,7 @@ class PipelineReport:
         return trace_names()
 
     def figures(self) -> dict[str, Any]:
-        """What is predicted, for JSON."""
+        """Give what is predicted, for JSON."""
         plan, trace = self.plan, self.plan.prediction
         return {
             "strategy": plan.strategy,
@@ -71,11 +71,11 @@ class PipelineReport:
         }
 
     def picture(self, path: Path, title: str, num_steps: int | None, unit: draw.Unit) -> None:
-        """Draw what is predicted."""
+        """Draw the predicted timeline."""
         draw.picture([self.plan.prediction], path, titles=[title], num_steps=2 if num_steps is None else num_steps, unit=unit)
 
     def tell(self, console: Console, title: str, unit: draw.Unit, schedule: bool) -> None:
-        """Print what is predicted, and the schedule too where it is asked for."""
+        """Print the predicted timeline and figures, and the schedule too where it is asked for."""
         plan, trace = self.plan, self.plan.prediction
         if schedule:
             show_line(console, draw.schedule_table(plan.schedule))
@@ -96,7 +96,7 @@ class PipelineReport:
             say(console, f"costs {plan.costs.source}")
 
     def stages_table(self) -> FigureTable:
-        """What each rank holds and does, a row each."""
+        """Make the table of what each rank holds and does, a row each."""
         plan, trace = self.plan, self.plan.prediction
         table = FigureTable("rank", "student blocks", "teacher blocks", "busy", "stash", "memory")
         busy = trace.busy_seconds_per_step()
@@ -114,7 +114,7 @@ class PipelineReport:
         draw_pipeline(self.plan, traces[0], path, num_steps)
 
     def run_figures(self, traces: Sequence[Trace], summary: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
-        """What happened in a run, for JSON, from its traces, its summary.json and the files of the traces."""
+        """Give what was measured in a run, for JSON, from its traces, its summary.json and the files of the traces."""
         (trace,) = traces
         return {
             "seconds_per_step": trace.median_seconds_per_step,
@@ -153,7 +153,7 @@ class PipelinePlanner:
 
     @property
     def num_blocks(self) -> str:
-        """How many blocks the costs are of, in words."""
+        """The numbers of both models' blocks, in words."""
         return f"{len(self.costs.student)} student and {len(self.costs.teacher)} teacher blocks"
 
     def make(self, options: SimulateOptions) -> PipelineReport:
@@ -207,11 +207,11 @@ class PipelinePlanner:
         write_json(path, self.costs.to_json())
 
     def figures(self, microbatches: int) -> dict[str, Any]:
-        """The costs, for JSON; they are of one of so many microbatches."""
+        """Give the costs, for JSON; they are of one of so many microbatches."""
         return {"microbatches": microbatches, "costs": self.costs.to_json()}
 
     def tell(self, console: Console, devices: int) -> None:
-        """Print the costs, which were measured with so many processes."""
+        """Print the costs, which were measured with `devices` processes."""
         costs = self.costs
         computed = costs.source.startswith("computed")
         say(console, f"milliseconds of one microbatch of {costs.rows} rows{'' if computed else ', median'}; update once a batch")
@@ -256,10 +256,10 @@ def _cells(block: BlockCosts, trains: bool) -> list[str]:
 
 
 def block_name(index: int, name: str) -> str:
-    """A block's number, with its name where it has another."""
+    """Name a block for a person: its number, with its name where it has another."""
     return name if name == str(index) else f"{index}: {name}"
 
 
 def shown_link(link: Link) -> str:
-    """How long a message takes, for a person."""
+    """Say for a person how long a message takes."""
     return f"{link.latency_seconds * 1e6:.0f} us, then {link.bytes_per_second / 1e9:.3g} GB/s"

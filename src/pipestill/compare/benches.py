@@ -102,7 +102,7 @@ class BlockwiseBench(Bench):
         return costs.link
 
     def calibrated(self, costs: BlockProfile, loops: Sequence[PlainLoop], links: Sequence[Link]) -> BlockProfile:
-        """Work scaled to what one pass takes while all processes compute."""
+        """Scale the profile's work to what one pass takes while all processes compute."""
         rows = self.batches.rows
         one_pass = sum(block.teacher(rows) + block.student(rows) for block in costs.blocks)
         return costs.scaled(median_loop(loops).together_seconds / one_pass)

@@ -133,7 +133,7 @@ class Plan:
         return plan
 
     def to_json(self) -> dict[str, Any]:
-        """What the plan was made from, for `from_json`, which makes the same plan again."""
+        """Write what the plan was made from, for `from_json`, which makes the same plan again."""
         given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         return {"version": _VERSION, **given, "costs": self.costs.to_json(), "demands": dataclasses.asdict(self.demands)}
 

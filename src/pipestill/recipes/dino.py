@@ -120,7 +120,7 @@ class Dino(SelfSupervised):
         return Training(self.epochs, OPTIMIZERS["adamw"], self.lr, options, schedule, without_decay, partial(cosine, end=grown))
 
     def views(self, images: Images) -> list[View]:
-        """Two large views, and small ones."""
+        """Make two large views and several small ones."""
         if images.channels == 1:
             large, small = Scans(images.size), Scans(self.local_size, window=(0.6, 0.8), moved=0.3)
             return [large, large, *(small for _ in range(self.local_views))]
@@ -148,7 +148,7 @@ class Dino(SelfSupervised):
         )  # fmt: skip
 
     def _encoder(self, images: Images, seed: int) -> tuple[nn.Module, int]:
-        """Images of any size -> features (rows, dim), and dim."""
+        """Build the encoder, from images of any size to features (rows, dim), and give dim too."""
         if self.model == "cnn":
             return seeded(seed, lambda: cnn(images.channels, self.width, self.depth, self.dropout)), 2 * self.width
         shape = dataclasses.replace(MODELS[self.model], depth=self.depth)

@@ -42,7 +42,7 @@ class ImageRecipe(ABC):
         """Channels of the preset's images, and the number of its classes."""
 
     def read_images(self, seed: int, *, augment: bool = False, only: str | None = None) -> Images:
-        """Open what is learnt from.
+        """Open the images that the models are trained on.
 
         Args:
             seed: draws which samples are to train on
@@ -76,7 +76,7 @@ class ImageRecipe(ABC):
 
 
 def problems_of(recipe: Any, least: Mapping[str, float], fractions: Sequence[str], above_0: Sequence[str]) -> list[str]:
-    """What is wrong with options: those with a smallest value, numbers from 0 to below 1, and those above 0."""
+    """Find what is wrong with options: those with a smallest value, numbers from 0 to below 1, and those above 0."""
 
     def wrong(names: Sequence[str] | Mapping[str, float], is_right: Any, expected: str) -> list[str]:
         given = {name: getattr(recipe, name) for name in names}

@@ -15,7 +15,7 @@ Batch = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Masking:
-    """Sequences -> (inputs, targets) of a masked language model, drawn anew each time.
+    """Turns sequences into inputs and targets of a masked language model, drawn anew each time.
 
     Inputs: `input_ids` and `attention_mask` (rows, length). Targets: see `losses.MaskedDistillation`. Of the tokens but [CLS]
     and [SEP], a share of `probability` is to be found; of these 80 % read [MASK], 10 % are another token and 10 % are left

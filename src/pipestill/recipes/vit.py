@@ -58,7 +58,7 @@ def vit(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> VisionTransformer:
-    """A Vision Transformer for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`.
+    """Build a Vision Transformer for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`.
 
     Without `classes` it gives features (rows, width), those of the class token.
 
@@ -110,7 +110,7 @@ class VisionTransformer(nn.Module):
         return self._finish(self.blocks(self._embed(x)))
 
     def _embed(self, x: Tensor) -> Tensor:
-        """Images (rows, channels, size, size) -> tokens (rows, 1 + patches, width), the class token first."""
+        """Turn images (rows, channels, size, size) into tokens (rows, 1 + patches, width), the class token first."""
         x = self.patch_embed(x)
         rows, _, height, width = x.shape
         tokens = torch.cat([self.cls_token.expand(rows, -1, -1), x.flatten(2).transpose(1, 2)], 1)

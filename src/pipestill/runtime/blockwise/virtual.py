@@ -62,11 +62,11 @@ class VirtualWorker:
         """Take no time: the training step's includes it."""
 
     def state_forms(self, block: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """One number, whatever the block."""
+        """Give one number, whatever the block."""
         return [((1,), torch.float32)]
 
     def state(self, block: int) -> list[Tensor]:
-        """One number, whatever the block."""
+        """Give one number, whatever the block."""
         return [torch.zeros(1)]
 
     def set_state(self, block: int, tensors: Sequence[Tensor]) -> None:

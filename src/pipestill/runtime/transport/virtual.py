@@ -162,7 +162,7 @@ def run_timed(world: World, clock: VirtualClock, run: Callable[[], EventsBySegme
 
 
 def virtual_batches(rows: int, count: int) -> Iterator[Batch]:
-    """Batches of one number a row."""
+    """Yield batches of one number a row."""
     inputs = torch.zeros(rows, 1)
     for number in range(count):
         yield Batch(rows, 0, number == count - 1, inputs)
