@@ -43,7 +43,7 @@ class SearchReport:
 
 
 def considered_figures(found: Search[P], figures: Callable[[P], dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a search considered, for JSON: the figures of each plan, or why there is none."""
+    """Give what a search considered, for JSON: the figures of each plan, or why there is none."""
     return [
         {"name": one.name, "chosen": one is found.chosen} | ({"refused": one.refused} if one.plan is None else figures(one.plan))
         for one in found.considered

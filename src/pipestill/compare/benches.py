@@ -91,7 +91,7 @@ class BlockwiseBench(Bench):
     measuring_strategy = "relay-dpu"
 
     def steps_of(self, trainer: Trainer, costs: BlockProfile) -> int:
-        """As many batches as asked for, or as many windows of them as show a steady state."""
+        """The number of batches to train: as many as asked for, or as many windows of them as show a steady state."""
         if trainer.strategy == REFERENCE:
             return self.steps
         plan: BlockwisePlan = trainer.engine.plan(costs, self.batches.rows, memory_bytes=trainer.memory_bytes)

@@ -33,7 +33,7 @@ class PlainLoop:
     together_seconds: float
 
     def ceiling(self, devices: int) -> float:
-        """How many times as fast as one process `devices` of them can be on this machine: no strategy is faster."""
+        """Compute how many times as fast as one process `devices` of them can be on this machine: no strategy is faster."""
         return devices * self.alone_seconds / self.together_seconds
 
 

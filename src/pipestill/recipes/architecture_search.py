@@ -19,7 +19,7 @@ ALPHA = "alpha"  # the last part of the names of architecture parameters
 
 @dataclass(frozen=True, slots=True)
 class SearchSteps:
-    """Which batches of a run are for the architecture parameters.
+    """The order of a run's batches: which of them are for the architecture parameters.
 
     An epoch has `batches` for the weights, and after every `every` of them one for the architecture. In the first
     `warm_up_epochs` there is one more for the weights in its place.

@@ -114,7 +114,7 @@ class Dino(SelfSupervised):
         return PRESETS[self.preset]["channels"], PRESETS[self.preset]["classes"]
 
     def training(self, schedule: Callable[[int], LrSchedule]) -> Training:
-        """How the student is trained: by AdamW, with a weight decay that grows."""
+        """Say how the student is trained: by AdamW, with a weight decay that grows."""
         grown = self.final_weight_decay / self.weight_decay if self.weight_decay else 1.0
         options = {"weight_decay": self.weight_decay}
         return Training(self.epochs, OPTIMIZERS["adamw"], self.lr, options, schedule, without_decay, partial(cosine, end=grown))

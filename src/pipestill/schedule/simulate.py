@@ -70,7 +70,7 @@ class _Item:
 
 @dataclass(slots=True)
 class _Running:
-    """What a rank is doing."""
+    """The action that a rank is doing."""
 
     item: _Item
     period: int

@@ -50,7 +50,7 @@ class Structure(Protocol):
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks the work is spread over, counted from 0."""
+        """The number of ranks that the work is spread over; ranks count from 0."""
 
     # What a step consists of.
 
@@ -89,10 +89,10 @@ class Structure(Protocol):
         """
 
     def work_seconds(self, work: Action, costs: Any) -> float:
-        """How long `work` computes when no other rank disturbs it, under costs of this kind."""
+        """Seconds that `work` computes when no other rank disturbs it, under costs of this kind."""
 
     def transfer_seconds(self, result: Action, destination: int, costs: Any) -> float:
-        """How long a result takes to arrive at rank `destination`, latency included, under costs of this kind."""
+        """Seconds until a result arrives at rank `destination`, latency included, under costs of this kind."""
 
     # How it is written down and drawn.
 
@@ -112,7 +112,7 @@ class Structure(Protocol):
 
     @property
     def batches_per_step(self) -> int:
-        """How many batches a step takes."""
+        """The number of batches that a step takes."""
 
 
 def needs(action: Action, structure: Structure) -> list[Action]:

@@ -100,7 +100,7 @@ def ls(profile: BlockProfile, batch: int, devices: int, *, speeds: Speeds = None
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan is searched for; `PlanError` where that makes no sense, with all problems at once.
+    """The problem that a plan is searched for; `PlanError` where it makes no sense, with all that is wrong.
 
     Args:
         profile: seconds and bytes of every block
