@@ -17,7 +17,7 @@ from pipestill.arguments import checked_factor, shown, try_first
 from pipestill.errors import ConfigError
 
 OptimizerFactory = Callable[[dict[str, nn.Parameter]], torch.optim.Optimizer]
-"""Makes an optimizer of named parameters: one for each stage, or for each block that is trained alone."""
+"""Makes an optimizer of named parameters: one for each stage, or in blockwise training for each block."""
 
 
 def make_optimizer(

@@ -29,7 +29,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How far the entries of a tensor are from the expected ones.
+    """The distance of a tensor's entries from the expected ones.
 
     Args:
         absolute: the largest distance of two entries; NaN where one of them is
@@ -203,7 +203,7 @@ def _state(role: str, model: nn.Module) -> dict[str, Tensor]:
 
 
 class InFloat64:
-    """What a loader gives, with inputs in float64."""
+    """The batches of a loader, with inputs in float64."""
 
     def __init__(self, loader: SizedIterable) -> None:
         self.loader = loader

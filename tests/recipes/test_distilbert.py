@@ -58,7 +58,7 @@ def test_presets_are_the_published_models() -> None:
     assert recipe.sizes()[1] == Sizes(12, 1024, 16, 4096, 30_522, 512)
     training = recipe.workload(0).student_training
     assert training.optimizer is torch.optim.AdamW
-    assert dict(training.optimizer_options) == {"betas": (0.9, 0.98), "eps": 1e-6}
+    assert dict(training.optimizer_options) == {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.0}
     assert training.lr_schedule is not None
     factors = [training.lr_schedule(100)(step) for step in (0, 4, 5, 99)]
     assert factors == pytest.approx([0.2, 1.0, 1.0, 1 / 95])
@@ -114,10 +114,10 @@ def test_positions_are_frozen_where_the_teacher_gives_them(small: str) -> None:
 
 def test_matrices_alone_decay(small: str) -> None:
     workload = DistilBert(**TINY, data=small, weight_decay=0.1).workload(0)
-    groups = workload.student_training.param_groups
-    assert groups is not None
-    student = workload.build_student()
-    matrices, others = groups(dict(student.named_parameters()))
+    student, training = workload.build_student(), workload.student_training
+    assert training.param_groups is not None
+    groups = training.param_groups(dict(student.named_parameters()))
+    matrices, others = training.optimizer(groups, **training.optimizer_options).param_groups
     assert (matrices["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert all(p.dim() > 1 for p in matrices["params"])
     assert len(matrices["params"]) + len(others["params"]) == len(list(student.parameters()))

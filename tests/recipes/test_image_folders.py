@@ -86,7 +86,7 @@ def test_an_image_that_breaks_later_is_named(tmp_path: Path) -> None:
 
 def test_missing_pillow_is_said_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tree(tmp_path)
-    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(ConfigError, match=r"read with Pillow.*pip install pillow"):
         open_images(path, 16, augment=False)
 

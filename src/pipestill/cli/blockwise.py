@@ -13,12 +13,12 @@ from rich.text import Text
 
 from pipestill import draw
 from pipestill.cli.figures import FigureTable, milliseconds, say, show_line, shown_bytes
-from pipestill.cli.kinds import SearchReport
+from pipestill.cli.kinds import SearchReport, considered_figures, tell_considered
 from pipestill.cli.pipelines import NOT_MEASURED, block_name, shown_link
 from pipestill.plan.blockwise.describe import describe, phase_titles
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES, BlockwisePlan, make_blockwise_plan
 from pipestill.plan.blockwise.plan_json import blockwise_plan_to_json
-from pipestill.plan.search import Considered, Search, search_blockwise
+from pipestill.plan.search import Search, search_blockwise
 from pipestill.recipes.run_options import Kind
 from pipestill.recipes.timelines import draw_blocks, trace_names
 from pipestill.schedule import Trace
@@ -50,7 +50,7 @@ class BlockwiseReport:
         return trace_names(len(self.plan.phases))
 
     def figures(self) -> dict[str, Any]:
-        """What is predicted; a step is one batch for every block."""
+        """Give what is predicted, for JSON; a step is one batch for every block."""
         plan = self.plan
         return {
             "strategy": plan.strategy,
@@ -67,14 +67,14 @@ class BlockwiseReport:
         }
 
     def picture(self, path: Path, title: str, num_steps: int | None, unit: draw.Unit) -> None:
-        """Draw what is predicted."""
+        """Draw the predicted timeline."""
         plan = self.plan
         titles = [title] if len(plan.phases) == 1 else phase_titles(plan)
         steps = (1 if plan.window > 1 else 2) if num_steps is None else num_steps
         draw.picture(plan.predictions, path, titles=titles, num_steps=steps)
 
     def tell(self, console: Console, title: str, unit: draw.Unit, schedule: bool) -> None:
-        """Print what is predicted, and the schedule too where it is asked for."""
+        """Print the predicted timeline and figures, and the schedule too where it is asked for."""
         plan = self.plan
         for phase, trace, name in zip(plan.phases, plan.predictions, phase_titles(plan), strict=True):
             if len(plan.phases) > 1:
@@ -95,7 +95,7 @@ class BlockwiseReport:
         )
 
     def ranks(self) -> list[str]:
-        """A line for every rank, or for several that have the same to do."""
+        """Describe the work of every rank in a line, or of several that have the same to do."""
         plan = self.plan
         held = [f" ({shown_bytes(size)})" for size in plan.memory_bytes] or [""] * plan.num_devices
         lines, first = [], 0
@@ -110,7 +110,7 @@ class BlockwiseReport:
         draw_blocks(self.plan, traces, path, num_steps)
 
     def run_figures(self, traces: Sequence[Trace], summary: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
-        """What happened in a run, for JSON, from its traces, its summary.json and the files of the traces."""
+        """Give what was measured in a run, for JSON, from its traces, its summary.json and the files of the traces."""
         names = ("seconds_per_step", "utilisation", "bubble")
         figures = {name: summary[name] for name in names}
         return {**figures, "ranks": describe(self.plan), "perfetto": [str(file) for file in files]}
@@ -136,7 +136,7 @@ class BlockwisePlanner:
 
     @property
     def num_blocks(self) -> str:
-        """How many blocks the profile is of, in words."""
+        """The number of the profile's blocks, in words."""
         return f"{len(self.profile.blocks)} blocks"
 
     def make(self, options: SimulateOptions) -> BlockwiseReport:
@@ -156,29 +156,24 @@ class BlockwisePlanner:
             "kind": self.kind, "devices": options.devices, "batch": self.batch,
             "memory_limit_bytes": options.memory and int(options.memory),
             "limit_seconds_per_step": found.plan.limit_seconds_per_batch, "chosen": found.chosen.name,
-            "considered": [_considered(one, found, dp) for one in found.considered],
+            "considered": considered_figures(
+                found, lambda plan: {**BlockwiseReport(plan).figures(), "speedup": _speedup(plan, dp)}
+            ),
         }  # fmt: skip
         plan = blockwise_plan_to_json(found.plan, options.memory)
         keys = {"strategy": found.chosen.name}
         return SearchReport(figures, plan, keys, lambda console: self._tell_search(found, dp, console))
 
     def _tell_search(self, found: Search[BlockwisePlan], dp: BlockwisePlan | None, console: Console) -> None:
-        table = FigureTable("strategy", "ms a batch", "model", "over dp", "busy", "window", "memory", "")
-        for one in found.considered:
-            plan = one.plan
-            if plan is None:
-                table.add_row(one.name, "", "", "", "", "", "", "refused")
-                continue
+        def cells(plan: BlockwisePlan) -> list[str]:
             model, speedup = plan.cost_model_seconds_per_batch, _speedup(plan, dp)
-            table.add_row(
-                one.name, milliseconds(plan.seconds_per_batch), "" if model is None else milliseconds(model),
+            return [
+                milliseconds(plan.seconds_per_batch), "" if model is None else milliseconds(model),
                 "" if speedup is None else f"{speedup:.2f}", f"{plan.utilisation:.1%}", str(plan.window),
-                shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "", "<- chosen" if one is found.chosen else "",
-            )  # fmt: skip
-        table.show(console)
-        for one in found.considered:
-            if one.plan is None:
-                say(console, f"{one.name}: {one.refused}")
+                shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "",
+            ]  # fmt: skip
+
+        tell_considered(found, console, ("ms a batch", "model", "over dp", "busy", "window", "memory"), cells)
         for one in found.considered:
             if one.plan is not None and (one.plan.num_devices <= _FEW or one is found.chosen):
                 say(console, f"{one.name}:")
@@ -198,12 +193,12 @@ class BlockwisePlanner:
         self.profile.save(path)
 
     def figures(self, microbatches: int) -> dict[str, Any]:
-        """The profile, for JSON."""
+        """Give the profile, for JSON."""
         profile = self.profile
         return {"batch": profile.batch, "blocks": [asdict(block) for block in profile.blocks], "link": profile.link.to_json()}
 
     def tell(self, console: Console, devices: int) -> None:
-        """Print the profile, which was measured with so many processes."""
+        """Print the profile, which was measured with `devices` processes."""
         profile = self.profile
         most = max(block.relative_standard_error for block in profile.blocks)
         say(
@@ -223,7 +218,7 @@ class BlockwisePlanner:
         say(console, f"link: {shown_link(profile.link)}" if devices > 1 else NOT_MEASURED)
 
     def _tables(self) -> Iterator[FigureTable]:
-        """Times at each number of rows, a few beside each other, and then the bytes."""
+        """Yield tables of the times at each number of rows, a few beside each other, and then a table of the bytes."""
         blocks = self.profile.blocks
         rows = blocks[0].rows[::-1]
         for start in range(0, len(rows), _SHOWN):
@@ -246,13 +241,6 @@ class BlockwisePlanner:
         from pipestill.compare.virtual import compare_virtual_blockwise
 
         return compare_virtual_blockwise(self.profile, options, batch=self.batch)
-
-
-def _considered(one: Considered[BlockwisePlan], found: Search[BlockwisePlan], dp: BlockwisePlan | None) -> dict[str, Any]:
-    if one.plan is None:
-        return {"name": one.name, "chosen": False, "refused": one.refused}
-    speedup = _speedup(one.plan, dp)
-    return {"name": one.name, "chosen": one is found.chosen, **BlockwiseReport(one.plan).figures(), "speedup": speedup}
 
 
 def _speedup(plan: BlockwisePlan, dp: BlockwisePlan | None) -> float | None:

@@ -132,7 +132,7 @@ def _note(strategies: Sequence[str], devices: int, wanted: CompareOptions | Virt
 
 
 def _strategies(wanted: CompareOptions | VirtualCompareOptions, usual: Iterable[str] | None) -> list[str]:
-    """Names of strategies, `usual` or the wanted ones, once all that can be wrong with the options has been looked at."""
+    """List the names of strategies, `usual` or the wanted ones; `ConfigError` for options that cannot be."""
     if wanted.rounds < 1 or wanted.steps < 6:
         raise ConfigError(f"rounds {wanted.rounds} and steps {wanted.steps}; expected at least 1 and 6")
     strategies = list(usual or (name.strip() for name in wanted.strategies.split(",") if name.strip()))

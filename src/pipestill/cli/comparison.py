@@ -61,7 +61,7 @@ def _tell_of_blocks(calibration: dict[str, Any], results: list[dict[str, Any]], 
 
 
 def _ceiling(calibration: dict[str, Any]) -> str:
-    """How fast the plain loop is alone and beside others, and what follows from it."""
+    """Say how fast the plain loop is alone and beside others, and how fast any strategy can be therefore."""
     return (
         f"{calibration['alone_seconds_per_step'] * 1e3:.1f} ms alone and "
         f"{calibration['together_seconds_per_step'] * 1e3:.1f} ms in {calibration['devices']} processes at once, so no way to "

@@ -109,7 +109,7 @@ def planner_of_recipe(
 
 
 def _asked(workload: Workload) -> tuple[Demands, str]:
-    """What the workload's task asks of a pipeline's schedule, and how many blocks its models have, in words."""
+    """Find what the workload's task asks of a pipeline's schedule, and how many blocks its models have, in words."""
     if workload.kind == "blockwise":
         return Demands(), f"{workload.task().num_blocks} blocks"
     from pipestill.recipes.estimate import form_of

@@ -41,7 +41,9 @@ class Finding:
 def run(words: list[str]) -> int:
     """Run the command; status 1 when something would keep a run from working."""
     (options,) = parse("doctor", words, DoctorOptions)
-    findings = [*_software(), *_hardware(), _launch(), *_recipes()]
+    packages = ("pipestill", "torch", "numpy", "jsonargparse", "rich", "matplotlib", "safetensors")
+    findings = [Finding("Python", "ok", platform.python_version()), *map(_package, packages)]
+    findings += [*_hardware(), _launch(), *_recipes()]
     bad = any(f.state == "bad" for f in findings)
     if options.json:
         print(json.dumps({"healthy": not bad, "findings": [asdict(f) for f in findings]}))
@@ -52,11 +54,6 @@ def run(words: list[str]) -> int:
         table.add_row(marks[finding.state], finding.what, finding.found, finding.remedy)
     Console().print(table)
     return int(bad)
-
-
-def _software() -> list[Finding]:
-    packages = ("pipestill", "torch", "numpy", "jsonargparse", "rich", "matplotlib", "safetensors")
-    return [Finding("Python", "ok", platform.python_version()), *map(_package, packages)]
 
 
 def _package(name: str) -> Finding:

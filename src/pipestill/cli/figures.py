@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def shown_bytes(num_bytes: float) -> str:
-    """Bytes for a person, in units of 1024."""
+    """Write a number of bytes for a person, in units of 1024."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
             return f"{num_bytes / size:#.3g} {unit}" if num_bytes < 99.95 * size else f"{num_bytes / size:.0f} {unit}"
@@ -16,18 +16,13 @@ def shown_bytes(num_bytes: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits of milliseconds, and all of them from 100 on."""
+    """Write seconds as milliseconds: three digits, and all of them from 100 on."""
     return f"{seconds * 1e3:#.3g}" if seconds < 0.0995 else f"{seconds * 1e3:.0f}"
 
 
 def counted(number: int, thing: str) -> str:
-    """A number of things: 1 device, 2 devices."""
+    """Write a number of things: 1 device, 2 devices."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
-def listed(numbers: Sequence[int]) -> str:
-    """Numbers as the command line takes them."""
-    return ",".join(map(str, numbers))
 
 
 _NO_END = 1_000  # columns of a file

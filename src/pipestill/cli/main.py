@@ -61,7 +61,7 @@ def _run(words: list[str]) -> int:
 
 
 def _leave_the_word(error: Exception) -> bool:
-    """Under torchrun, a rank that only lost another lets that one speak first; whether this was so."""
+    """Wait, under torchrun, where this rank only lost another one, which speaks first; whether this was so."""
     lost = "TORCHELASTIC_RUN_ID" in os.environ and import_module("pipestill.runtime.launch").has_lost_peer(error)
     if lost:
         time.sleep(_YIELD_SECONDS)

@@ -104,14 +104,14 @@ def _shown_default(group: type, name: str, usual: Any, meanings: Mapping[str, st
 
 
 def _entry(key: str, meaning: str, width: int, indent: int = 30) -> list[str]:
-    """A key with what it means in a column beside it, or below where the key is long."""
+    """Write a key with its meaning in a column beside it, or below where the key is long."""
     shown = textwrap.wrap(" ".join(meaning.split()), max(20, width - indent), break_on_hyphens=False)
     first = [f"{key:<{indent}}{shown[0]}"] if len(key) < indent - 1 else [key, " " * indent + shown[0]]
     return [*first, *(" " * indent + line for line in shown[1:])]
 
 
 def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[str, Any] | None = None) -> list[Any]:
-    """One instance of each dataclass in `groups` from `--key value` arguments, which win over `defaults`.
+    """Make an instance of each dataclass in `groups` from `--key value` arguments, which win over `defaults`.
 
     Every field of every group is a key. Prints help for --help, the result as YAML for --print_config, and raises
     `ConfigError` for an unknown key (with the nearest one) or a value of another type.
@@ -146,7 +146,7 @@ def parse(command: str, arguments: Sequence[str], *groups: type, defaults: dict[
 
 
 def vars_of(instance: Any) -> dict[str, Any]:
-    """A dataclass's fields, plain enough for YAML and JSON."""
+    """Give a dataclass's fields by name, plain enough for YAML and JSON."""
     return {f.name: _plain_value(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
 
 
@@ -157,7 +157,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _normal(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
-    """`--student-width` is the key `--student_width`, and a flag on its own means true."""
+    """Write keys as their fields are called, `--student_width` for `--student-width`, and a flag on its own as true."""
     out = []
     for word, following in zip(arguments, [*arguments[1:], ""], strict=False):
         if not word.startswith("--"):
@@ -171,7 +171,7 @@ def _normal(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 
 def _impossible(values: Mapping[str, Any]) -> Iterator[str]:
-    """What cannot be of options that are used before a trainer looks at them: no threads, or no time to wait."""
+    """Yield the problems of options that are used before a trainer looks at them: no threads, or no time to wait."""
     if values.get("threads") is not None:
         yield from whole("threads", values["threads"], 1)
     if "timeout_seconds" in values:
@@ -196,7 +196,7 @@ def given_keys(words: Sequence[str]) -> list[str]:
 
 
 def spelled(values: Mapping[str, Any]) -> list[str]:
-    """Keys with their values as the words of a command line; a key without a value is left out."""
+    """Write keys with their values as the words of a command line; a key without a value is left out."""
     words = []
     for key, value in values.items():
         if value is not None:
@@ -206,14 +206,14 @@ def spelled(values: Mapping[str, Any]) -> list[str]:
 
 
 def refuse(words: Sequence[str], keys: Sequence[str], why: str) -> None:
-    """`ConfigError` for keys on the command line that would be left unread in silence."""
+    """Raise `ConfigError` for keys on the command line that would be left unread in silence."""
     given = given_keys(words)
     if found := [key for key in keys if key in given]:
         raise ConfigError("; ".join(f"--{key} {why}" for key in found))
 
 
 def recipe_and_rest(command: str, arguments: Sequence[str]) -> tuple[type[Recipe], dict[str, Any], list[str]]:
-    """The recipe that the first argument names, itself or in a YAML file; the file's keys; and the other arguments."""
+    """Find the recipe that the first argument names, itself or in a YAML file, the file's keys, and the other arguments."""
     if not arguments or arguments[0].startswith("-"):
         if "--help" in arguments or "-h" in arguments:
             width = min(shutil.get_terminal_size().columns, 110)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.text import Text
 
 from pipestill import draw
-from pipestill.cli.figures import FigureTable, listed, milliseconds, say, show_line, shown_bytes
+from pipestill.cli.figures import FigureTable, milliseconds, say, show_line, shown_bytes
 from pipestill.cli.files import write_json
-from pipestill.cli.kinds import SearchReport
+from pipestill.cli.kinds import SearchReport, considered_figures, tell_considered
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.plan import Plan, make_plan
-from pipestill.plan.search import Considered, Search, search_pipelines
+from pipestill.plan.search import Search, search_pipelines
 from pipestill.recipes.run_options import Kind
 from pipestill.recipes.timelines import draw_pipeline, trace_names
 from pipestill.schedule import PIPELINE_STRATEGIES, Trace
@@ -51,7 +51,7 @@ class PipelineReport:
         return trace_names()
 
     def figures(self) -> dict[str, Any]:
-        """What is predicted, for JSON."""
+        """Give what is predicted, for JSON."""
         plan, trace = self.plan, self.plan.prediction
         return {
             "strategy": plan.strategy,
@@ -71,11 +71,11 @@ class PipelineReport:
         }
 
     def picture(self, path: Path, title: str, num_steps: int | None, unit: draw.Unit) -> None:
-        """Draw what is predicted."""
+        """Draw the predicted timeline."""
         draw.picture([self.plan.prediction], path, titles=[title], num_steps=2 if num_steps is None else num_steps, unit=unit)
 
     def tell(self, console: Console, title: str, unit: draw.Unit, schedule: bool) -> None:
-        """Print what is predicted, and the schedule too where it is asked for."""
+        """Print the predicted timeline and figures, and the schedule too where it is asked for."""
         plan, trace = self.plan, self.plan.prediction
         if schedule:
             show_line(console, draw.schedule_table(plan.schedule))
@@ -96,7 +96,7 @@ class PipelineReport:
             say(console, f"costs {plan.costs.source}")
 
     def stages_table(self) -> FigureTable:
-        """What each rank holds and does, a row each."""
+        """Make the table of what each rank holds and does, a row each."""
         plan, trace = self.plan, self.plan.prediction
         table = FigureTable("rank", "student blocks", "teacher blocks", "busy", "stash", "memory")
         busy = trace.busy_seconds_per_step()
@@ -114,7 +114,7 @@ class PipelineReport:
         draw_pipeline(self.plan, traces[0], path, num_steps)
 
     def run_figures(self, traces: Sequence[Trace], summary: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
-        """What happened in a run, for JSON, from its traces, its summary.json and the files of the traces."""
+        """Give what was measured in a run, for JSON, from its traces, its summary.json and the files of the traces."""
         (trace,) = traces
         return {
             "seconds_per_step": trace.median_seconds_per_step,
@@ -153,7 +153,7 @@ class PipelinePlanner:
 
     @property
     def num_blocks(self) -> str:
-        """How many blocks the costs are of, in words."""
+        """The numbers of both models' blocks, in words."""
         return f"{len(self.costs.student)} student and {len(self.costs.teacher)} teacher blocks"
 
     def make(self, options: SimulateOptions) -> PipelineReport:
@@ -173,33 +173,23 @@ class PipelinePlanner:
         figures = {
             "kind": self.kind, "devices": options.devices, "microbatches": options.microbatches, "rows": self.costs.rows,
             "costs": self.costs.source, "memory_limit_bytes": options.memory and int(options.memory),
-            "chosen": found.chosen.name, "considered": [_considered(one, found) for one in found.considered],
+            "chosen": found.chosen.name, "considered": considered_figures(found, _considered),
         }  # fmt: skip
         plan = found.plan
         keys: dict[str, Any] = {"strategy": plan.strategy, "microbatches": options.microbatches}
         keys |= {"split_backward": True} if plan.split_backward else {}
         keys |= {"stash": plan.stash} if plan.stash is not None else {}
         keys |= {"staleness": plan.staleness} if plan.staleness else {}
-        keys["student_partition"] = listed(plan.student_partition)
-        keys |= {"teacher_partition": listed(plan.teacher_partition)} if plan.teacher_partition else {}
+        keys["student_partition"] = plan.student_partition
+        keys |= {"teacher_partition": plan.teacher_partition} if plan.teacher_partition else {}
         return SearchReport(figures, plan.to_json(), keys, lambda console: self._tell_search(found, console))
 
     def _tell_search(self, found: Search[Plan], console: Console) -> None:
-        table = FigureTable("strategy", "ms a step", "busy", "stash", "stale", "memory", "")
-        for one in found.considered:
-            if one.plan is None:
-                table.add_row(one.name, "", "", "", "", "", "refused")
-                continue
-            plan, mark = one.plan, "<- chosen" if one is found.chosen else ""
-            table.add_row(
-                one.name, milliseconds(plan.prediction.seconds_per_step), f"{plan.prediction.utilisation:.1%}",
-                str(max(plan.proof.stash_peak)), str(plan.proof.staleness),
-                shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "", mark,
-            )  # fmt: skip
-        table.show(console)
-        for one in found.considered:
-            if one.refused:
-                say(console, f"{one.name}: {one.refused}")
+        tell_considered(found, console, ("ms a step", "busy", "stash", "stale", "memory"), lambda plan: [
+            milliseconds(plan.prediction.seconds_per_step), f"{plan.prediction.utilisation:.1%}",
+            str(max(plan.proof.stash_peak)), str(plan.proof.staleness),
+            shown_bytes(max(plan.memory_bytes)) if plan.memory_bytes else "",
+        ])  # fmt: skip
         plan = found.plan
         say(console, f"{found.chosen.name}, by rank:")
         PipelineReport(plan).stages_table().show(console)
@@ -217,11 +207,11 @@ class PipelinePlanner:
         write_json(path, self.costs.to_json())
 
     def figures(self, microbatches: int) -> dict[str, Any]:
-        """The costs, for JSON; they are of one of so many microbatches."""
+        """Give the costs, for JSON; they are of one of so many microbatches."""
         return {"microbatches": microbatches, "costs": self.costs.to_json()}
 
     def tell(self, console: Console, devices: int) -> None:
-        """Print the costs, which were measured with so many processes."""
+        """Print the costs, which were measured with `devices` processes."""
         costs = self.costs
         computed = costs.source.startswith("computed")
         say(console, f"milliseconds of one microbatch of {costs.rows} rows{'' if computed else ', median'}; update once a batch")
@@ -252,11 +242,8 @@ class PipelinePlanner:
         return compare_virtual_pipelines(costs, self.demands, options, microbatches=microbatches)
 
 
-def _considered(one: Considered[Plan], found: Search[Plan]) -> dict[str, Any]:
-    if one.plan is None:
-        return {"name": one.name, "chosen": False, "refused": one.refused}
-    knobs = {"split_backward": one.plan.split_backward, "stash": one.plan.stash}
-    return {"name": one.name, "chosen": one is found.chosen, **PipelineReport(one.plan).figures(), **knobs}
+def _considered(plan: Plan) -> dict[str, Any]:
+    return {**PipelineReport(plan).figures(), "split_backward": plan.split_backward, "stash": plan.stash}
 
 
 def _cells(block: BlockCosts, trains: bool) -> list[str]:
@@ -269,10 +256,10 @@ def _cells(block: BlockCosts, trains: bool) -> list[str]:
 
 
 def block_name(index: int, name: str) -> str:
-    """A block's number, with its name where it has another."""
+    """Name a block for a person: its number, with its name where it has another."""
     return name if name == str(index) else f"{index}: {name}"
 
 
 def shown_link(link: Link) -> str:
-    """How long a message takes, for a person."""
+    """Say for a person how long a message takes."""
     return f"{link.latency_seconds * 1e6:.0f} us, then {link.bytes_per_second / 1e9:.3g} GB/s"

@@ -37,20 +37,11 @@ class PlanOptions(PlanningOptions):
     json: bool = False
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """What a plan is searched for: costs, and of a recipe its name and the words that make the same experiment again."""
-
-    planner: Planner
-    recipe: str | None = None
-    experiment: tuple[str, ...] = ()
-
-
 def run(words: list[str]) -> int:
     """Run the command."""
     source = words[0] if words and not words[0].startswith("-") else None
-    problem, options = _of_file(words) if source is None else _of_recipe(words)
-    planner = problem.planner
+    planner, experiment, options = _of_file(words) if source is None else _of_recipe(words)
+    recipe = next(iter(experiment), None)
     if options.strategy is not None:
         check_strategy(options.strategy.split("+")[0], planner)
     refuse_foreign(words, planner)
@@ -59,21 +50,22 @@ def run(words: list[str]) -> int:
     if options.out is not None:
         write_json(options.out, found.plan)
     if options.json:
-        print(json.dumps({**found.figures, "recipe": problem.recipe, "file": options.out}, allow_nan=False))
+        print(json.dumps({**found.figures, "recipe": recipe, "file": options.out}, allow_nan=False))
         return 0
     console = Console()
     found.tell(console)
     if options.out is not None:
         show_line(console, f"written to {options.out}; 'pipestill simulate {shlex.quote(options.out)}' draws it")
-    if problem.recipe is not None:
+    if recipe is not None:
         keys = {"devices": options.devices, **found.keys} | {"memory": options.memory, "device": options.device}
         # A pipeline's plan holds its costs, from which training finds the same plan again.
         keys["costs"] = options.costs or (options.out if planner.kind == "pipeline" else None)
-        show_line(console, shlex.join(["pipestill", "train", *problem.experiment, *spelled(keys)]))
+        show_line(console, shlex.join(["pipestill", "train", *experiment, *spelled(keys)]))
     return 0
 
 
-def _of_recipe(words: list[str]) -> tuple[_Problem, PlanOptions]:
+def _of_recipe(words: list[str]) -> tuple[Planner, list[str], PlanOptions]:
+    """Make the planner of a recipe's costs; the words that make the same experiment again are the second."""
     recipe, options, rest = recipe_of("plan", words, PlanOptions, asked_for=("strategy",))
     refuse(rest, OF_TASKS, "is for costs without a recipe; leave it out")
     _check_files(options)
@@ -88,17 +80,17 @@ def _of_recipe(words: list[str]) -> tuple[_Problem, PlanOptions]:
     check_batch(options.batch, workload.train_loader.batch_size)
     own = vars(recipe)
     given = {key: own[key] for key in [*recipe_and_rest("plan", words)[1], *given_keys(rest)] if key in own}
-    return _Problem(planner, recipe.name, (recipe.name, *spelled(given))), options
+    return planner, [recipe.name, *spelled(given)], options
 
 
-def _of_file(words: list[str]) -> tuple[_Problem, PlanOptions]:
+def _of_file(words: list[str]) -> tuple[Planner, list[str], PlanOptions]:
     (options,) = parse("plan [RECIPE|config.yaml]", words, PlanOptions)
     refuse(words, ("device", "threads"), "is for measuring a recipe; leave it out")
     refuse(words, ("estimate",), "is for a recipe's models; leave it out, or name a recipe instead of --costs")
     _check_files(options)
     if options.costs is None:
         raise ConfigError("'plan' needs one of: a recipe, a config.yaml, or --costs FILE (.json, or .csv of blocks)")
-    return _Problem(planner_of_file(options.costs, options, options.batch)), options
+    return planner_of_file(options.costs, options, options.batch), [], options
 
 
 def _check_files(options: PlanOptions) -> None:

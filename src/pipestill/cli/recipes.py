@@ -44,5 +44,5 @@ def run(words: list[str]) -> int:
 
 
 def missing_packages(needs: tuple[str, ...]) -> list[str]:
-    """Those of the named packages that cannot be imported."""
+    """List those of the named packages that cannot be imported."""
     return [need for need in needs if find_spec(_MODULES.get(need, need)) is None]

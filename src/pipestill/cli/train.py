@@ -74,7 +74,7 @@ def run(words: list[str]) -> int:
 
 
 def found(search: dict[str, Any]) -> str:
-    """What a search found, and how large it is."""
+    """Say which network a search found, and how large it is."""
     paths = " | ".join(" ".join(stage) for stage in search["paths"])
     sizes = [
         f"{name.replace('_', ' ')} {search['flops'][name] / 1e6:,.2f} MFLOPs, {search['parameters'][name]:,} parameters"
@@ -84,7 +84,7 @@ def found(search: dict[str, Any]) -> str:
 
 
 def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> None:
-    """The end of a run, for a person."""
+    """Print the results of a run for a person."""
     metrics = summary["metrics"]
     rows = [
         (title, key)

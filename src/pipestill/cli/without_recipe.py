@@ -82,7 +82,7 @@ class SimulateOptions(PlanningOptions):
 
 
 def demands_of(costs: Costs, options: CostsOptions) -> tuple[Costs, Demands]:
-    """The costs of the task of these options, and what it asks of a schedule; `ConfigError` when the costs are of another."""
+    """Give the costs of the task of these options, and what it asks of a schedule; `ConfigError` for costs of another task."""
     if options.views < 1:
         raise ConfigError(f"views is {options.views}; expected at least 1")
     if options.teacher == "ema" and not costs.teacher:
@@ -95,7 +95,7 @@ def demands_of(costs: Costs, options: CostsOptions) -> tuple[Costs, Demands]:
 
 
 def uniform(times: str, options: CostsOptions) -> Costs:
-    """Costs of one block for each stage, all alike, from T,F,BI,BW."""
+    """Make costs of one block for each stage, all alike, from T,F,BI,BW."""
     try:
         teacher, forward, input_gradient, weight_gradient = (float(x) for x in times.split(","))
     except ValueError:

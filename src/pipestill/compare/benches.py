@@ -91,7 +91,7 @@ class BlockwiseBench(Bench):
     measuring_strategy = "relay-dpu"
 
     def steps_of(self, trainer: Trainer, costs: BlockProfile) -> int:
-        """As many batches as asked for, or as many windows of them as show a steady state."""
+        """The number of batches to train: as many as asked for, or as many windows of them as show a steady state."""
         if trainer.strategy == REFERENCE:
             return self.steps
         plan: BlockwisePlan = trainer.engine.plan(costs, self.batches.rows, memory_bytes=trainer.memory_bytes)
@@ -102,7 +102,7 @@ class BlockwiseBench(Bench):
         return costs.link
 
     def calibrated(self, costs: BlockProfile, loops: Sequence[PlainLoop], links: Sequence[Link]) -> BlockProfile:
-        """Work scaled to what one pass takes while all processes compute."""
+        """Scale the profile's work to what one pass takes while all processes compute."""
         rows = self.batches.rows
         one_pass = sum(block.teacher(rows) + block.student(rows) for block in costs.blocks)
         return costs.scaled(median_loop(loops).together_seconds / one_pass)

@@ -33,7 +33,7 @@ class PlainLoop:
     together_seconds: float
 
     def ceiling(self, devices: int) -> float:
-        """How many times as fast as one process `devices` of them can be on this machine: no strategy is faster."""
+        """Compute how many times as fast as one process `devices` of them can be on this machine: no strategy is faster."""
         return devices * self.alone_seconds / self.together_seconds
 
 
@@ -61,7 +61,7 @@ def with_spread(name: str, values: Sequence[float]) -> dict[str, Any]:
 
 
 def strategy_figures(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
-    """Seconds a step that each strategy took in each round -> time and speedup of each strategy.
+    """Compute each strategy's time and speedup from the seconds a step that it took in each round.
 
     Speedups are over the first strategy, each of a round over the same round, so that what slows all strategies of a
     round down falls out.
@@ -80,7 +80,7 @@ def strategy_figures(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[s
 def ceiling_figures(
     seconds: Mapping[str, Sequence[float]], loops: Sequence[PlainLoop], devices: int
 ) -> dict[str, dict[str, Any]]:
-    """How near each strategy came to the machine's ceiling, round by round.
+    """Compute how near each strategy came to the machine's ceiling, round by round.
 
     `share_of_ceiling` is the speedup over the plain loop divided by the ceiling, `speedup_share_of_ceiling` that over the
     first strategy. `loops` holds the plain loop of each round.
@@ -100,7 +100,7 @@ def ceiling_figures(
 
 
 def machine_figures(loops: Sequence[PlainLoop], devices: int) -> dict[str, Any]:
-    """What the machine itself can do; `loops` holds the plain loop of each round."""
+    """Compute what the machine itself can do; `loops` holds the plain loop of each round."""
     middle = median_loop(loops)
     return {
         "devices": devices,
@@ -125,7 +125,7 @@ def calibrated(
 
 
 def enough_steps(wanted: int, fewest: int, seconds_per_step: float, long_seconds: float) -> int:
-    """Steps to measure: as many as wanted, or as last `long_seconds` where each takes long; never less than `fewest`."""
+    """Choose how many steps to measure: as many as wanted, or as last `long_seconds`; never less than `fewest`."""
     return max(fewest, min(wanted, math.ceil(long_seconds / seconds_per_step)))
 
 

@@ -158,7 +158,7 @@ def _comparison(
 def _launched(
     run: Callable[..., Runs], plans: Mapping[str, P], steps: Mapping[str, Sequence[int]], options: VirtualOptions
 ) -> Runs:
-    """Call `run` in a process for each device; what it returns on rank 0."""
+    """Call `run` in a process for each device, and give what it returns on rank 0."""
     runs: Runs = launch(
         run, (plans, steps, options.rounds, options.timeout_seconds), options.devices, device_type="cpu", threads=1,
         timeout_seconds=options.timeout_seconds,
@@ -177,7 +177,7 @@ def _pipeline(name: str, costs: Costs, demands: Demands, devices: int, microbatc
 
 
 def _trivial(costs: Costs, devices: int) -> Plan:
-    """Stages alike, without a teacher, whose actions last as long as those of the costs on average."""
+    """Plan stages alike, without a teacher, whose actions last as long as those of the costs on average."""
     actions = 3 * devices * len(costs.views)
     seconds = costs.microbatch_seconds(len(costs.views)) / actions
     alike = dataclasses.replace(Costs.uniform(devices, 0.0, seconds, seconds, teacher=False), link=costs.link)
@@ -186,19 +186,14 @@ def _trivial(costs: Costs, devices: int) -> Plan:
 
 def _run_pipelines(plans: Mapping[str, Plan], steps: Mapping[str, Sequence[int]], rounds: int, timeout_seconds: float) -> Runs:
     """Run every plan in every round, on every rank; complete on rank 0."""
-
-    def run(name: str) -> tuple[list[Trace], float]:
-        trace, late = run_virtual_pipeline(plans[name], steps[name][0], timeout_seconds) or (None, 0.0)
-        return [trace] if trace else [], late
-
-    return in_rounds(plans, rounds, run)
+    return in_rounds(plans, rounds, lambda name: run_virtual_pipeline(plans[name], steps[name][0], timeout_seconds))
 
 
 # ---------------------------------------------------------------- blockwise
 
 
 def _steps_of_phases(plan: BlockwisePlan, batches: int) -> list[int]:
-    """Steps of each phase: for as many batches as asked for, or fewer where each takes long."""
+    """Choose the steps of each phase: for as many batches as asked for, or fewer where each takes long."""
     return [
         enough_steps(
             math.ceil(batches / phase.window),
@@ -216,13 +211,13 @@ def _mean_action_seconds(plan: BlockwisePlan) -> float:
 
 
 def _slowed(plan: BlockwisePlan, factor: float) -> BlockwisePlan:
-    """The same schedules where everything lasts `factor` times as long."""
+    """Make the same plan with everything lasting `factor` times as long."""
     profile = plan.costs.profile.scaled(factor, transfers=True)
     return dataclasses.replace(plan, costs=dataclasses.replace(plan.costs, profile=profile))
 
 
 def _at_speed(trace: Trace, slower: float) -> Trace:
-    """The trace in seconds of the profile."""
+    """Convert a trace to seconds of the profile."""
     events = (dataclasses.replace(e, start=e.start / slower, end=e.end / slower) for e in trace.events)
     return dataclasses.replace(trace, events=tuple(events))
 
@@ -232,8 +227,4 @@ def _run_blockwise(
 ) -> Runs:
     """Run every plan in every round, on every rank; complete on rank 0."""
     groups = process_groups(list(plans.values()))
-
-    def run(name: str) -> tuple[list[Trace], float]:
-        return run_virtual_blockwise(plans[name], steps[name], groups, timeout_seconds) or ([], 0.0)
-
-    return in_rounds(plans, rounds, run)
+    return in_rounds(plans, rounds, lambda name: run_virtual_blockwise(plans[name], steps[name], groups, timeout_seconds))

@@ -78,7 +78,7 @@ class Box:
 
     @property
     def seconds(self) -> float:
-        """How long the box is."""
+        """The length of the box in seconds."""
         return self.end - self.start
 
 

@@ -1,13 +1,16 @@
 """Seeds random numbers by what they are drawn for, so that they do not depend on which rank draws them, or when."""
 
+from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipestill.schedule import Role
+
+T = TypeVar("T")
 
 
 def seed_block(seed: int, role: Role, block: int, step: int, unit: int, device: torch.device) -> None:
@@ -22,6 +25,13 @@ def seed_block(seed: int, role: Role, block: int, step: int, unit: int, device: 
 def derive(*parts: object) -> int:
     """Hash values that `repr` writes fully, such as numbers and text, to a seed of 63 bits."""
     return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seeded(seed: int, build: Callable[[], T]) -> T:
+    """Call `build` with the CPU's random numbers drawn from `seed`, and leave the random state as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 def _index(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pipestill.arguments import raise_problems
 from pipestill.costs import Costs, StageCosts
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.plan.memory import memory_bytes_of, refuse_more_than
@@ -66,8 +67,7 @@ class Plan:
     """The schedule's actions with the times that the simulator expects."""
 
     def __post_init__(self) -> None:
-        if problems := self._problems():
-            raise PlanError("; ".join(problems))
+        raise_problems(self._problems(), PlanError)
         schedule = generate(
             self.strategy,
             self.num_devices,
@@ -133,7 +133,7 @@ class Plan:
         return plan
 
     def to_json(self) -> dict[str, Any]:
-        """What the plan was made from, for `from_json`, which makes the same plan again."""
+        """Write what the plan was made from, for `from_json`, which makes the same plan again."""
         given = {item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.init}
         return {"version": _VERSION, **given, "costs": self.costs.to_json(), "demands": dataclasses.asdict(self.demands)}
 
@@ -196,8 +196,7 @@ def make_plan(
     problems = partition_problems(costs, devices, student_partition, teacher_partition)
     if not problems and demands.momentum and student_partition is not None:
         problems = momentum_problems(costs, student_partition, teacher_partition)
-    if problems:
-        raise PlanError("; ".join(problems))
+    raise_problems(problems, PlanError)
     candidates = [
         Partitions(
             level.student if student_partition is None else tuple(student_partition),

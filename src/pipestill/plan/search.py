@@ -238,7 +238,7 @@ def _tried(name: str, make: Callable[[], P]) -> Considered[P]:
 
 
 def _planned(considered: Sequence[Considered[P]]) -> list[tuple[Considered[P], P]]:
-    """What was considered and has a plan, with that plan."""
+    """Select what was considered and has a plan, with that plan."""
     return [(one, one.plan) for one in considered if one.plan is not None]
 
 

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A shipped recipe, described without importing it. `needs` are the packages beyond the dependencies."""
+    """A shipped recipe, described without importing it. `needs` are the packages that it takes (default: the digits')."""
 
     name: str
     home: str
     summary: str
     data: str
-    needs: tuple[str, ...]
+    needs: tuple[str, ...] = ("scikit-learn",)
 
     def load(self) -> type[Recipe]:
         """Import the recipe's class."""
@@ -35,7 +35,6 @@ RECIPES = {
         "pipestill.recipes.soft_target:SoftTarget",
         "distil an image classifier into another by its softened logits (Hinton et al.; TSPipe's KD benchmark)",
         "scikit-learn's digits: 1,797 real 8x8 scans of handwriting, embedded; with --data PATH folders of images",
-        ("scikit-learn",),
     ),
     "distilbert": Entry(
         "distilbert",
@@ -49,35 +48,30 @@ RECIPES = {
         "pipestill.recipes.byol:Byol",
         "features without labels: two views, a predictor and a momentum teacher, CNN or ResNet (Grill et al.)",
         "scikit-learn's digits; with --data PATH CIFAR-10's files or folders of images (with Pillow)",
-        ("scikit-learn",),
     ),
     "moco-v3": Entry(
         "moco-v3",
         "pipestill.recipes.moco_v3:MocoV3",
         "features without labels: each image's other view among all others of the batch, ViT (Chen et al.)",
         "the same digits; with --data PATH CIFAR-10's files or folders of images (with Pillow)",
-        ("scikit-learn",),
     ),
     "dino": Entry(
         "dino",
         "pipestill.recipes.dino:Dino",
         "features without labels: small views agree with a teacher's of two large ones, CNN or ViT (Caron et al.)",
         "the same digits; with --data PATH CIFAR-10's files or folders of images (with Pillow)",
-        ("scikit-learn",),
     ),
     "compress": Entry(
         "compress",
         "pipestill.recipes.compress:Compress",
         "replace a VGG's or ResNet's convolutions by depthwise-separable ones, block by block (Pipe-BD)",
         "the same digits; with --data PATH CIFAR-10's files or folders of images (with Pillow)",
-        ("scikit-learn",),
     ),
     "nas": Entry(
         "nas",
         "pipestill.recipes.nas:Nas",
         "search a supernet for a network, block by block, with a MobileNetV2 as the teacher (Pipe-BD, ProxylessNAS)",
         "the same digits; with --data PATH CIFAR-10's files or folders of images (with Pillow)",
-        ("scikit-learn",),
     ),
 }
 

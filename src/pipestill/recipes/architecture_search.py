@@ -1,4 +1,4 @@
-"""When a supernet's weights learn and when its paths: the batches, the optimizer and the loss of both."""
+"""Trains a supernet's weights and its paths in turn: the batches, the optimizer and the loss of both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALPHA = "alpha"  # the last part of the names of architecture parameters
 
 @dataclass(frozen=True, slots=True)
 class SearchSteps:
-    """Which batches of a run are for the architecture parameters.
+    """The order of a run's batches: which of them are for the architecture parameters.
 
     An epoch has `batches` for the weights, and after every `every` of them one for the architecture. In the first
     `warm_up_epochs` there is one more for the weights in its place.
@@ -31,11 +31,11 @@ class SearchSteps:
 
     @property
     def epoch_length(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches of an epoch."""
         return self.batches + self.batches // self.every
 
     def is_extra(self, place: int) -> bool:
-        """Whether the batch at a place of an epoch is one of those between."""
+        """Whether the batch at a place of an epoch stands between those for the weights."""
         return place % (self.every + 1) == self.every
 
     def learns_paths(self, batch: int) -> bool:
@@ -59,11 +59,11 @@ class Interleaved:
 
     @property
     def sampler(self) -> Interleaved:
-        """What is told the epoch."""
+        """The object that is told the epoch: this one."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Which pass comes next in this thread."""
+        """Set which pass comes next in this thread."""
         self.epoch_of.value = epoch
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class Alternating(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move what has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -119,7 +119,7 @@ class Alternating(torch.optim.Optimizer):
 
 
 def weights_and_alphas(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The two groups of `Alternating`, by the parameters' names."""
+    """Make the two groups of `Alternating`, by the parameters' names."""
     kinds: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in parameters.items():
         kinds[name.rpartition(".")[2] == ALPHA].append(parameter)
@@ -151,13 +151,13 @@ class WithFlops:
 
 
 def rows_apart(count: int, share: float, generator: torch.Generator) -> tuple[list[int], list[int]]:
-    """Rows 0 to `count` - 1 in two parts, drawn at random: those to train on, and a `share` that is held out."""
+    """Divide rows 0 to `count` - 1 at random into those to train on and a `share` that is held out."""
     order = torch.randperm(count, generator=generator).tolist()
     held = min(max(1, round(count * share)), count - 1)
     return sorted(order[held:]), sorted(order[:held])
 
 
 def length(dataset: object) -> int:
-    """Samples of a dataset."""
+    """Count the samples of a dataset."""
     assert isinstance(dataset, Sized)
     return len(dataset)

@@ -23,7 +23,7 @@ _BLURRED_FROM = 64  # pixels: smaller images are not blurred (Chen et al. 2020, 
 def view_loader(
     images: Images, views: Sequence[View], batch_size: int, *, num_samples: int | None = None, workers: int = 0
 ) -> DataLoader[Any]:
-    """A shuffled loader of ((view, view, ...), None) of the images to train on; labels are not passed on.
+    """Make a shuffled loader of ((view, view, ...), None) of the images to train on; labels are not passed on.
 
     The loader's workers make the views, each image's from all of it as it lies in its file. They draw from generators that
     the loader seeds anew in each epoch from that of whoever reads it.
@@ -52,7 +52,7 @@ class Whole(Dataset[Sample]):
 
 @dataclass(frozen=True)
 class Views:
-    """Samples (image, label) -> a batch of views without targets."""
+    """Turns samples (image, label) into a batch of views without targets."""
 
     views: tuple[View, ...]
 
@@ -118,7 +118,7 @@ class Photographs:
         return torch.stack([self.one(image) for image in images])
 
     def one(self, image: Tensor) -> Tensor:
-        """A view of one image."""
+        """Make a view of one image."""
         image = part_of(image.float() / 255.0, self.size, self.share)
         if happens(0.5):
             image = image.flip(2)
@@ -135,17 +135,17 @@ class Photographs:
 
 
 def happens(chance: float) -> bool:
-    """Something of that chance."""
+    """Draw whether something happens that has this chance."""
     return between(0.0, 1.0) < chance
 
 
 def between(low: float, high: float) -> float:
-    """A number drawn evenly from [low, high)."""
+    """Draw a number evenly from [low, high)."""
     return low + (high - low) * float(torch.rand(()))
 
 
 def part_of(image: Tensor, size: int, share: tuple[float, float]) -> Tensor:
-    """A part with that share of the area and sides between 3:4 and 4:3 (Szegedy et al. 2015, section 6), (3, size, size)."""
+    """Cut out a part with a share of the area and sides of 3:4 to 4:3 (Szegedy et al. 2015, section 6): (3, size, size)."""
     height, width = image.shape[1:]
     area = between(*share) * height * width
     ratio = math.exp(between(-math.log(4 / 3), math.log(4 / 3)))
@@ -158,7 +158,7 @@ def part_of(image: Tensor, size: int, share: tuple[float, float]) -> Tensor:
 
 
 def other_colours(image: Tensor, brightness: float, contrast: float, saturation: float, hue: float) -> Tensor:
-    """The image (3, h, w) with each of these changed by up to that share (of a full turn for the hue), in any order."""
+    """Change each of these of an image (3, h, w) by up to a share (of a full turn for the hue), in any order."""
     changes: list[Callable[[Tensor, float], Tensor]] = [
         lambda x, by: x * (1.0 + by),
         lambda x, by: x + by * (x - grey(x).mean()),
@@ -172,12 +172,12 @@ def other_colours(image: Tensor, brightness: float, contrast: float, saturation:
 
 
 def grey(image: Tensor) -> Tensor:
-    """Brightness (1, h, w) of an image (3, h, w)."""
+    """Compute the brightness (1, h, w) of an image (3, h, w)."""
     return torch.einsum("c,chw->hw", torch.tensor(_GREY), image).unsqueeze(0)
 
 
 def turned_hue(image: Tensor, turns: float) -> Tensor:
-    """Colours turned about the axis of greys; the brightness stays."""
+    """Turn an image's colours about the axis of greys; the brightness stays."""
     angle = 2 * math.pi * turns
     axis = torch.full((3, 3), 1 / 3)
     across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
@@ -187,7 +187,7 @@ def turned_hue(image: Tensor, turns: float) -> Tensor:
 
 
 def blurred(image: Tensor, sigma: float) -> Tensor:
-    """A Gaussian of `sigma` pixels over an image (3, h, w), reflected at its edges."""
+    """Blur an image (3, h, w), reflected at its edges, by a Gaussian of `sigma` pixels."""
     radius = min(math.ceil(3 * sigma), min(image.shape[1:]) - 1)
     weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
     weights = (weights / weights.sum()).expand(3, 1, 1, -1)

@@ -1,4 +1,4 @@
-"""The workload of blockwise training: a teacher, student blocks each trained alone, and the student they make."""
+"""The workload of blockwise training: a teacher, the student's blocks, and the student that these make."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -81,7 +81,7 @@ class BlockwiseWorkload:
         return self.train_loader if self.block_loader is None else self.block_loader
 
     def task(self) -> Blockwise:
-        """Build a fresh task: the student's blocks, each to be trained alone."""
+        """Build a fresh task of blockwise training."""
         return self.build()
 
     def trainer(self, task: Blockwise, options: RunOptions, **others: Any) -> Trainer:
@@ -170,7 +170,7 @@ class BlockwiseWorkload:
 
 
 def end_to_end(options: RunOptions, *models: nn.Module) -> RunOptions:
-    """How whole models are trained where blocks are trained by `options.strategy`: with at most one stage for each block."""
+    """Give the options of whole models where blocks are trained by `options.strategy`: at most one stage for each block."""
     stages = min(options.devices, *(len(BlockModel(model)) for model in models))
     strategy = REFERENCE if options.strategy == REFERENCE else "fill"
     return dataclasses.replace(options, strategy=strategy, devices=stages, costs=None, memory=None)

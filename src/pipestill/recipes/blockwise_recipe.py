@@ -56,11 +56,11 @@ class BlockwiseRecipe(ImageRecipe):
         super().check({"teacher_epochs": 1, "fine_tuning_epochs": 0, **least}, **others)
 
     def images(self, seed: int) -> Images:
-        """Open what is learnt from."""
+        """Open the images that the models are trained on."""
         return self.read_images(seed, augment=self.augment)
 
     def of_whole_models(self, fine_tuning_temperature: float) -> dict[str, Any]:
-        """Arguments of `BlockwiseWorkload` for the trainings of whole models, all by SGD."""
+        """Make the arguments of `BlockwiseWorkload` for the trainings of whole models, all by SGD."""
         options = {"momentum": self.sgd_momentum, "weight_decay": self.weight_decay}
 
         def training(epochs: int, lr: float) -> Training:
@@ -78,5 +78,5 @@ class BlockwiseRecipe(ImageRecipe):
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """Numbers as the command line takes them."""
+    """Write numbers as the command line takes them."""
     return ",".join(map(str, numbers)) or "empty"

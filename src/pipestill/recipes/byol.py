@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from pipestill.losses import byol
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.images import Images
 from pipestill.recipes.networks import RESNETS, network
 from pipestill.recipes.recipe import filled
-from pipestill.recipes.self_supervised import TwoViews, rising, seeded
+from pipestill.recipes.self_supervised import TwoViews, rising
 from pipestill.recipes.soft_target import convolutions
 
 _PUBLISHED: dict[str, Any] = {
@@ -71,7 +71,7 @@ class Byol(TwoViews):
         return Momentum(teacher, student, byol, momentum=momentum, views=2)
 
     def _encoder(self, images: Images, seed: int) -> tuple[nn.Module, int]:
-        """Images -> features (rows, dim), and dim."""
+        """Build the encoder, from images to features (rows, dim), and give dim too."""
         if self.network == "cnn":
             return seeded(seed, lambda: cnn(images.channels, self.width, self.depth, self.dropout)), self.width * 2
         resnet: Any = network(RESNETS[self.network], images.channels, images.size, 0, seed=seed, cuts="residual")
@@ -90,6 +90,6 @@ class Pooled(nn.Module):
 
 
 def cnn(channels: int, width: int, depth: int, dropout: float) -> nn.Sequential:
-    """A first convolution and `depth` more, the middle one of which halves the image, and behind it twice the width."""
+    """Build a first convolution and `depth` more; the middle one halves the image, and from it on the width is double."""
     *blocks, last = convolutions(channels, width, depth, dropout)
     return nn.Sequential(*blocks, Pooled(last))

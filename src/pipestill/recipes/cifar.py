@@ -39,7 +39,7 @@ def cifar10(folder: Path) -> Images:
 
 
 class _PlainPickle(pickle.Unpickler):
-    """Arrays and plain values only: a pickle may otherwise run anything."""
+    """Reads arrays and plain values only: a pickle may otherwise run anything."""
 
     _ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "encode"})
 

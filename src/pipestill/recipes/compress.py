@@ -127,7 +127,7 @@ class Compress(BlockwiseRecipe):
         )
 
     def task(self, channels: int, size: int, num_classes: int, seed: int) -> Blockwise:
-        """Teacher and student for images (rows, channels, size, size)."""
+        """Build teacher and student for images (rows, channels, size, size)."""
         teacher = Shape(self.network, self.widths, self.depths, self.hidden)
         student = Shape(self.network, self.widths, self.student_depths)
         form = (channels, size, num_classes)

@@ -13,6 +13,7 @@ from pipestill.model.seeding import derive
 from pipestill.recipes.cifar import CIFAR_FOLDER, CIFAR_PAGE, cifar10
 from pipestill.recipes.image_folders import image_folders, read_classes
 from pipestill.recipes.images import Images, Sample
+from pipestill.recipes.packages import needed
 
 NOISE, _NOISE_BATCHES = "noise", 16
 _SHOWN = 5  # entries of a folder that is no data set
@@ -29,7 +30,7 @@ def choose_images(
     page: str,
     classes: str | None = None,
 ) -> Images:
-    """What a recipe of images learns from: `data`, a path or "noise", or what is embedded for its preset.
+    """Open the images that a recipe trains on: `data`, a path or "noise", or what is embedded for its preset.
 
     `form` is (channels, size, classes), `page` where the docs tell of the data, `classes` a file that names the only
     folders of images to read. `ConfigError` for a preset without any data.
@@ -50,12 +51,8 @@ def choose_images(
 
 
 def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
-    """scikit-learn's digits as images (rows, 1, 8, 8), 0 to 1, and labels (rows,): 1,437 to train, 360 to test."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ConfigError("the digits are read from scikit-learn, which is not installed; run pip install scikit-learn") from None
-    data = load_digits()
+    """Read scikit-learn's digits: images (rows, 1, 8, 8), 0 to 1, and labels (rows,), 1,437 to train and 360 to test."""
+    data = needed("sklearn.datasets", "the digits are read from scikit-learn", "scikit-learn").load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16.0
     labels = torch.tensor(data.target, dtype=torch.int64)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive(seed, "split")))
@@ -65,7 +62,7 @@ def digits(seed: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def open_images(path: str | Path, size: int, *, augment: bool, classes: Sequence[str] | None = None) -> Images:
-    """What lies at `path`: a folder of CIFAR-10's files, or of `train` and `val`, each with a folder of images a class.
+    """Open what lies at `path`: CIFAR-10's files, or `train` and `val`, each with a folder of images a class.
 
     Images of folders are brought to `size` x `size`; CIFAR-10's are 32 x 32. `classes`: only these folders. Raises
     `DataError` with what is missing, empty or broken as far as that can be seen without decoding everything.
@@ -90,7 +87,7 @@ def open_images(path: str | Path, size: int, *, augment: bool, classes: Sequence
 
 
 def noise(channels: int, size: int, num_classes: int, num_samples: int, seed: int) -> Images:
-    """Images of noise with labels that mean nothing: to measure speed in a form whose data is not at hand."""
+    """Make images of noise with labels that mean nothing: to measure speed in a form whose data is not at hand."""
     train, test = (
         Noise(channels, size, num_classes, count, derive(seed, half))
         for half, count in (("train", num_samples), ("test", max(1, num_samples // 8)))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from pipestill import losses
 from pipestill.lr_schedules import LrSchedule, cosine
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View
 from pipestill.recipes.byol import cnn
 from pipestill.recipes.images import Images
 from pipestill.recipes.recipe import filled
-from pipestill.recipes.self_supervised import Chain, SelfSupervised, patch_problems, rising, seeded
+from pipestill.recipes.self_supervised import Chain, SelfSupervised, patch_problems, rising
 from pipestill.recipes.training import OPTIMIZERS, Training, without_decay
 from pipestill.recipes.vit import VIT_B, VIT_S, ViTShape, vit
 
@@ -114,13 +114,13 @@ class Dino(SelfSupervised):
         return PRESETS[self.preset]["channels"], PRESETS[self.preset]["classes"]
 
     def training(self, schedule: Callable[[int], LrSchedule]) -> Training:
-        """How the student is trained: by AdamW, with a weight decay that grows."""
+        """Say how the student is trained: by AdamW, with a weight decay that grows."""
         grown = self.final_weight_decay / self.weight_decay if self.weight_decay else 1.0
         options = {"weight_decay": self.weight_decay}
         return Training(self.epochs, OPTIMIZERS["adamw"], self.lr, options, schedule, without_decay, partial(cosine, end=grown))
 
     def views(self, images: Images) -> list[View]:
-        """Two large views, and small ones."""
+        """Make two large views and several small ones."""
         if images.channels == 1:
             large, small = Scans(images.size), Scans(self.local_size, window=(0.6, 0.8), moved=0.3)
             return [large, large, *(small for _ in range(self.local_views))]
@@ -148,7 +148,7 @@ class Dino(SelfSupervised):
         )  # fmt: skip
 
     def _encoder(self, images: Images, seed: int) -> tuple[nn.Module, int]:
-        """Images of any size -> features (rows, dim), and dim."""
+        """Build the encoder, from images of any size to features (rows, dim), and give dim too."""
         if self.model == "cnn":
             return seeded(seed, lambda: cnn(images.channels, self.width, self.depth, self.dropout)), 2 * self.width
         shape = dataclasses.replace(MODELS[self.model], depth=self.depth)

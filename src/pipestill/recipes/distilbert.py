@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pipestill import losses
-from pipestill.errors import ConfigError
+from pipestill.arguments import raise_problems
 from pipestill.lr_schedules import linear
 from pipestill.model.seeding import derive
 from pipestill.recipes import language
@@ -23,7 +23,7 @@ from pipestill.recipes.masking import Masking, fixed
 from pipestill.recipes.sequences import ByLengthSampler, Sequences, cut_corpus
 from pipestill.recipes.text import open_text
 from pipestill.recipes.tokens import Tokens, open_tokens, trained_tokens
-from pipestill.recipes.training import Training, warmed_up
+from pipestill.recipes.training import Training, warmed_up, without_decay
 from pipestill.runtime.world import in_main_process
 
 RANDOM = "random"
@@ -137,10 +137,9 @@ class DistilBert:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` with everything that cannot be."""
-        problems = []
+        """Raise `ConfigError` with everything that cannot be."""
         theirs = set(_OF_THE_TEACHER) if self.teacher_model is not None else set()
-        problems += [
+        problems = [
             f"{name} is {getattr(self, name)}, but it is that of the teacher_model; leave it out"
             for name in _OF_THE_TEACHER
             if name in theirs and getattr(self, name) is not None
@@ -150,8 +149,7 @@ class DistilBert:
         for name, value in vars(PRESETS[self.preset]).items() if not problems else ():
             if name in vars(self) and name not in theirs and getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if problems := problems or self._problems():
-            raise ConfigError("; ".join(problems))
+        raise_problems(problems or self._problems())
 
     def _problems(self) -> list[str]:
         least = {
@@ -176,7 +174,7 @@ class DistilBert:
         return problems
 
     def workload(self, seed: int, num_samples: int | None = None) -> DistillationWorkload:
-        """The models, the text and how they are trained. Raises `DataError` and `ConfigError` for what does not fit."""
+        """Build models, batches of text and trainings. Raises `DataError` and `ConfigError` for what does not fit."""
         teacher, student = self.sizes()
         corpus = open_text(self.data, seed)
         tokens = self.tokens(corpus.train)
@@ -188,14 +186,14 @@ class DistilBert:
         common: dict[str, Any] = {"dropout": self.dropout, "pad": tokens.pad}
         return DistillationWorkload(
             build_teacher=partial(self._teacher, teacher, published, common, derive(seed, "teacher")),
-            build_student=partial(self._student, student, common, derive(seed, "student")),
+            build_student=partial(language.distilbert, student, **common, tied=self.tie_embeddings, seed=derive(seed, "student")),
             loss=losses.MaskedDistillation(
                 self.temperature, self.soft_target_weight, self.cross_entropy_weight, self.cosine_weight
             ),
             supervised_loss=losses.cross_entropy,
             metrics={"cross_entropy": losses.cross_entropy, "accuracy": losses.accuracy, "perplexity": losses.perplexity},
             train_loader=self._loader(seen, masking),
-            validation_loader=DataLoader(fixed(test, masking, 2 * self.batch_size, seed), batch_size=None),
+            validation_loader=DataLoader(fixed(test, masking, 2 * self.batch_size, seed), batch_size=None),  # type: ignore[arg-type]
             teacher_training=self._training(self.teacher_epochs, self.teacher_lr),
             student_training=self._training(self.epochs, self.lr),
             length_axis=1 if self.group_by_length else None,
@@ -204,7 +202,7 @@ class DistilBert:
         )
 
     def sizes(self) -> tuple[Sizes, Sizes]:
-        """Those of the teacher and of the student."""
+        """Find the sizes of the teacher and of the student."""
         if self.teacher_model is not None:
             teacher = language.read_sizes(self.teacher_model)
         else:
@@ -217,7 +215,7 @@ class DistilBert:
         return teacher, Sizes(fewer, *list(vars(teacher).values())[1:])
 
     def tokens(self, texts: tuple[str, ...]) -> Tokens:
-        """The tokenizer: as given, the teacher model's, or trained on `texts`."""
+        """Open the tokenizer that is given, or else the teacher model's, or train one on `texts`."""
         given = self.tokenizer or self.teacher_model
         if given is not None:
             return open_tokens(given)
@@ -225,7 +223,7 @@ class DistilBert:
         return trained_tokens(texts, self.vocab_size)
 
     def _check(self, teacher: Sizes, student: Sizes, tokens: Tokens) -> None:
-        """`ConfigError` with everything about models and tokens that does not fit together."""
+        """Raise `ConfigError` with everything about models and tokens that does not fit together."""
         problems = []
         if tokens.size > teacher.vocab_size:
             problems.append(
@@ -254,16 +252,15 @@ class DistilBert:
             for role, sizes in (("teacher", teacher), ("student", student))
             if sizes.positions < self.max_length
         ]
-        if problems:
-            raise ConfigError("; ".join(problems))
+        raise_problems(problems)
 
     def _loader(self, data: Sequences, masking: Masking) -> DataLoader[Any]:
         sampler = ByLengthSampler(data.lengths(), self.batch_size) if self.group_by_length else None
         return DataLoader(data, batch_size=self.batch_size, sampler=sampler, shuffle=sampler is None, collate_fn=masking)
 
     def _training(self, epochs: int, lr: float) -> Training:
-        schedule, groups = warmed_up(linear, self.warm_up), partial(_groups, self.weight_decay)
-        return Training(epochs, torch.optim.AdamW, lr, _ADAM, schedule, groups)
+        options = {**_ADAM, "weight_decay": self.weight_decay}
+        return Training(epochs, torch.optim.AdamW, lr, options, warmed_up(linear, self.warm_up), without_decay)
 
     def _teacher(self, sizes: Sizes, published: bool, common: Mapping[str, Any], seed: int) -> nn.Module:
         if self.teacher_model is not None:
@@ -272,9 +269,6 @@ class DistilBert:
         if published and in_main_process():
             _warn_of_random_teacher(self.preset)
         return language.bert(sizes, **common, tied=published or self.tie_embeddings, seed=seed)
-
-    def _student(self, sizes: Sizes, common: Mapping[str, Any], seed: int) -> nn.Module:
-        return language.distilbert(sizes, **common, tied=self.tie_embeddings, seed=seed)
 
     def _prepare(self, teacher: nn.Module, student: nn.Module) -> None:
         """Initialise the student. Only now are positions frozen: without a teacher, they have to be learnt."""
@@ -288,17 +282,9 @@ class DistilBert:
 
 @cache
 def _warn_of_random_teacher(preset: str) -> None:
-    """Once a process, on stderr."""
+    """Warn on stderr, once a process, of a teacher that teaches nothing."""
     print(
         f"warning: the teacher has random weights (preset {preset} without --teacher_model): this shows speed, and teaches "
         "the student nothing",
         file=sys.stderr,
     )
-
-
-def _groups(weight_decay: float, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """AdamW's groups: only matrices decay."""
-    matrices = [parameter for parameter in named.values() if parameter.dim() > 1]
-    others = [parameter for parameter in named.values() if parameter.dim() <= 1]
-    groups = ((matrices, weight_decay), (others, 0.0))
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]

@@ -19,7 +19,7 @@ _BATCHES = 16  # to find a long one among
 
 
 def compute(workload: Workload, machine: Machine, options: RunOptions) -> tuple[Costs, Task]:
-    """Costs of a pipeline's blocks for one microbatch on `machine`, from a batch's form; and the task, without weights.
+    """Compute a pipeline's costs for one microbatch on `machine` from a batch's form; also returns the task, without weights.
 
     `ConfigError` for blockwise training: what they take at shares of a batch is measured.
     """
@@ -35,7 +35,7 @@ def compute(workload: Workload, machine: Machine, options: RunOptions) -> tuple[
 
 
 def _sample(workload: Workload, seed: int) -> tuple[Any, Any, int]:
-    """Inputs and targets, always the same ones, of at least one row; and the rows of a batch.
+    """Take inputs and targets, always the same ones, of at least one row, and count the rows of a batch.
 
     Where batches differ in length, the longest one of several, which has to fit too. Else one sample: augmenting a batch of
     images takes long, and only the form of its rows counts.
@@ -52,5 +52,5 @@ def _sample(workload: Workload, seed: int) -> tuple[Any, Any, int]:
 
 
 def form_of(workload: Workload, dtype: torch.dtype = torch.float32) -> Task:
-    """The workload's task over models without weights: its blocks and demands, at any size."""
+    """Build the workload's task over models without weights: its blocks and demands, at any size."""
     return task_without_memory(workload.task, dtype)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from pipestill.errors import ConfigError
 from pipestill.recipes.images import Collate, Images
+from pipestill.recipes.packages import needed
 
 MOST = 10_000
 """Samples of each half of the data that are looked at: of more, evenly many from all parts."""
@@ -19,7 +20,7 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class FeatureQuality:
-    """Metrics of what a network makes of the images to train on, and of those to test on, which are told apart by them.
+    """Measures how much a network's features of images tell of their labels, on images that are kept for the test.
 
     `represent(network)` maps images (rows, channels, size, size) to features (rows, dim). `knn_accuracy`: share of test
     samples whose `neighbours` nearest training samples by cosine have their label more often than any other.
@@ -34,7 +35,7 @@ class FeatureQuality:
     workers: int = 0
 
     def __call__(self, network: nn.Module, device: torch.device) -> dict[str, float]:
-        """The metrics, computed on `device`; the network is left on the CPU, in the mode that it had."""
+        """Compute the metrics on `device`; the network is left on the CPU, in the mode that it had."""
         was_training = network.training
         network.to(device).eval()
         with torch.no_grad():
@@ -57,13 +58,13 @@ class FeatureQuality:
 
 
 def evenly(data: Dataset[Any], most: int) -> Dataset[Any]:
-    """The samples, or every so many of more than `most`: those of a folder lie sorted by class."""
+    """Take all samples, or every so many of more than `most`: those of a folder lie sorted by class."""
     count = len(data)  # type: ignore[arg-type]
     return data if count <= most else Subset(data, range(0, count, math.ceil(count / most)))
 
 
 def knn_accuracy(known: Tensor, labels: Tensor, asked: Tensor, truth: Tensor, neighbours: int) -> float:
-    """By the cosine of features (rows, dim), with labels (rows,) of class indices."""
+    """Compute how often the nearest neighbours by cosine of features (rows, dim) have most often the right label (rows,)."""
     known, asked = (F.normalize(features, dim=-1) for features in (known, asked))
     nearest = (asked @ known.t()).topk(min(neighbours, len(known)), dim=1).indices
     votes = F.one_hot(labels[nearest], int(labels.max()) + 1).sum(1)
@@ -71,14 +72,11 @@ def knn_accuracy(known: Tensor, labels: Tensor, asked: Tensor, truth: Tensor, ne
 
 
 def linear_accuracy(known: Tensor, labels: Tensor, asked: Tensor, truth: Tensor) -> float:
-    """By scikit-learn's logistic regression with its usual penalty on features (rows, dim)."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise ConfigError("the linear probe is scikit-learn's, which is not installed; run pip install scikit-learn") from None
+    """Compute how often scikit-learn's logistic regression on features (rows, dim), with its usual penalty, is right."""
+    models = needed("sklearn.linear_model", "the linear probe is scikit-learn's", "scikit-learn")
     if len(labels.unique()) < 2:
         raise ConfigError("the training data has one class only; a linear probe needs two, so pass data with more")
     mean, deviation = known.mean(0), known.std(0).clamp_min(1e-6)
     known, asked = ((features - mean) / deviation for features in (known, asked))
-    probe = LogisticRegression(max_iter=1_000).fit(known.numpy(), labels.numpy())
+    probe = models.LogisticRegression(max_iter=1_000).fit(known.numpy(), labels.numpy())
     return float(probe.score(asked.numpy(), truth.numpy()))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipestill.errors import ConfigError, DataError, nearest
+from pipestill.errors import DataError, nearest
 from pipestill.recipes.images import Images, Sample
+from pipestill.recipes.packages import needed
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 _OPENED = 1_000  # images of a tree that are read before training: all of a smaller one, else the first of each class
@@ -19,7 +20,7 @@ _SHOWN = 5  # of what is wrong with a data set
 
 
 def image_folders(path: Path, size: int, *, augment: bool, classes: Sequence[str] | None = None) -> Images:
-    """`path`/train/CLASS/IMAGE and `path`/val/CLASS/IMAGE, read with Pillow as they are needed (ImageNet's layout).
+    """Open `path`/train/CLASS/IMAGE and `path`/val/CLASS/IMAGE, read with Pillow as they are needed (ImageNet's layout).
 
     With `classes`, only these folders are read, numbered in that order. To train with `augment`, a random part of an image
     is taken (Szegedy et al. 2015, section 6), else the middle of it. Every image of a small tree is opened here; of a
@@ -81,12 +82,8 @@ def read_classes(file: str | Path) -> tuple[str, ...]:
 
 
 def pillow() -> Any:
-    """Pillow's module of images; `ConfigError` where it is missing."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError("folders of images are read with Pillow, which is not installed; run pip install pillow") from None
-    return Image
+    """Import Pillow's module of images; `ConfigError` where it is missing."""
+    return needed("PIL.Image", "folders of images are read with Pillow", "pillow")
 
 
 def _files(folder: Path, problems: list[str]) -> list[Path]:
@@ -127,7 +124,7 @@ class Folder(Dataset[Sample]):
         return _bytes(resized), self.samples[index][1]
 
     def whole(self, index: int) -> Sample:
-        """An image as it lies in its file, (3, height, width) bytes."""
+        """Read an image as it lies in its file, (3, height, width) bytes."""
         return _bytes(self._opened(index)), self.samples[index][1]
 
     def _opened(self, index: int) -> Any:
@@ -145,14 +142,14 @@ def _bytes(image: Any) -> Tensor:
 
 
 def _middle(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """The largest square in the middle, less a margin of an eighth where images are photographs of usual size."""
+    """Find the largest square in the middle, less a margin of an eighth where images are photographs of usual size."""
     side = min(width, height) * (0.875 if size > 64 else 1.0)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
 def _random_part(width: int, height: int) -> tuple[float, float, float, float]:
-    """Between 8 % and all of the area, with sides between 3:4 and 4:3."""
+    """Draw a part of an image: 8 % to all of its area, with sides between 3:4 and 4:3."""
     share, stretch, x, y = torch.rand(4).tolist()
     area = width * height * (0.08 + 0.92 * share)
     ratio = (4 / 3) ** (2 * stretch - 1)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipestill.errors import ConfigError
+from pipestill.arguments import raise_problems
 from pipestill.recipes.datasets import choose_images
 from pipestill.recipes.images import Images
 
@@ -42,7 +42,7 @@ class ImageRecipe(ABC):
         """Channels of the preset's images, and the number of its classes."""
 
     def read_images(self, seed: int, *, augment: bool = False, only: str | None = None) -> Images:
-        """Open what is learnt from.
+        """Open the images that the models are trained on.
 
         Args:
             seed: draws which samples are to train on
@@ -72,12 +72,11 @@ class ImageRecipe(ABC):
             problems.append(f"weight_decay is {self.weight_decay}; expected 0 or more")
         if self.preset == "digits" and self.data is None and self.image_size != 8:
             problems.append(f"image_size is {self.image_size}; the digits are 8 x 8, so give --data, or leave it out")
-        if problems:
-            raise ConfigError("; ".join(problems))
+        raise_problems(problems)
 
 
 def problems_of(recipe: Any, least: Mapping[str, float], fractions: Sequence[str], above_0: Sequence[str]) -> list[str]:
-    """What is wrong with options: those with a smallest value, numbers from 0 to below 1, and those above 0."""
+    """Find what is wrong with options: those with a smallest value, numbers from 0 to below 1, and those above 0."""
 
     def wrong(names: Sequence[str] | Mapping[str, float], is_right: Any, expected: str) -> list[str]:
         given = {name: getattr(recipe, name) for name in names}

@@ -26,7 +26,7 @@ class Images:
     def loaders(
         self, batch_size: int, *, augment: bool, num_samples: int | None = None, workers: int = 0
     ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        """Loaders of (images, labels) to train from, shuffled and perhaps moved and mirrored, and to test with."""
+        """Make loaders of (images, labels) to train from, shuffled and perhaps moved and mirrored, and to test with."""
         count = len(self.train)  # type: ignore[arg-type]
         seen = self.train if num_samples is None else Subset(self.train, range(min(num_samples, count)))
         mixed = Collate(self.channels, self.size // 8 if augment else 0)
@@ -40,7 +40,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples -> images (rows, channels, size, size) and labels (rows,). Photographs are brought to mean 0 and deviation 1.
+    """Turns samples into images (rows, channels, size, size), photographs of mean 0 and deviation 1, and labels (rows,).
 
     `shift`: each image is mirrored or not, and moved by up to that many pixels, drawn anew each time (He et al. 2016,
     section 4.2).
@@ -61,7 +61,7 @@ class Collate:
 
 
 def moved(images: Tensor, shift: int) -> Tensor:
-    """Images (rows, channels, size, size), each moved by up to `shift` pixels and mirrored with chance 1/2."""
+    """Move each of images (rows, channels, size, size) by up to `shift` pixels, and mirror it with chance 1/2."""
     rows, _, height, width = images.shape
     padded = nn.functional.pad(images, (shift, shift, shift, shift))
     down, right = (torch.randint(0, 2 * shift + 1, (rows, 1)) for _ in range(2))

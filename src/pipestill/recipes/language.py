@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from pipestill.errors import ConfigError
+from pipestill.model.seeding import seeded
+from pipestill.recipes.packages import needed
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,12 @@ class Sizes:
 
 
 def transformers() -> Any:
-    """The library; `ConfigError` where it is missing."""
-    try:
-        import transformers
-    except ImportError:
-        raise ConfigError(
-            "BERT and DistilBERT are models of transformers, which is not installed; run pip install 'transformers>=5.20'"
-        ) from None
-    return transformers
+    """Import the library; `ConfigError` where it is missing."""
+    return needed("transformers", "BERT and DistilBERT are models of transformers", "'transformers>=5.20'")
 
 
 def from_pretrained(kind: str, path: str, what: str, **options: Any) -> Any:
-    """What transformers' class `kind` reads from a directory or by a hub name; `ConfigError` where there is nothing."""
+    """Read an object of transformers' class `kind` from a directory or by a hub name; `ConfigError` where there is none."""
     library = transformers()
     local = Path(path).exists() or path.startswith((".", "/", "~"))
     if local and not Path(path).is_dir():
@@ -46,10 +42,8 @@ def from_pretrained(kind: str, path: str, what: str, **options: Any) -> Any:
 
 
 def read_sizes(path: str) -> Sizes:
-    """The sizes of a saved BERT; `ConfigError` for a model of another family."""
-    config = from_pretrained("AutoConfig", path, "teacher")
-    if config.model_type != "bert":
-        raise ConfigError(f"the teacher '{path}' is a model of type '{config.model_type}'; expected 'bert'")
+    """Read the sizes of a saved BERT; `ConfigError` for a model of another family."""
+    config = _config(path, "teacher", "bert")
     return Sizes(
         config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size,
         config.vocab_size, config.max_position_embeddings,
@@ -57,13 +51,19 @@ def read_sizes(path: str) -> Sizes:
 
 
 def read_student_sizes(path: str) -> Sizes:
-    """The sizes of a saved DistilBERT; `ConfigError` for a model of another family."""
-    config = from_pretrained("AutoConfig", path, "student")
-    if config.model_type != "distilbert":
-        raise ConfigError(f"the student '{path}' is a model of type '{config.model_type}'; expected 'distilbert'")
+    """Read the sizes of a saved DistilBERT; `ConfigError` for a model of another family."""
+    config = _config(path, "student", "distilbert")
     return Sizes(
         config.n_layers, config.dim, config.n_heads, config.hidden_dim, config.vocab_size, config.max_position_embeddings
     )
+
+
+def _config(path: str, role: str, family: str) -> Any:
+    """Read the config of a saved model of a family; `ConfigError` for one of another."""
+    config = from_pretrained("AutoConfig", path, role)
+    if config.model_type != family:
+        raise ConfigError(f"the {role} '{path}' is a model of type '{config.model_type}'; expected '{family}'")
+    return config
 
 
 def load_student(path: str, student: nn.Module) -> None:
@@ -80,7 +80,7 @@ def bert(sizes: Sizes, *, dropout: float, pad: int, tied: bool, seed: int) -> nn
         max_position_embeddings=sizes.positions, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         pad_token_id=pad, tie_word_embeddings=tied,
     )  # fmt: skip
-    return _made(library.BertForMaskedLM, config, seed)
+    return seeded(seed, lambda: library.BertForMaskedLM(config))  # type: ignore[no-any-return]
 
 
 def distilbert(sizes: Sizes, *, dropout: float, pad: int, tied: bool, seed: int) -> nn.Module:
@@ -91,18 +91,11 @@ def distilbert(sizes: Sizes, *, dropout: float, pad: int, tied: bool, seed: int)
         hidden_dim=sizes.intermediate_size, max_position_embeddings=sizes.positions, dropout=dropout,
         attention_dropout=dropout, pad_token_id=pad, tie_word_embeddings=tied,
     )  # fmt: skip
-    return _made(library.DistilBertForMaskedLM, config, seed)
-
-
-def _made(kind: Any, config: Any, seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        made: nn.Module = kind(config)
-    return made
+    return seeded(seed, lambda: library.DistilBertForMaskedLM(config))  # type: ignore[no-any-return]
 
 
 def spread(layers: int, fewer: int) -> list[int]:
-    """Which layers a smaller model is made of: the first, the last and others evenly between (0, 2, 4, 7, 9, 11 of 12)."""
+    """List the layers that a smaller model takes: the first, the last and others evenly between (0, 2, 4, 7, 9, 11 of 12)."""
     return [round(i * (layers - 1) / max(1, fewer - 1)) for i in range(fewer)]
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from pipestill.losses.distillation import IGNORED
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.recipes.sequences import Sequences
 from pipestill.recipes.tokens import Tokens
 
@@ -17,7 +16,7 @@ Batch = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Masking:
-    """Sequences -> (inputs, targets) of a masked language model, drawn anew each time.
+    """Turns sequences into inputs and targets of a masked language model, drawn anew each time.
 
     Inputs: `input_ids` and `attention_mask` (rows, length). Targets: see `losses.MaskedDistillation`. Of the tokens but [CLS]
     and [SEP], a share of `probability` is to be found; of these 80 % read [MASK], 10 % are another token and 10 % are left
@@ -46,22 +45,8 @@ class Masking:
         return inputs, {"labels": torch.where(chosen, ids, IGNORED), "tokens": real.float()}
 
 
-@dataclass(frozen=True)
-class Fixed(Dataset[int]):
-    """Batches that are masked once, for all tests alike."""
-
-    batches: tuple[Batch, ...]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
-        return self.batches[index]
-
-
-def fixed(data: Sequences, masking: Masking, batch_size: int, seed: int) -> Fixed:
-    """All of `data` in batches, from the longest sequence to the shortest, masked by `seed`."""
+def fixed(data: Sequences, masking: Masking, batch_size: int, seed: int) -> list[Batch]:
+    """Make batches of all of `data` for tests, from the longest sequence to the shortest, masked once, by `seed`."""
     order = data.lengths().argsort(descending=True, stable=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "test masks"))
-        return Fixed(tuple(masking([data[int(i)] for i in part]) for part in order.split(batch_size)))
+    parts = order.split(batch_size)
+    return seeded(derive(seed, "test masks"), lambda: [masking([data[int(i)] for i in part]) for part in parts])

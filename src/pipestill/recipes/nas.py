@@ -160,7 +160,7 @@ class Nas(BlockwiseRecipe):
         return PRESETS[self.preset].channels, PRESETS[self.preset].num_classes
 
     def workload(self, seed: int, num_samples: int | None = None) -> BlockwiseWorkload:
-        """The task, the data and how it is trained. Raises `DataError` for data that is missing or broken.
+        """Build task, data and trainings. Raises `DataError` for data that is missing or broken.
 
         On the first `num_samples`, which are for trying out, paths learn from the first epoch on.
         """
@@ -203,7 +203,7 @@ class Nas(BlockwiseRecipe):
         return MobileShape(self.widths, cells, self.strides, (first, second), self.head, self.stem_stride)
 
     def task(self, images: Images, steps: SearchSteps, seed: int) -> Blockwise:
-        """Teacher and supernet for images of that form."""
+        """Build teacher and supernet for images of that form."""
         shape = self._shape(self.teacher_cells)
         teacher = network(shape, same_path(shape, _TEACHER), images.channels, images.num_classes, derive(seed, "teacher"))
         student = supernet(
@@ -215,11 +215,11 @@ class Nas(BlockwiseRecipe):
         return Blockwise(teacher, student, [WithFlops(loss, s, self.flops_weight) for loss, s in zip(each, stages, strict=True)])
 
     def network(self, paths: Paths, images: Images, seed: int) -> Network:
-        """A network of some paths, as it is initialised."""
+        """Build the network of some paths, as it is initialised."""
         return network(self._shape(self.cells), paths, images.channels, images.num_classes, seed)
 
     def describe(self, images: Images, task: Blockwise, found: nn.Module) -> dict[str, Any]:
-        """What was found, and how large it is beside the teacher and the largest path."""
+        """Describe what was found, and how large it is beside the teacher and the largest path."""
         largest = self.network(largest_paths(_supernet(task)), images, 0)
         models = {"teacher": task.teacher, "student": found, "largest_path": largest}
         return {"search": {

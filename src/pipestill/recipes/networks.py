@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipestill.model.block import Block
+from pipestill.model.seeding import seeded
 
 _LARGE = 64  # pixels: ResNets of larger images begin with a 7x7 convolution and a pooling, both of stride 2
 
@@ -57,7 +58,7 @@ def network(
     seed: int = 0,
     cuts: Cuts = "stages",
 ) -> nn.Module:
-    """A network for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`.
+    """Build a network for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`.
 
     `norm`: batch norm after each convolution (ResNets always have it). `separable`: 3x3 convolutions are depthwise-separable.
     `classes` of 0: a ResNet without its linear layer, for features (rows, `num_features`).
@@ -66,11 +67,9 @@ def network(
     the same form at each of these cuts, whatever their depths. With `cuts` of "residual" a ResNet has a block for each of its
     residual ones instead, and one for what is before them: more to choose from for a level pipeline.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if shape.family == "resnet":
-            return ResNet(shape, channels, size, classes, separable, cuts)
-        return VGG(shape, channels, size, classes, norm, separable)
+    if shape.family == "resnet":
+        return seeded(seed, lambda: ResNet(shape, channels, size, classes, separable, cuts))
+    return seeded(seed, lambda: VGG(shape, channels, size, classes, norm, separable))
 
 
 class VGG(nn.Module):
@@ -150,7 +149,7 @@ class ResNet(nn.Module):
         return [Block("layer1", self._begin, ("conv1", "bn1", "layer1")), *stages, Block("classifier", self._classify, ("fc",))]
 
     def residual_blocks(self) -> list[str | Block]:
-        """A cut after every residual block."""
+        """List the blocks of a cut after every residual block."""
         stages = [f"layer{number}" for number in range(1, self.num_stages + 1)]
         inner = [f"{stage}.{name}" for stage in stages for name, _ in self.get_submodule(stage).named_children()]
         stem = Block("stem", self._stem, ("conv1", "bn1"))
@@ -210,7 +209,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(channels: int, width: int, stride: int) -> nn.Module:
-    """What brings a residual block's input to the form of its output."""
+    """Build what brings a residual block's input to the form of its output."""
     if stride == 1 and channels == width:
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), nn.BatchNorm2d(width))
@@ -233,14 +232,14 @@ class Separable(nn.Module):
 
 
 def convolution(channels: int, width: int, stride: int = 1, *, separable: bool, bias: bool = False) -> nn.Module:
-    """A 3x3 convolution that keeps an image's size, or divides it by `stride`; of images themselves always a whole one."""
+    """Build a 3x3 convolution that keeps an image's size or divides it by `stride`; of images themselves always a whole one."""
     if separable and channels > 3:
         return Separable(channels, width, stride)
     return nn.Conv2d(channels, width, 3, stride, padding=1, bias=bias)
 
 
 def halvings(stages: int, size: int) -> list[bool]:
-    """Which stages halve an image of `size` pixels: the last ones, as many as it has room for."""
+    """Find which stages halve an image of `size` pixels: the last ones, as many as it has room for."""
     room = size.bit_length() - 1
     return [stages - stage <= room for stage in range(stages)]
 
@@ -252,7 +251,7 @@ def _through(layers: Sequence[nn.Module], value: Tensor) -> Tensor:
 
 
 def _initialise(module: nn.Module) -> None:
-    """As both papers' successors do: He et al. 2015 for convolutions, so that deep stacks without batch norm learn too."""
+    """Initialise a convolution as He et al. 2015 do, so that deep stacks without batch norm can be trained too."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.groups > 1:  # a channel alone: the fan-out above counts all of them

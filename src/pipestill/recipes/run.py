@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from pipestill.errors import ConfigError, nearest
+from pipestill.arguments import raise_problems
+from pipestill.errors import nearest
 from pipestill.plan.blockwise.plan import BLOCKWISE_STRATEGIES
 from pipestill.recipes.recipe import Recipe, Workload
 from pipestill.recipes.run_options import COSTS_SUFFIXES, RunOptions, kind_of_costs
@@ -36,8 +37,7 @@ def check_options(recipe: Recipe, workload: Workload, options: RunOptions) -> No
         problems.append("staleness is of a momentum teacher, and this one is frozen; leave it out")
     if options.costs is not None and kind_of_costs(options.costs) != workload.kind:
         problems.append(costs_of_the_other_kind(options.costs, recipe, workload))
-    if problems:
-        raise ConfigError("; ".join(problems))
+    raise_problems(problems)
 
 
 def costs_of_the_other_kind(file: str, recipe: Recipe, workload: Workload) -> str:

@@ -34,7 +34,7 @@ class Numbers(tuple[int, ...]):
 
     @classmethod
     def parse(cls, text: Any) -> Numbers:
-        """From text with commas, or a sequence; `ValueError` for anything else."""
+        """Read numbers from text with commas, or from a sequence; `ValueError` for anything else."""
         items = text.strip("[]").split(",") if isinstance(text, str) and text.strip("[]") else text
         if items in ("", "[]"):
             return cls()
@@ -106,7 +106,7 @@ class RunOptions:
     timeout_seconds: float = 600.0
 
     def as_reference(self) -> RunOptions:
-        """The same training as a plain loop on one device."""
+        """Give the options of the same training as a plain loop on one device."""
         return replace(
             self, strategy="reference", devices=1, run_ahead=None, split_backward=False, stash=None, staleness=None,
             student_partition=None, teacher_partition=None, costs=None, memory=None,

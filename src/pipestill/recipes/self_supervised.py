@@ -8,13 +8,12 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from pipestill.lr_schedules import LrSchedule, cosine
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.model.tasks import Momentum
 from pipestill.recipes.augment import Photographs, Scans, View, view_loader
 from pipestill.recipes.evaluate_features import FeatureQuality
@@ -70,12 +69,12 @@ class Perceptron(nn.Module):
 
 
 def rising(start: float, total_steps: int) -> LrSchedule:
-    """The teacher's momentum: from `start` at the first step to 1 after the last, along half a cosine (BYOL, section 3.3)."""
+    """Make the teacher's momentum: from `start` at the first step to 1 after the last, on half a cosine (BYOL, section 3.3)."""
     return cosine(total_steps, start=start, end=1.0)
 
 
 def patch_problems(recipe: Any, names: Sequence[str], patch: int) -> list[str]:
-    """What is wrong with sizes that have to be multiples of a Vision Transformer's patches."""
+    """Find the sizes that are no multiples of a Vision Transformer's patches, as problems."""
     return [
         f"{name} is {getattr(recipe, name)}, no multiple of the patches of {patch} pixels of {recipe.model}"
         for name in names
@@ -83,15 +82,8 @@ def patch_problems(recipe: Any, names: Sequence[str], patch: int) -> list[str]:
     ]
 
 
-def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module with random numbers from `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
-
-
 def encoder_of(network: Any) -> Callable[[Tensor], Tensor]:
-    """The part of a chain whose features are used; what is behind it is there for the training only."""
+    """Give the part of a chain whose features are used; what is behind it is there for the training only."""
     encoder: Callable[[Tensor], Tensor] = network.encoder
     return encoder
 
@@ -139,7 +131,7 @@ class SelfSupervised(ImageRecipe):
 
     @abstractmethod
     def views(self, images: Images) -> Sequence[View]:
-        """The views of each image."""
+        """Make the views of each image."""
 
     @abstractmethod
     def task(self, images: Images, seed: int, steps_per_epoch: int) -> Momentum:
@@ -147,7 +139,7 @@ class SelfSupervised(ImageRecipe):
 
     @abstractmethod
     def training(self, schedule: Callable[[int], LrSchedule]) -> Training:
-        """How the student is trained, with a schedule of the learning rate."""
+        """Say how the student is trained, with a schedule of the learning rate."""
 
 
 @dataclass(frozen=True)
@@ -167,19 +159,19 @@ class TwoViews(SelfSupervised):
     sgd_momentum: float = 0.9
 
     def views(self, images: Images) -> Sequence[View]:
-        """BYOL's two views, which differ in blur and solarising where images are photographs."""
+        """Make BYOL's two views, which differ in blur and solarising where images are photographs."""
         if images.channels == 1:
             return Scans(images.size), Scans(images.size)
         return Photographs(images.size, blurred=1.0), Photographs(images.size, blurred=0.1, solarised=0.2)
 
     def training(self, schedule: Callable[[int], LrSchedule]) -> Training:
-        """How the student is trained. AdamW has no momentum of that name."""
+        """Say how the student is trained. AdamW has no momentum of that name."""
         options = {"weight_decay": self.weight_decay}
         options |= {} if self.optimizer == "adamw" else {"momentum": self.sgd_momentum}
         return Training(self.epochs, OPTIMIZERS[self.optimizer], self.lr, options, schedule)
 
     def pair(self, encoder: nn.Module, seed: int, sizes: Sequence[int], last_norm: bool = False) -> tuple[Chain, Chain]:
-        """Teacher and student: an encoder, a projector of these sizes, and the student's predictor."""
+        """Build teacher and student: an encoder, a projector of these sizes, and the student's predictor."""
         projector = seeded(derive(seed, "projector"), lambda: Perceptron(sizes, last_norm))
         of_predictor = (self.projection, self.hidden, self.projection)
         predictor = seeded(derive(seed, "predictor"), lambda: Perceptron(of_predictor, last_norm))

@@ -34,13 +34,13 @@ class Sequences(Dataset[Tensor]):
         return self.starts.diff()
 
     def first(self, count: int) -> Sequences:
-        """Only the first ones."""
+        """Keep the first `count` sequences."""
         starts = self.starts[: count + 1]
         return Sequences(self.ids[: int(starts[-1])], starts)
 
 
 def sequences(documents: Sequence[str], tokens: Tokens, max_length: int) -> Sequences:
-    """Consecutive paragraphs of each document, as many as fit between [CLS] and [SEP]; long ones are cut."""
+    """Join consecutive paragraphs of each document, as many as fit between [CLS] and [SEP]; long ones are divided."""
     room = max_length - 2
     paragraphs = [[part for part in re.split(r"\n\s*\n", document) if part.strip()] for document in documents]
     encoded = iter(tokens.encode([part for parts in paragraphs for part in parts]))
@@ -65,7 +65,7 @@ def sequences(documents: Sequence[str], tokens: Tokens, max_length: int) -> Sequ
 
 @lru_cache(maxsize=8)
 def cut_corpus(corpus: Corpus, tokens: Tokens, max_length: int) -> tuple[Sequences, Sequences]:
-    """Sequences to train on and to test with; `DataError` where there are none, or less than one whole."""
+    """Make sequences to train on and to test with; `DataError` where there are none, or less than one whole."""
     train, test = (sequences(documents, tokens, max_length) for documents in (corpus.train, corpus.test))
     problems = []
     if not len(test):
@@ -83,7 +83,7 @@ def cut_corpus(corpus: Corpus, tokens: Tokens, max_length: int) -> tuple[Sequenc
 
 
 class ByLengthSampler(torch.utils.data.Sampler[int]):
-    """Every sequence once, in an order of its own each time, such that consecutive `batch_size` ones are about as long.
+    """Draws every sequence once, in another order each time, so that consecutive `batch_size` ones are about as long.
 
     A random order is cut into groups of some batches; each is sorted by length, and the batches of all are shuffled. The
     short last batch stays the last.

@@ -12,7 +12,7 @@ from pipestill import lr_schedules
 from pipestill.errors import nearest
 from pipestill.losses import SoftTarget as SoftTargetLoss, accuracy, cross_entropy
 from pipestill.model.families.load import LIBRARIES, load_model
-from pipestill.model.seeding import derive
+from pipestill.model.seeding import derive, seeded
 from pipestill.recipes.datasets import digits
 from pipestill.recipes.distillation import DistillationWorkload
 from pipestill.recipes.image_recipe import ImageRecipe
@@ -152,7 +152,7 @@ class SoftTarget(ImageRecipe):
         return problems
 
     def workload(self, seed: int, num_samples: int | None = None) -> DistillationWorkload:
-        """The models, the data and how they are trained. Raises `DataError` for data that is missing or broken."""
+        """Build models, data and trainings. Raises `DataError` for data that is missing or broken."""
         if self.preset == "digits" and self.data is None and self.classes is None:
             train, test = digits(seed)
             if num_samples is not None:
@@ -181,11 +181,11 @@ class SoftTarget(ImageRecipe):
         return 1 if self.preset == "digits" else 3, PRESETS[self.preset].num_classes
 
     def images(self, seed: int) -> Images:
-        """Open what is learnt from."""
+        """Open the images that the models are trained on."""
         return self.read_images(seed, augment=self.augment, only=self.classes)
 
     def model(self, role: str, channels: int, size: int, num_classes: int, seed: int) -> nn.Module:
-        """Teacher or student for images (rows, channels, size, size) -> logits (rows, num_classes)."""
+        """Build teacher or student for images (rows, channels, size, size) -> logits (rows, num_classes)."""
         name, width, depth = (getattr(self, f"{role}_{what}") for what in ("model", "width", "depth"))
         seed, dropout = derive(seed, role), self.dropout if role == "student" else 0.0
         if name == CNN:
@@ -248,14 +248,12 @@ class Head(nn.Module):
 
 
 def cnn(width: int, depth: int, dropout: float, seed: int, channels_in: int = 1, classes: int = CLASSES) -> nn.Sequential:
-    """A first convolution, `depth` more (the middle one halves the image and doubles the channels) and a head."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(*convolutions(channels_in, width, depth, dropout), Head(2 * width, classes))
+    """Build a first convolution, `depth` more (the middle one halves the image and doubles the channels) and a head."""
+    return seeded(seed, lambda: nn.Sequential(*convolutions(channels_in, width, depth, dropout), Head(2 * width, classes)))
 
 
 def convolutions(channels: int, width: int, depth: int, dropout: float) -> list[nn.Module]:
-    """A first convolution and `depth` more: the middle one halves the image, and from it on there is twice the width."""
+    """Build a first convolution and `depth` more: the middle one halves the image, and from it on the width is double."""
     layers: list[nn.Module] = [Convolution(channels, width, 1, dropout)]
     for i in range(depth):
         before, after = (width * (2 if j >= depth // 2 else 1) for j in (i - 1, i))

@@ -38,7 +38,7 @@ class MobileShape:
     stem_stride: int = 2
 
     def places(self, stage: int) -> list[tuple[int, int, int]]:
-        """For each cell of a stage, the channels that it gets and gives, and its stride."""
+        """List the channels that each cell of a stage gets and gives, and its stride."""
         before, width = (self.stem[1], *self.widths)[stage], self.widths[stage]
         rest = [(width, width, 1)] * (self.cells[stage] - 1)
         return [(before, width, self.strides[stage]), *rest]
@@ -86,15 +86,15 @@ class Cell(nn.Module):
         self.flops: tuple[int, ...] = tuple(flops)
 
     def operation(self, path: int) -> nn.Module:
-        """One of the choices."""
+        """Give one of the cell's operations."""
         return list(self.paths.values())[path]
 
     def best(self) -> int:
-        """The most likely path; of several alike the first."""
+        """Find the most likely path; of several alike the first."""
         return int(self.alpha.detach().argmax())
 
     def sampled(self, count: int, *seed: object) -> list[int]:
-        """`count` different paths, drawn one after the other by the softmax of alpha. The same seed gives the same ones."""
+        """Draw `count` different paths, one after the other, by the softmax of alpha. The same seed gives the same ones."""
         chances = self.alpha.detach().double().softmax(0).tolist()
         drawn: list[int] = []
         for number in range(count):
@@ -105,12 +105,12 @@ class Cell(nn.Module):
         return drawn
 
     def expected_flops(self) -> Tensor:
-        """Mean over the paths by their chances, as a share of the most expensive path's."""
+        """Compute the mean FLOPs of the paths by their chances, as a fraction of the most expensive path's."""
         shares = torch.tensor(self.flops, dtype=self.alpha.dtype, device=self.alpha.device) / max(self.flops)
         return self.alpha.softmax(0) @ shares
 
     def gated(self, x: Tensor, *seed: object) -> Tensor:
-        """One of two sampled paths, through gates that let the gradient reach alpha.
+        """Run one of two sampled paths, through gates that let the gradient reach alpha.
 
         Of two paths a, b drawn by softmax(alpha), with chances p over these two alone, one is active: its gate g is 1, the
         other's 0. The gradient of alpha_i is sum_j dL/dg_j p_j (delta_ij - p_i), over the two, and dL/dg_j the product of
@@ -184,7 +184,7 @@ class SearchStage(Stage):
         self.number = number
 
     def choices(self) -> list[Cell]:
-        """The cells, as such."""
+        """List the cells."""
         return [cell for cell in self.cells if isinstance(cell, Cell)]
 
     def learns_paths(self) -> bool:
@@ -192,11 +192,11 @@ class SearchStage(Stage):
         return self.training and self.steps.learns_paths(batch_number())
 
     def sampled(self, batch: int) -> list[int]:
-        """The path that a batch's weights are trained on."""
+        """Draw the path that a batch's weights are trained on."""
         return [cell.sampled(1, *self._seed(batch, place))[0] for place, cell in enumerate(self.choices())]
 
     def expected_flops(self) -> Tensor:
-        """The expected FLOPs of its cells, as a fraction of those of the most expensive path."""
+        """Compute the expected FLOPs of its cells, as a fraction of those of the most expensive path."""
         weights = [max(cell.flops) for cell in self.choices()]
         parts = [cell.expected_flops() * weight for cell, weight in zip(self.choices(), weights, strict=True)]
         return torch.stack(parts).sum() / sum(weights)
@@ -229,14 +229,14 @@ class Network(nn.Sequential):
 
 
 def untrained(module: nn.Module, x: Tensor) -> Tensor:
-    """What a module gives in its mode, with no gradient for its parameters, and its buffers left as they are."""
+    """Run a module in its mode, with no gradient for its parameters, and its buffers left as they are."""
     tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
     tensors |= {name: buffer.clone() for name, buffer in module.named_buffers()}
     return functional_call(module, tensors, (x,))  # type: ignore[no-any-return]
 
 
 def network(shape: MobileShape, paths: Paths, channels: int, classes: int, seed: int) -> Network:
-    """A network of given operations for images (rows, channels, h, w) -> logits (rows, classes), initialised from `seed`."""
+    """Build a network of some operations for images (rows, channels, h, w) -> logits (rows, classes), initialised from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stages = []
@@ -248,7 +248,7 @@ def network(shape: MobileShape, paths: Paths, channels: int, classes: int, seed:
 
 
 def same_path(shape: MobileShape, path: str) -> Paths:
-    """One operation in all places: "k3e6" makes MobileNetV2."""
+    """Put one operation into all places: "k3e6" makes MobileNetV2."""
     return tuple((path,) * count for count in shape.cells)
 
 
@@ -256,7 +256,7 @@ def supernet(
     shape: MobileShape, kernels: Sequence[int], expansions: Sequence[int], channels: int, size: int, classes: int,
     *, steps: SearchSteps, seed: int,
 ) -> nn.Sequential:  # fmt: skip
-    """Every place of the network with all operations: MBConvs of each kernel and expansion, and nothing where the form stays.
+    """Build the network with all operations in every place: MBConvs of each size, and nothing where the form stays.
 
     For images (rows, channels, size, size). The stem and the head are as in `network`.
     """
@@ -275,17 +275,17 @@ def supernet(
 
 
 def search_stages(net: nn.Sequential) -> list[SearchStage]:
-    """The stages of a supernet, as such."""
+    """List the stages of a supernet."""
     return [stage for stage in net if isinstance(stage, SearchStage)]
 
 
 def best_paths(net: nn.Sequential) -> Paths:
-    """The most likely operation of every cell of a supernet."""
+    """Find the most likely operation of every cell of a supernet."""
     return tuple(tuple(list(cell.paths)[cell.best()] for cell in stage.choices()) for stage in search_stages(net))
 
 
 def random_paths(net: nn.Sequential, seed: int) -> Paths:
-    """An operation for every cell of a supernet, each as likely as the others."""
+    """Draw an operation for every cell of a supernet, each as likely as the others."""
     return tuple(
         tuple(
             list(cell.paths)[derive(seed, "random", stage.number, place) % len(cell.paths)]
@@ -296,14 +296,14 @@ def random_paths(net: nn.Sequential, seed: int) -> Paths:
 
 
 def largest_paths(net: nn.Sequential) -> Paths:
-    """The operation of every cell that takes most work."""
+    """Find the operation of every cell that takes most work."""
     return tuple(
         tuple(list(cell.paths)[cell.flops.index(max(cell.flops))] for cell in stage.choices()) for stage in search_stages(net)
     )
 
 
 def derived(net: nn.Sequential, paths: Paths) -> Network:
-    """A network of one path of a supernet, with copies of its weights."""
+    """Build a network of one path of a supernet, with copies of its weights."""
     stages = []
     for stage, chosen in zip(search_stages(net), paths, strict=True):
         cells = [cell.paths[path] for cell, path in zip(stage.choices(), chosen, strict=True)]
@@ -312,7 +312,7 @@ def derived(net: nn.Sequential, paths: Paths) -> Network:
 
 
 def count_flops(model: nn.Module, channels: int, size: int) -> int:
-    """FLOPs of a network for one image (channels, size, size): two for each product and sum of its layers."""
+    """Count a network's FLOPs for one image (channels, size, size): two for each product and sum of its layers."""
     counter = FlopCounterMode(display=False)
     training = model.training
     model.eval()
@@ -330,7 +330,7 @@ def _operation(place: tuple[int, int, int], path: str) -> nn.Module:
 
 
 def _ends(shape: MobileShape, stage: int, channels: int, classes: int) -> tuple[nn.Module, nn.Module]:
-    """The stem of the first stage, the head of the last, and nothing elsewhere."""
+    """Build the stem of the first stage, the head of the last, and nothing elsewhere."""
     stem = Stem(channels, shape) if stage == 0 else nn.Identity()
     head = Head(shape.widths[-1], shape.head, classes) if stage == len(shape.widths) - 1 else nn.Identity()
     return stem, head

@@ -28,7 +28,7 @@ class Corpus:
 
 @cache
 def embedded() -> tuple[str, ...]:
-    """The topics of the Python language reference that ships with CPython, about 465,000 characters of English.
+    """Read the topics of the Python language reference that ships with CPython, about 465,000 characters of English.
 
     Topics repeat each other, so a paragraph is left out where an earlier topic has it: none is both trained on and tested
     with. Lines of punctuation, under headings and in tables, are left out too.
@@ -46,7 +46,7 @@ def embedded() -> tuple[str, ...]:
 
 
 def open_text(data: str | None, seed: int) -> Corpus:
-    """What `data` names: a text file, a folder of .txt files, a dataset saved with `save_to_disk`; None: what is embedded.
+    """Open what `data` names: a text file, a folder of .txt files, a dataset saved with `save_to_disk`, or for None the embedded.
 
     A tenth of the documents, drawn by `seed`, are to test with: topics, files or rows. Of fewer than ten, each is cut into
     ten pieces at ends of paragraphs first. Raises `DataError` for a text that is missing, unreadable or empty.
@@ -112,7 +112,7 @@ def _split(name: str, documents: tuple[str, ...], seed: int) -> Corpus:
 
 
 def _pieces(document: str) -> list[str]:
-    """Ten pieces of about the same length, cut at ends of paragraphs, or of lines where there are fewer."""
+    """Cut ten pieces of about the same length, at ends of paragraphs, or of lines where there are fewer."""
     parts = re.split(r"\n\s*\n", document)
     parts = parts if len(parts) >= _PIECES else document.splitlines()
     bounds = [len(parts) * i // _PIECES for i in range(_PIECES + 1)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipestill.errors import ConfigError
+from pipestill.recipes.packages import needed
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _CHARACTERS = 1_000  # most that a vocabulary begins with: writing of many signs is made of larger pieces
@@ -26,13 +27,13 @@ class Tokens:
     mask: int
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, without [CLS] and [SEP]."""
+        """List the tokens of each text, without [CLS] and [SEP]."""
         return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
 
 @lru_cache(maxsize=8)
 def trained_tokens(texts: tuple[str, ...], vocab_size: int) -> Tokens:
-    """A WordPiece vocabulary of lower-case text, of at most `vocab_size` tokens: the same for the same texts.
+    """Train a WordPiece vocabulary of lower-case text, of at most `vocab_size` tokens: the same for the same texts.
 
     The library numbers the characters that it begins with in an order of its own each time, and breaks ties by these
     numbers. So it is given them as tokens that are there already.
@@ -63,7 +64,7 @@ def trained_tokens(texts: tuple[str, ...], vocab_size: int) -> Tokens:
 
 
 def open_tokens(path: str) -> Tokens:
-    """A tokenizer from a tokenizer.json, or from the directory or hub name of a Hugging Face model; `ConfigError`s."""
+    """Read a tokenizer from a tokenizer.json, or from the directory or hub name of a Hugging Face model."""
     if Path(path).is_file():
         tokenizers = _tokenizers()
         try:
@@ -96,8 +97,4 @@ def _tokens(made: Any, origin: str, names: dict[str, str]) -> Tokens:
 
 
 def _tokenizers() -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise ConfigError("text is read with tokenizers, which is not installed; run pip install tokenizers") from None
-    return tokenizers
+    return needed("tokenizers", "text is read with tokenizers", "tokenizers")

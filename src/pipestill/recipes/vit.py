@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipestill.arguments import raise_problems
 from pipestill.errors import ConfigError
 from pipestill.model.block import Block
+from pipestill.model.seeding import seeded
 
 Positions = Literal["learnt", "sincos"]
 
@@ -35,8 +37,7 @@ class ViTShape:
             problems.append(f"width {self.width} is no multiple of the {self.heads} heads")
         if not self.mlp_ratio > 0:
             problems.append(f"mlp_ratio is {self.mlp_ratio}; expected more than 0")
-        if problems:
-            raise ConfigError("; ".join(problems))
+        raise_problems(problems)
 
 
 VIT_S, VIT_B, VIT_L = ViTShape(384, 12, 6, 16), ViTShape(768, 12, 12, 16), ViTShape(1024, 24, 16, 16)
@@ -57,16 +58,14 @@ def vit(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> VisionTransformer:
-    """A Vision Transformer for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`.
+    """Build a Vision Transformer for images (rows, channels, size, size) -> logits (rows, classes), initialised from `seed`.
 
     Without `classes` it gives features (rows, width), those of the class token.
 
     `positions`: trained from random values, or fixed sines and cosines of row and column. `freeze_patches`: the
     projection of patches stays as it is initialised, without which MoCo v3 is unstable (section 4.2).
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return VisionTransformer(shape, channels, size, classes, positions, freeze_patches, dropout)
+    return seeded(seed, lambda: VisionTransformer(shape, channels, size, classes, positions, freeze_patches, dropout))
 
 
 class VisionTransformer(nn.Module):
@@ -111,7 +110,7 @@ class VisionTransformer(nn.Module):
         return self._finish(self.blocks(self._embed(x)))
 
     def _embed(self, x: Tensor) -> Tensor:
-        """Images (rows, channels, size, size) -> tokens (rows, 1 + patches, width), the class token first."""
+        """Turn images (rows, channels, size, size) into tokens (rows, 1 + patches, width), the class token first."""
         x = self.patch_embed(x)
         rows, _, height, width = x.shape
         tokens = torch.cat([self.cls_token.expand(rows, -1, -1), x.flatten(2).transpose(1, 2)], 1)

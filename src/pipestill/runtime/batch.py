@@ -41,7 +41,7 @@ class Batch:
         return self.rows == 0
 
     def header(self) -> Tensor:
-        """What every rank has to know, as whole numbers; counts are the bits of theirs."""
+        """Give what every rank has to know, as whole numbers; counts are the bits of theirs."""
         facts = torch.tensor([self.rows, self.epoch, self.last, self.length], dtype=torch.int64)
         return torch.cat([facts, torch.tensor(list(self.counts.values()), dtype=torch.float64).view(torch.int64)])
 
@@ -103,11 +103,11 @@ class Window:
 
     @property
     def num_batches(self) -> int:
-        """How many batches the window has; the last one of an epoch may have fewer than others."""
+        """The number of the window's batches; the last window of an epoch may have fewer than others."""
         return sum(rows > 0 for rows in self.rows)
 
     def header(self) -> Tensor:
-        """What every rank has to know, as whole numbers."""
+        """Give what every rank has to know, as whole numbers."""
         return torch.tensor([self.first, self.epoch, self.last, *self.rows], dtype=torch.int64)
 
     @classmethod
@@ -118,7 +118,7 @@ class Window:
 
 
 def header_length(window: int) -> int:
-    """How many numbers the header of a window of so many batches has."""
+    """Count the numbers in the header of a window of so many batches."""
     return 3 + window
 
 

@@ -26,7 +26,7 @@ _KILL_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """How one rank failed."""
+    """The failure of one rank."""
 
     rank: int
     message: str
@@ -125,7 +125,7 @@ def _supervise(processes: list[BaseProcess], reports: list[Connection]) -> Any:
 
 
 def _read(report: Connection) -> Failure | tuple[Any] | None:
-    """What a rank has reported: its failure, or what it returned as a tuple of one; None where nothing has come yet."""
+    """Read what a rank has reported: its failure, or what it returned as a tuple of one; None where nothing has come yet."""
     try:
         outcome: Failure | tuple[Any] | None = pickle.loads(report.recv_bytes()) if report.poll() else None
         return outcome

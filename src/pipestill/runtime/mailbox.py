@@ -169,7 +169,7 @@ class Header(Protocol):
         """Whether there is no data left."""
 
     def header(self) -> Tensor:
-        """What every rank has to know of it, as whole numbers."""
+        """Give what every rank has to know of the data, as whole numbers."""
 
 
 D = TypeVar("D", bound=Header)
@@ -242,7 +242,7 @@ class StepData(Generic[D]):
             self.mailbox.send(transfer, self._packed[1], lane)
 
     def get(self, step: int) -> Generator[Message, None, D]:
-        """What this rank knows of a step's data; waits for its header where another rank reads it."""
+        """Give what this rank knows of a step's data; waits for its header where another rank reads it."""
         if step not in self.known:
             read = _read(step)
             (header,) = yield from self.mailbox.receive(read)

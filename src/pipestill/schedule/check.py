@@ -44,7 +44,7 @@ def examine(schedule: Schedule[Structure], num_steps: int = 3) -> Proof:
 
 
 def _work_problems(schedule: Schedule[Structure]) -> list[str]:
-    """Where a unit of work of one step does not stand once in the period, on the rank that computes it."""
+    """Find work of a step that does not stand once in the period, on the rank that computes it."""
     structure = schedule.structure
     expected = {action: structure.rank_of(action) for action in structure.actions()}
     found = Counter[tuple[Action, int]]()
@@ -66,7 +66,7 @@ def _work_problems(schedule: Schedule[Structure]) -> list[str]:
 
 
 def _transfer_problems(schedule: Schedule[Structure]) -> list[str]:
-    """Where a need that crosses ranks does not have one send and one receive, or a transfer meets no need.
+    """Find needs that cross ranks without one send and one receive, and transfers that meet no need.
 
     The data is to be read in the period before its step or earlier, since a period starts by asking for its batch; and its
     sends and receives are to be of the same step everywhere, so that nothing is on its way when a run ends.
@@ -92,7 +92,7 @@ def _transfer_problems(schedule: Schedule[Structure]) -> list[str]:
 
 
 def _lane_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
-    """Where the sends and the receives of a lane do not stand in the same order."""
+    """Find lanes whose sends and receives do not stand in the same order."""
     orders = defaultdict[tuple[int, int, Lane], dict[Kind, list[Action]]](lambda: defaultdict(list))
     for rank, row in enumerate(rows):
         for action in row:
@@ -112,7 +112,7 @@ def _lane_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
 
 
 def _collective_problems(rows: list[list[Action]], structure: Structure) -> list[str]:
-    """Where ranks that add up gradients together do so in different orders: a process group matches collectives by order."""
+    """Find ranks that add up gradients together in different orders: a process group matches collectives by order."""
     if not any(map(meets, structure.actions())):
         return []
     met = defaultdict[tuple[Op, tuple[int, ...]], dict[int, list[Action]]](lambda: defaultdict(list))
@@ -134,7 +134,7 @@ def _collective_problems(rows: list[list[Action]], structure: Structure) -> list
 
 
 def _order_problems(rows: list[list[Action]]) -> list[str]:
-    """Where a stage takes microbatches in another order than a plain loop, in which statistics move and gradients add up."""
+    """Find stages that take microbatches in another order than a plain loop, in which statistics move and gradients add up."""
     problems = []
     for rank, row in enumerate(rows):
         last = dict[tuple[Role, int, Op], tuple[int, int, Action]]()

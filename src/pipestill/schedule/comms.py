@@ -23,14 +23,14 @@ from pipestill.schedule.structure import S, Structure, crossings, lane, meets, n
 
 
 class _Place(NamedTuple):
-    """Where work stands in its own rank's row, and how many steps ahead of the period's own it is."""
+    """The place of work in its own rank's row, and how many steps ahead of the period's own it is."""
 
     position: int
     step: int
 
 
 def connect(strategy: str, structure: S, rows: Sequence[Sequence[Action]], stash: tuple[int, ...], run_ahead: int) -> Schedule[S]:
-    """Rows of work without transfers -> a schedule with its data reads, sends and receives.
+    """Make a schedule with data reads, sends and receives from rows of work without transfers.
 
     A send stands right after its work. A receive posts its buffer `lead` actions before the work that needs
     it; all receives use the smallest power of two that survives sends which block until their receive is posted, so

@@ -1,4 +1,4 @@
-"""Schedule + costs -> trace: when every action would start and end."""
+"""Simulates a schedule under costs: a trace of when every action would start and end."""
 
 import heapq
 from collections import defaultdict
@@ -45,7 +45,7 @@ def simulate(schedule: Schedule[Structure], costs: SimulationCosts, num_steps: i
 
 
 def message_seconds(action: Action, destination: int, structure: Structure, costs: SimulationCosts) -> float:
-    """How long the result of `action` takes to arrive at rank `destination`; a token takes the link's latency."""
+    """Seconds until the result of `action` arrives at rank `destination`; a token takes the link's latency."""
     if lane(action, destination, structure) is Lane.TOKEN:
         return costs.link.latency_seconds
     return structure.transfer_seconds(action, destination, costs)
@@ -70,7 +70,7 @@ class _Item:
 
 @dataclass(slots=True)
 class _Running:
-    """What a rank is doing."""
+    """The action that a rank is doing."""
 
     item: _Item
     period: int

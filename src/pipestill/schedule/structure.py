@@ -33,7 +33,7 @@ class Proof:
     stash_peak: tuple[int, ...]
     """For each rank, the most units of the student held between their forward and the end of their backward."""
     run_ahead: int
-    """How far the teacher is ahead of the student at most: in units on one rank, or in steps where blocks train alone."""
+    """How far the teacher is ahead of the student at most: in units on one rank, or in steps in blockwise training."""
     staleness: int
     """Newest version minus the version used, in steps: of the student, and of a teacher that moves."""
 
@@ -50,7 +50,7 @@ class Structure(Protocol):
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks the work is spread over, counted from 0."""
+        """The number of ranks that the work is spread over; ranks count from 0."""
 
     # What a step consists of.
 
@@ -89,10 +89,10 @@ class Structure(Protocol):
         """
 
     def work_seconds(self, work: Action, costs: Any) -> float:
-        """How long `work` computes when no other rank disturbs it, under costs of this kind."""
+        """Seconds that `work` computes when no other rank disturbs it, under costs of this kind."""
 
     def transfer_seconds(self, result: Action, destination: int, costs: Any) -> float:
-        """How long a result takes to arrive at rank `destination`, latency included, under costs of this kind."""
+        """Seconds until a result arrives at rank `destination`, latency included, under costs of this kind."""
 
     # How it is written down and drawn.
 
@@ -112,7 +112,7 @@ class Structure(Protocol):
 
     @property
     def batches_per_step(self) -> int:
-        """How many batches a step takes."""
+        """The number of batches that a step takes."""
 
 
 def needs(action: Action, structure: Structure) -> list[Action]:

@@ -18,7 +18,7 @@ class Event:
 
     @property
     def seconds(self) -> float:
-        """How long the action took."""
+        """The seconds that the action took."""
         return self.end - self.start
 
 
@@ -44,12 +44,12 @@ class Trace:
         return steps[gaps[-1] :] if gaps else steps
 
     def _update_ends(self) -> dict[int, float]:
-        """When the last update of each step ended, of complete steps and of windows of batches that an epoch's end cut short."""
+        """Find when the last update of each step ended, of complete steps and of windows that an epoch's end cut short."""
         ends, complete = self._updates()
         return {step: end for step, end in ends.items() if step in complete or self.batches_per_step > 1}
 
     def _updates(self) -> tuple[dict[int, float], set[int]]:
-        """When the last update of each step ended, and the steps that have all updates."""
+        """Find when the last update of each step ended, and the steps that have all updates."""
         ends = defaultdict[int, list[float]](list)
         for event in self.events:
             if event.action.op is Op.UPDATE:

@@ -1,4 +1,4 @@
-"""The engine of blockwise training: every student block is trained alone, on any number of devices."""
+"""The engine of blockwise training: every student block is trained against its teacher block, on any number of devices."""
 
 import math
 import time
@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from pipestill.arguments import one_of, raise_problems
 from pipestill.costs import Link
 from pipestill.errors import PlanError
 from pipestill.model.blockwise.dry_run import blockwise_dry_run
@@ -29,30 +28,23 @@ from pipestill.train.engine import CPU, REFERENCE, Engine, FirstBatch, Run
 from pipestill.train.options import TrainerOptions
 from pipestill.train.result import Figures
 
-_LACKS = (
-    "weight_decay_schedule", "microbatches", "staleness", "student_staleness", "split_backward", "stash", "run_ahead",
-    "clip_grad_norm", "batch_norm", "student_partition", "teacher_partition", "metrics", "length_axis",
-)  # fmt: skip
-"""Options of pipelines, which have no meaning where every block is trained alone."""
-
 
 class BlockwiseEngine(Engine):
-    """Trains every student block of a blockwise task alone on its teacher block, on the ranks that share them."""
+    """Trains every student block of a blockwise task against its teacher block, on the ranks that share the blocks."""
 
     strategies = BLOCKWISE_STRATEGIES
     default_strategy = "balanced"
     validates = False
+    expected_costs = BlockProfile, "a BlockProfile, or None to measure it"
+    lacks = (
+        "weight_decay_schedule", "microbatches", "staleness", "student_staleness", "split_backward", "stash", "run_ahead",
+        "clip_grad_norm", "batch_norm", "student_partition", "teacher_partition", "metrics", "length_axis",
+    )  # fmt: skip
+    task: Blockwise
 
     def __init__(self, options: TrainerOptions) -> None:
-        task: Blockwise = options.task
-        raise_problems(
-            [
-                *one_of("costs", options.costs, (BlockProfile, type(None)), "a BlockProfile, or None to measure it"),
-                *(f"{name} is for models that are trained as a whole; leave it out" for name in options.given(_LACKS)),
-            ]
-        )
         super().__init__(options)
-        self.task = task
+        task = self.task
         self.num_readings = task.num_blocks if self.strategy in (REFERENCE, "dp", "ls") else 1
         self.num_passes = task.num_blocks if self.strategy in (REFERENCE, "dp") else 1
         if isinstance(options.costs, BlockProfile) and len(options.costs.blocks) != task.num_blocks:

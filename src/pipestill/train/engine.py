@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from pipestill.arguments import one_of, raise_problems
 from pipestill.errors import ConfigError, PlanError, nearest
 from pipestill.optim import Schedules
 from pipestill.runtime.batch import Batch
@@ -71,6 +72,10 @@ class Engine(Protocol):
     (`collect`).
     """
 
+    expected_costs: ClassVar[tuple[type, str]]
+    """The class of this kind's costs, and what a message says that `costs` should be."""
+    lacks: ClassVar[Sequence[str]] = ()
+    """The options that have no meaning for this kind."""
     strategies: ClassVar[Mapping[str, str]]
     """The names of this kind's strategies, each with a line of help."""
     default_strategy: ClassVar[str]
@@ -81,12 +86,17 @@ class Engine(Protocol):
     num_passes: int = 1
     """How many steps callbacks are called with for each batch: some strategies train one block after the other."""
     options: TrainerOptions
+    task: Any
     strategy: str
     """The one that was chosen, or the default of this kind of training."""
     run_state: RunState
 
     def __init__(self, options: TrainerOptions) -> None:
+        costs_class, expected = self.expected_costs
+        no_use = (f"{name} is for models that are trained as a whole; leave it out" for name in options.given(self.lacks))
+        raise_problems([*one_of("costs", options.costs, (costs_class, type(None)), expected), *no_use])
         self.options = options
+        self.task = options.task
         self.run_state = RunState()
         self.strategy = self.default_strategy if options.strategy is None else options.strategy
         names = (REFERENCE, *self.strategies)

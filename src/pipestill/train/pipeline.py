@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipestill.arguments import one_of, raise_problems, try_first
+from pipestill.arguments import try_first
 from pipestill.costs import BlockCosts, Costs, Link
 from pipestill.errors import ConfigError, PlanError
 from pipestill.model.batchnorm import batch_norms, check_norms
@@ -43,13 +43,12 @@ class PipelineEngine(Engine):
     strategies = PIPELINE_STRATEGIES
     default_strategy = "fill"
     validates = True
+    expected_costs = Costs, "Costs (Costs.load reads a file), or None to measure them"
+    task: Task
 
     def __init__(self, options: TrainerOptions) -> None:
-        task: Task = options.task
-        expected = "Costs (Costs.load reads a file), or None to measure them"
-        raise_problems(one_of("costs", options.costs, (Costs, type(None)), expected))
         super().__init__(options)
-        self.task = task
+        task = self.task
         axis, staleness = options.length_axis, options.staleness
         if axis is not None and axis < 1:
             raise ConfigError(f"length_axis is {axis}; expected 1 or more, for axis 0 counts samples")
@@ -76,11 +75,6 @@ class PipelineEngine(Engine):
     @property
     def _models(self) -> list[BlockModel]:
         return [model for model in (self.task.student_blocks, self.task.teacher_blocks) if model is not None]
-
-    @property
-    def _training_models(self) -> list[BlockModel]:
-        """The models whose layers run in train mode."""
-        return self._models if teacher_trains(self.task) else [self.task.student_blocks]
 
     @property
     def changed_modules(self) -> dict[str, nn.Module]:
@@ -303,11 +297,12 @@ class PipelineEngine(Engine):
 
     def _settings(self, run: Run) -> PipelineSettings:
         options = self.options
+        in_train_mode = self._models if teacher_trains(self.task) else [self.task.student_blocks]
         return PipelineSettings(
             seed=options.seed, log_every=options.log_every, schedules=self.schedules,
             optimizer=self.run_state.remembering(options.make_optimizer), timeout_seconds=options.timeout_seconds,
             metrics=options.metrics or {}, validate=run.validates, largest_norm=options.clip_grad_norm,
-            norms=run.cleanup.enter_context(batch_norms(options.batch_norm, self._training_models)),
+            norms=run.cleanup.enter_context(batch_norms(options.batch_norm, in_train_mode)),
         )  # fmt: skip
 
     def load_state(self, state: State) -> None:

@@ -1,1 +1,1 @@
-"""The task whose student blocks are trained alone, each against its teacher block, and what is found out of it."""
+"""The task of blockwise training, each student block against its teacher block, and what is found out of it."""

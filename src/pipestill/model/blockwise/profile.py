@@ -121,7 +121,7 @@ def _measure(
 
 
 def _sampled(work: Callable[[], object]) -> tuple[float, float]:
-    """The mean seconds of some work, and their standard error relative to that; the first call is not counted."""
+    """Measure the mean seconds of some work, and their standard error relative to that; the first call is not counted."""
     work()
     seconds: list[float] = []
     while True:

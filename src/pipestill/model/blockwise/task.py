@@ -26,10 +26,10 @@ _BESIDE_BLOCKS = ("output_projectors", "input_projectors", "candidates")
 @hinted
 @dataclass(frozen=True)
 class Blockwise(CutModels):
-    """A student whose every block is trained alone against the teacher's block of the same number.
+    """The task of blockwise training: every student block is trained against the teacher's block of the same number.
 
     Student block i takes the output of teacher block i - 1, and its loss compares its output with that of teacher block i
-    (DNA, Li et al. 2020, section 3; Pipe-BD, Jang et al., DATE 2023, section 2). The teacher is frozen, in eval mode, and
+    (DNA, Li et al. 2020, section 3; Pipe-BD, Jang et al., DATE 2023). The teacher is frozen, in eval mode, and
     never changed. Every tensor between blocks has one row a sample.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipestill.errors import ConfigError, nearest
+from pipestill.model.seeding import seeded
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -29,10 +30,7 @@ def load_model(name: str, num_classes: int | None = None, seed: int = 0) -> nn.M
         raise ConfigError(f"{library} {_version_of(library)} has no model '{wanted}'{nearest(wanted, known)}")
     options = {} if num_classes is None else {"num_classes": num_classes}
     make = partial(models.create_model, pretrained=False) if library == "timm" else partial(models.get_model, weights=None)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        built: nn.Module = make(wanted, **options)
-        return built
+    return seeded(seed, partial(make, wanted, **options))  # type: ignore[no-any-return]
 
 
 def _imported(library: str) -> Any:

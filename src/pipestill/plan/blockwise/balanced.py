@@ -33,7 +33,7 @@ _HALVINGS = 40
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which rank runs which portions of the blocks."""
+    """A layout: which rank runs which portions of the blocks."""
 
     seconds: float
     """Seconds of the most loaded rank for a batch."""

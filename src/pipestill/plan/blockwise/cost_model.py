@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from pipestill.arguments import mebibytes
+from pipestill.arguments import mebibytes, raise_problems
 from pipestill.errors import PlanError
 from pipestill.schedule.blockwise.generate import AHEAD
 from pipestill.schedule.blockwise.profile import BlockProfile
@@ -100,7 +100,7 @@ def ls(profile: BlockProfile, batch: int, devices: int, *, speeds: Speeds = None
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan is searched for; `PlanError` where that makes no sense, with all problems at once.
+    """The problem that a plan is searched for; `PlanError` where it makes no sense, with all that is wrong.
 
     Args:
         profile: seconds and bytes of every block
@@ -130,8 +130,7 @@ class Problem:
                 f"a limit of {mebibytes(self.memory_bytes)} a rank for a profile that does not say what blocks hold in "
                 "memory; measure one that does (columns teacher_bytes, state_bytes, activation_bytes_per_row)"
             )
-        if problems:
-            raise PlanError("; ".join(problems))
+        raise_problems(problems, PlanError)
 
     @property
     def pace(self) -> Sequence[float]:

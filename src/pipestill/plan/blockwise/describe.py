@@ -49,7 +49,7 @@ def _of_rank(phase: Phase, rank: int) -> str:
 
 
 def _listed(held: list[tuple[int, Fraction]]) -> str:
-    """Blocks in a row as `2-4`, with the fraction of their rows where that is not 1, as in `5:1/3`."""
+    """Write blocks in a row as `2-4`, with the fraction of their rows where that is not 1, as in `5:1/3`."""
     runs: list[list[tuple[int, Fraction]]] = []
     for block, rows in held:
         if runs and (block - 1, rows) == runs[-1][-1]:
@@ -65,5 +65,5 @@ def _listed(held: list[tuple[int, Fraction]]) -> str:
 
 
 def _fraction(rows: Fraction) -> str:
-    """A fraction as such, or as a decimal where it is unwieldy."""
+    """Write a fraction as such, or as a decimal where it is unwieldy."""
     return str(rows) if rows.denominator <= 32 else f"{float(rows):.3g}"

@@ -72,6 +72,6 @@ def _peak(schedule: Schedule[BlockwiseStructure], rank: int, costs: BlockwiseCos
 
 
 def _rows(part: Part, batch: int) -> int:
-    """How many rows of a batch a part has."""
+    """Count the rows of a batch that a part has."""
     rows = rows_of_part(part, batch)
     return int(rows.stop - rows.start)

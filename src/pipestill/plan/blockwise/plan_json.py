@@ -14,7 +14,7 @@ _VERSION, _KIND = 1, "blockwise"
 
 
 def blockwise_plan_to_json(plan: BlockwisePlan, memory_bytes: float | None = None) -> dict[str, Any]:
-    """What a plan was found from, for `blockwise_plan_from_json`, and its figures.
+    """Write what a plan was found from, for `blockwise_plan_from_json`, and its figures.
 
     `ranks` says in words which rank trains what; `phases` are blocks that are trained together. Seconds are of training every
     block on one batch.
@@ -74,5 +74,5 @@ def blockwise_plan_from_json(text: str) -> BlockwisePlan:
 
 
 def _read(value: Any) -> Any:
-    """A value of JSON, where a sequence is a tuple."""
+    """Read a value of JSON; a sequence becomes a tuple."""
     return tuple(value) if isinstance(value, list) else value

@@ -204,7 +204,7 @@ class BlockwiseExecutor:
     # -- rows of teacher blocks -------------------------------------------------------------------------------------
 
     def _batch_rows(self, action: Action) -> int:
-        """How many rows the batch of an action has."""
+        """Count the rows of the batch of an action."""
         return self.windows.known[action.step].rows[self.structure.share_of(action).batch]
 
     def _rows(self, work: Action, block: int) -> Generator[Message, None, Any]:

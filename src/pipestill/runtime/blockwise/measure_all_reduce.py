@@ -82,7 +82,7 @@ def measure_allreduces(
 
 
 def _of_blocks(worker: BlockwiseWorker, value: Any, group: Any, size: int, steps: Sequence[int]) -> list[float]:
-    """How much longer a step of each block takes with all-reduces; 0 for blocks of no steps."""
+    """Measure how much longer a step of each block takes with all-reduces; 0 for blocks of no steps."""
     extra = []
     for block, number in enumerate(steps):
         target = teacher_output(worker.task, block, copied(value))

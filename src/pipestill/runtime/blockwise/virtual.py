@@ -9,20 +9,12 @@ from torch import Tensor
 
 from pipestill.model.blockwise.task import BlockwiseContracts
 from pipestill.model.contracts import observe
-from pipestill.plan.blockwise.plan import BlockwisePlan, Phase
+from pipestill.plan.blockwise.plan import BlockwisePlan
 from pipestill.runtime.batch import windows
 from pipestill.runtime.blockwise.executor import BlockwiseExecutor
 from pipestill.runtime.blockwise.rank import Groups, plan_edges
 from pipestill.runtime.transport.message import Message
-from pipestill.runtime.transport.protocol import Transport
-from pipestill.runtime.transport.virtual import (
-    EventsBySegment,
-    VirtualClock,
-    VirtualRecorder,
-    VirtualTransport,
-    run_timed,
-    virtual_batches,
-)
+from pipestill.runtime.transport.virtual import EventsBySegment, VirtualClock, VirtualDevice, run_timed, virtual_batches
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Event, Lane, Trace
 from pipestill.schedule.blockwise.structure import BlockwiseCosts
@@ -70,11 +62,11 @@ class VirtualWorker:
         """Take no time: the training step's includes it."""
 
     def state_forms(self, block: int) -> list[tuple[tuple[int, ...], torch.dtype]]:
-        """One number, whatever the block."""
+        """Give one number, whatever the block."""
         return [((1,), torch.float32)]
 
     def state(self, block: int) -> list[Tensor]:
-        """One number, whatever the block."""
+        """Give one number, whatever the block."""
         return [torch.zeros(1)]
 
     def set_state(self, block: int, tensors: Sequence[Tensor]) -> None:
@@ -83,26 +75,24 @@ class VirtualWorker:
 
 def run_virtual_blockwise(
     plan: BlockwisePlan, steps: Sequence[int], groups: Groups, timeout_seconds: float
-) -> tuple[list[Trace], float] | None:
+) -> tuple[list[Trace], float]:
     """Run each phase of `plan` for as many steps as `steps` says, on virtual devices.
 
     There is one for each process of the default group, all of which call this. Returns on rank 0 a trace of each phase,
-    and the fraction of the time by which the clocks were set back; None elsewhere.
+    and the fraction of the time by which the clocks were set back; nothing of use elsewhere.
     """
-    world, clock = Processes(), VirtualClock()
+    world = Processes()
     transport = world.transport(world.rank, plan_edges(plan), timeout_seconds)  # all ranks together: one for all phases
+    device = VirtualDevice(transport, plan.costs.link.latency_seconds)
 
     def run() -> EventsBySegment:
         return {
-            number: _run_phase(plan, number, phase, steps[number], groups, clock, world, transport)
+            number: _run_phase(plan, number, steps[number], groups, world, device)
             for number, phase in enumerate(plan.phases)
             if world.rank in phase.ranks
         }
 
-    timed = run_timed(world, clock, run)
-    if timed is None:
-        return None
-    events, late = timed
+    events, late = run_timed(world, device.clock, run)
     traces = [
         Trace(len(phase.ranks), tuple(events.get(number, ())), by_block=True, batches_per_step=phase.window)
         for number, phase in enumerate(plan.phases)
@@ -111,24 +101,23 @@ def run_virtual_blockwise(
 
 
 def _run_phase(
-    plan: BlockwisePlan, number: int, phase: Phase, steps: int, groups: Groups, clock: VirtualClock, world: Processes,
-    transport: Transport,
-) -> list[Event]:  # fmt: skip
+    plan: BlockwisePlan, number: int, steps: int, groups: Groups, world: Processes, device: VirtualDevice
+) -> list[Event]:
     """Run this rank's row of a phase, and return what it recorded."""
-    structure, costs, local = phase.schedule.structure, plan.costs, phase.ranks.index(world.rank)
-    latency = costs.link.latency_seconds
+    phase, costs = plan.phases[number], plan.costs
+    structure, local = phase.schedule.structure, phase.ranks.index(world.rank)
 
     def seconds(message: Message) -> float:
         if message.lane not in (Lane.TEACHER, Lane.STATE):
             return 0.0
         to = phase.ranks.index(message.destination)
-        return structure.transfer_seconds(message.payload, to, costs) - latency
+        return structure.transfer_seconds(message.payload, to, costs) - device.latency
 
-    recorder = VirtualRecorder(local, clock, steps + 2)
+    recorder = device.recorder(local, steps + 2)
     source = windows(virtual_batches(costs.batch, steps * structure.window), structure.window)
     executor = BlockwiseExecutor(
-        phase.schedule, local, ranks=phase.ranks, worker=VirtualWorker(costs, world.rank, clock),
-        contracts=_contracts(structure.num_blocks), transport=VirtualTransport(transport, seconds, latency, clock),
+        phase.schedule, local, ranks=phase.ranks, worker=VirtualWorker(costs, world.rank, device.clock),
+        contracts=_contracts(structure.num_blocks), transport=device.transport(seconds),
         recorder=recorder, source=source if local == 0 else None, groups=groups, segment=number,
     )  # fmt: skip
     world.drive([executor.run()])

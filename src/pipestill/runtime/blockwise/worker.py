@@ -196,7 +196,7 @@ class OptimizerState:
             self.examples = self.pack(optimizer, list(copies.values()))
 
     def pack(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-        """Which parameters have a state (one number each), then all values of the states in the order of the templates."""
+        """List which parameters have a state (one number each), then all values of the states in the order of the templates."""
         states = [optimizer.state.get(parameter, {}) for parameter in parameters]
         packed = [torch.tensor([float(bool(state)) for state in states])]
         for parameter, state, template in zip(parameters, states, self.templates, strict=True):

@@ -13,14 +13,7 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.plan import Plan
 from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor
 from pipestill.runtime.transport.message import Message
-from pipestill.runtime.transport.virtual import (
-    EventsBySegment,
-    VirtualClock,
-    VirtualRecorder,
-    VirtualTransport,
-    run_timed,
-    virtual_batches,
-)
+from pipestill.runtime.transport.virtual import EventsBySegment, VirtualClock, VirtualDevice, run_timed, virtual_batches
 from pipestill.runtime.world import Processes
 from pipestill.schedule import Action, Lane, Op, Role, Trace
 from pipestill.schedule.comms import edges
@@ -109,16 +102,16 @@ class VirtualTeacher(VirtualStage):
         self._work(Role.TEACHER, Op.EMA, None)
 
 
-def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tuple[Trace, float] | None:
+def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tuple[list[Trace], float]:
     """Run `plan` for some steps on virtual devices: one for each process of the default group, all of which call this.
 
-    Returns on rank 0 a trace, and the fraction of the time by which the clocks were set back; None elsewhere.
+    Returns on rank 0 its only trace, and the fraction of the time by which the clocks were set back; nothing of use elsewhere.
     """
     schedule, costs, structure = plan.schedule, plan.stage_costs, plan.schedule.structure
-    world, clock = Processes(), VirtualClock()
-    rank, latency = world.rank, costs.link.latency_seconds
-    transport = world.transport(rank, edges(structure), timeout_seconds)
-    recorder = VirtualRecorder(rank, clock, steps + 1)
+    world, latency = Processes(), costs.link.latency_seconds
+    rank = world.rank
+    device = VirtualDevice(world.transport(rank, edges(structure), timeout_seconds), latency)
+    recorder = device.recorder(rank, steps + 1)
 
     def seconds(message: Message) -> float:
         if message.lane in (Lane.TOKEN, Lane.TARGET):
@@ -130,9 +123,9 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
         structure, _contracts(structure, plan.num_devices), stages, stages, num_trained=(0,) * plan.num_devices, views=False
     )
     executor = PipelineExecutor(
-        schedule, rank, boundaries=boundaries, student=VirtualStudent(rank, structure, costs, clock),
-        teacher=VirtualTeacher(rank, structure, costs, clock) if structure.teacher_ranks else None,
-        transport=VirtualTransport(transport, seconds, latency, clock), recorder=recorder,
+        schedule, rank, boundaries=boundaries, student=VirtualStudent(rank, structure, costs, device.clock),
+        teacher=VirtualTeacher(rank, structure, costs, device.clock) if structure.teacher_ranks else None,
+        transport=device.transport(seconds), recorder=recorder,
         source=virtual_batches(structure.num_microbatches, steps) if rank == 0 else None,
         largest_norm=1.0,
     )  # fmt: skip
@@ -141,11 +134,8 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
         world.drive([executor.run()])
         return {0: recorder.events()}
 
-    timed = run_timed(world, clock, run)
-    if timed is None:
-        return None
-    events, late = timed
-    return Trace(plan.num_devices, tuple(events[0])), late
+    events, late = run_timed(world, device.clock, run)
+    return [Trace(plan.num_devices, tuple(events.get(0, ())))], late
 
 
 def _contracts(structure: PipelineStructure, num_blocks: int) -> PipelineContracts:

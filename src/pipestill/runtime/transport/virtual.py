@@ -118,14 +118,33 @@ class VirtualRecorder(Recorder):
         return self.clock.now()
 
 
+@dataclass(eq=False)
+class VirtualDevice:
+    """One rank's virtual device: its clock, and real messages, which arrive `latency` seconds after they have left."""
+
+    messages: Transport
+    latency: float
+
+    def __post_init__(self) -> None:
+        self.clock = VirtualClock()
+
+    def transport(self, seconds: Callable[[Message], float]) -> VirtualTransport:
+        """Make the transport of an executor; `seconds` tells how long a message occupies its edge."""
+        return VirtualTransport(self.messages, seconds, self.latency, self.clock)
+
+    def recorder(self, rank: int, num_steps: int) -> VirtualRecorder:
+        """Make the recorder of an executor."""
+        return VirtualRecorder(rank, self.clock, num_steps)
+
+
 EventsBySegment = dict[int, list[Event]]
 
 
-def run_timed(world: World, clock: VirtualClock, run: Callable[[], EventsBySegment]) -> tuple[EventsBySegment, float] | None:
+def run_timed(world: World, clock: VirtualClock, run: Callable[[], EventsBySegment]) -> tuple[EventsBySegment, float]:
     """Call `run` on all ranks at once.
 
     Returns on rank 0 the events of all ranks, by segment and in the order in which they started, and the fraction of the
-    time by which the clocks were set back, on average over ranks; None elsewhere.
+    time by which the clocks were set back, on average over ranks; no events and 0 elsewhere.
     """
     world.barrier()
     begin = time.perf_counter()
@@ -133,7 +152,7 @@ def run_timed(world: World, clock: VirtualClock, run: Callable[[], EventsBySegme
     late = clock.late / (time.perf_counter() - begin)
     of_ranks, lates = world.gather([events]), world.gather([late])
     if not world.is_main:
-        return None
+        return {}, 0.0
     segments = sorted({segment for mine in of_ranks for segment in mine})
     joined = {
         segment: sorted((e for mine in of_ranks for e in mine.get(segment, ())), key=lambda event: event.start)
@@ -143,7 +162,7 @@ def run_timed(world: World, clock: VirtualClock, run: Callable[[], EventsBySegme
 
 
 def virtual_batches(rows: int, count: int) -> Iterator[Batch]:
-    """Batches of one number a row."""
+    """Yield batches of one number a row."""
     inputs = torch.zeros(rows, 1)
     for number in range(count):
         yield Batch(rows, 0, number == count - 1, inputs)

@@ -1,1 +1,1 @@
-"""Schedules of blockwise training: every student block is trained alone, on outputs of the teacher's blocks."""
+"""Schedules of blockwise training, in which every student block is trained on outputs of the teacher's blocks."""

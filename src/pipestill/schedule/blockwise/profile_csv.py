@@ -82,7 +82,7 @@ def _header_problems(header: Sequence[str]) -> list[str]:
 
 
 def _values(header: Sequence[str], cells: Sequence[str]) -> tuple[list[str], Values]:
-    """What is wrong in a line, and the values that can be read."""
+    """Read a line: the problems that it has, and the values that can be read."""
     if len(cells) != len(header):
         return [f"{len(cells)} cells, the header has {len(header)}"], {}
     problems: list[str] = []

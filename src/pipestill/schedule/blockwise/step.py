@@ -74,7 +74,7 @@ class BlockwiseStep:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks each model has."""
+        """The number of each model's blocks."""
         return len(self.teacher)
 
     def shares(self, role: Role) -> tuple[tuple[Share, ...], ...]:

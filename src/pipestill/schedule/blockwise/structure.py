@@ -42,18 +42,18 @@ class BlockwiseCosts:
         return 1.0
 
     def share_seconds(self, role: Role, block: int, share: Share) -> float:
-        """How long a share's rows take: the forward of a teacher block, or a student block's whole step, update included."""
+        """Seconds that a share's rows take: the forward of a teacher block, or a student block's whole step, update included."""
         known, rows = self.profile.blocks[block], self.rows(share.part)
         seconds = known.teacher(rows) if role is Role.TEACHER else known.student(rows)
         return seconds / (self.speeds[share.rank] if self.speeds else 1.0)
 
     def state_bytes(self, block: int) -> float:
-        """What moves with a student block: weights and optimizer state, which are taken to be as large where not known."""
+        """Bytes that move with a student block: weights and optimizer state, which are taken to be as large where not known."""
         known = self.profile.blocks[block]
         return max(known.state_bytes - known.parameter_bytes, 0) or 2 * known.parameter_bytes
 
     def rows(self, part: Part) -> float:
-        """How many rows of a batch a part has, which need not be whole."""
+        """Count the rows of a batch that a part has, which need not be whole."""
         return float((part[1] - part[0]) * self.batch)
 
 
@@ -108,7 +108,7 @@ class BlockwiseStructure(BlockwiseStep):
         return Proof((), tuple(versions), (0,) * self.num_ranks, lookahead, 0)
 
     def work_seconds(self, work: Action, costs: BlockwiseCosts) -> float:
-        """How long `work` computes. A student's step has its update in it; reading the data is not counted."""
+        """Seconds that `work` computes. A student's step has its update in it; reading the data is not counted."""
         if work.op in (Op.DATA, Op.UPDATE):
             return 0.0
         if work.op is Op.REDUCE:
@@ -116,7 +116,7 @@ class BlockwiseStructure(BlockwiseStep):
         return costs.share_seconds(work.role, work.stage, self.share_of(work))
 
     def transfer_seconds(self, result: Action, destination: int, costs: BlockwiseCosts) -> float:
-        """How long a result takes to arrive at a rank: rows for the next block, a block that moves, or a mere token."""
+        """Seconds until a result arrives at a rank: rows for the next block, a block that moves, or a mere token."""
         key = result.payload.at(0), destination
         moved = 0.0
         if key in self.relays:

@@ -89,7 +89,7 @@ class _Run:
         return position > first
 
     def _start(self, period: int, waits: list[tuple[int, int, float]], now: float) -> float | None:
-        """When work can start that waits for other ranks; None while some of that has not ended."""
+        """Find when work can start that waits for other ranks; None while some of that has not ended."""
         for number, later, transfer in waits:
             awaited = period + later
             if not 0 <= awaited < _PERIODS:

@@ -36,7 +36,7 @@ class _Work:
     """For each result that it needs: the ends of that work, how many steps later it is (0 or less), transfer seconds."""
 
     def ready(self, step: int) -> float | None:
-        """When all that the work needs in a step is there; None while some of it has not ended."""
+        """Find when all that the work needs in a step is there; None while some of it has not ended."""
         latest = 0.0
         for ends, later, transfer in self.waits:
             needed = step + later

@@ -59,7 +59,7 @@ class PipelineStep:
 
     @property
     def num_ranks(self) -> int:
-        """How many ranks hold stages."""
+        """The number of ranks that hold stages."""
         return 1 + max(self.student_ranks + self.teacher_ranks)
 
     @property
@@ -80,16 +80,16 @@ class PipelineStep:
         return [stage for stage, owner in enumerate(self.ranks(role)) if owner == rank]
 
     def views_of(self, role: Role) -> int:
-        """How many views of a sample a model sees."""
+        """Count the views of a sample that a model sees."""
         return self.views if role is Role.STUDENT else self.teacher_views
 
     def num_units(self, role: Role) -> int:
-        """How many passes through a model one step has."""
+        """Count the passes through a model of one step."""
         return self.num_microbatches * self.views_of(role)
 
     @property
     def num_losses(self) -> int:
-        """How often the loss is evaluated in one step."""
+        """The number of times that the loss is evaluated in one step."""
         return 1 if self.batch_loss else self.num_microbatches
 
     def units_of_loss(self, loss: int, role: Role) -> range:
@@ -103,7 +103,7 @@ class PipelineStep:
 
     @property
     def backward_ops(self) -> tuple[Op, ...]:
-        """What a backward consists of, in its order."""
+        """The work that a backward consists of, in its order."""
         return (Op.INPUT, Op.WEIGHT) if self.split else (Op.BACKWARD,)
 
     def passes(self) -> Iterator[tuple[Role, Op, int]]:

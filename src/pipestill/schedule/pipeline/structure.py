@@ -34,7 +34,7 @@ class PipelineStructure(PipelineStep):
         return needs(work, self)
 
     def sharers(self, work: Action) -> list[Action]:
-        """Nothing: no two ranks share a stage."""
+        """Give nothing: no two ranks share a stage."""
         return []
 
     def lane(self, transfer: Action, destination: int) -> Lane:
@@ -56,7 +56,7 @@ class PipelineStructure(PipelineStep):
         return Proof((*problems, *bound_problems), versions[:num_steps], peaks, most_ahead, staleness)
 
     def work_seconds(self, work: Action, costs: StageCosts) -> float:
-        """How long `work` computes when no other rank disturbs it."""
+        """Seconds that `work` computes when no other rank disturbs it."""
         stage = work.stage
         if work.op is Op.LOSS:
             return costs.loss * self.num_microbatches / self.num_losses / self.pieces
@@ -72,7 +72,7 @@ class PipelineStructure(PipelineStep):
         return seconds * self.unit_scale(work, costs)
 
     def transfer_seconds(self, result: Action, destination: int, costs: StageCosts) -> float:
-        """How long a result takes to arrive at any other rank: a boundary's activations or their gradients."""
+        """Seconds until a result arrives at any other rank: a boundary's activations or their gradients."""
         return costs.link.seconds(self.result_bytes(result, costs))
 
     def result_bytes(self, result: Action, costs: StageCosts) -> float:

@@ -42,7 +42,7 @@ class Bound(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """Work in a row."""
+    """A piece of work at its place in a row."""
 
     node: int
     ahead: int
@@ -97,7 +97,7 @@ class _LongestPaths:
         self._inside[node] = True
 
     def known(self, edges: Edges) -> Edges:
-        """Those of the edges whose other end is in the graph."""
+        """Select those edges whose other end is in the graph."""
         return [(node, weight) for node, weight in edges if self._inside[node]]
 
 
@@ -225,7 +225,7 @@ class Weaver:
         return longest[: self._num_gaps(action, row)]
 
     def _num_gaps(self, action: Action, row: Sequence[_Placed]) -> int:
-        """How many gaps of a row are open to `action`: gradients of weights never stand behind the update."""
+        """Count the gaps of a row that are open to `action`: gradients of weights never stand behind the update."""
         if action.op is Op.WEIGHT:
             for position, placed in enumerate(row):
                 if self._actions[placed.node].op in (Op.NORM, Op.UPDATE):

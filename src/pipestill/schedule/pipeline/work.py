@@ -1,4 +1,4 @@
-"""What each piece of work of a pipeline takes and waits for, looked up once: searches for schedules ask again and again."""
+"""A table of what each piece of a pipeline's work takes and waits for, since searches for schedules ask again and again."""
 
 from math import ceil
 from typing import NamedTuple
