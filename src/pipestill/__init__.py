@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipestill import data as data, losses as losses, lr_schedules as lr_schedules
+    from pipestill import cache as cache, data as data, losses as losses, lr_schedules as lr_schedules
     from pipestill.costs import Costs as Costs
     from pipestill.errors import PipestillError as PipestillError, RankFailure as RankFailure, UserError as UserError
     from pipestill.losses.step import step_number as step_number
@@ -49,7 +49,7 @@ _HOMES = {
 }
 """Public classes and functions, with the modules that they are in."""
 
-_MODULES = {"callbacks": "train.callbacks", "data": "data", "losses": "losses", "lr_schedules": "lr_schedules"}
+_MODULES = {"cache": "cache", "callbacks": "train.callbacks", "data": "data", "losses": "losses", "lr_schedules": "lr_schedules"}
 """Public modules, with where they are."""
 
 __all__ = sorted({*_HOMES, *_MODULES})  # type checkers read the imports above
