@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipestill.model.blocks import BlockModel as BlockModel
     from pipestill.model.blockwise.task import Blockwise as Blockwise, batch_number as batch_number
     from pipestill.model.families.replay import cut_by_replay as cut_by_replay
+    from pipestill.model.features import features as features
     from pipestill.model.tasks import Distillation as Distillation, Momentum as Momentum, Supervised as Supervised
     from pipestill.plan import Plan as Plan
     from pipestill.plan.blockwise.plan import BlockwisePlan as BlockwisePlan
@@ -44,6 +45,7 @@ _HOMES = {
     "UserError": "errors",
     "batch_number": "model.blockwise.task",
     "cut_by_replay": "model.families.replay",
+    "features": "model.features",
     "launch": "runtime.launch",
     "step_number": "losses.step",
 }
