@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipestill.losses.distillation import IGNORED
+from pipestill.losses.targets import IGNORED
 from pipestill.model.seeding import derive
 from pipestill.recipes.sequences import Sequences
 from pipestill.recipes.tokens import Tokens
