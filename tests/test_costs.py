@@ -51,7 +51,8 @@ SIX = Costs(
 
 
 def test_stages_add_up_consecutive_blocks() -> None:
-    assert SIX.stages([1, 3], [1, 1]) == StageCosts(
+    with_features = replace(SIX, student=tuple(replace(b, feature_seconds=i) for i, b in enumerate(SIX.student)))
+    assert with_features.stages([1, 3], [1, 1], [(0, 1), (3, 1), (2, 0)]) == StageCosts(
         forward=(1.0, 9.0),
         backward=(10.0, 36.0),
         update=(100.0, 306.0),
@@ -65,7 +66,15 @@ def test_stages_add_up_consecutive_blocks() -> None:
         weight=(4.0, 18.0),
         ema=(7.0, 8.0),
         views=(1.0, 0.5),
+        feature_seconds=(0, 6),
+        feature_bytes=(2001, 2001, 2000),
+        feature_gradient_bytes=(1000, 1003, 1002),
     )
+
+
+def test_feature_losses_take_time() -> None:
+    assert BlockCosts("s", 1.0, 2.0, feature_seconds=0.5).seconds == 3.5
+    assert Costs((BlockCosts("s", 1.0, 2.0, feature_seconds=0.5),)).scaled(2.0).student[0].feature_seconds == 1.0
 
 
 def test_seconds_of_a_microbatch_and_of_a_step() -> None:

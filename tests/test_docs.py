@@ -196,6 +196,17 @@ def test_language_data_page_runs() -> None:
     assert names["examples"].counts.summary() == fences_of("docs/language_data.md", "text")[0].strip()
 
 
+def test_teacher_cache_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code asserts by itself that a student learns the same from the cache as from the teacher."""
+    pytest.importorskip("transformers")
+    monkeypatch.delenv("RANK", raising=False)
+    with torch.random.fork_rng():
+        exec(
+            compile("\n".join(fences_of("docs/teacher_cache.md", "python")), "docs/teacher_cache.md", "exec"),
+            {"__name__": "page"},
+        )
+
+
 @pytest.mark.slow
 def test_momentum_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that the features got better, and that the pipeline equals the plain loop."""

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipestill import data as data, losses as losses, lr_schedules as lr_schedules
+    from pipestill import cache as cache, data as data, losses as losses, lr_schedules as lr_schedules
     from pipestill.costs import Costs as Costs
     from pipestill.errors import PipestillError as PipestillError, RankFailure as RankFailure, UserError as UserError
     from pipestill.losses.step import step_number as step_number
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipestill.model.blocks import BlockModel as BlockModel
     from pipestill.model.blockwise.task import Blockwise as Blockwise, batch_number as batch_number
     from pipestill.model.families.replay import cut_by_replay as cut_by_replay
+    from pipestill.model.features import features as features
     from pipestill.model.tasks import Distillation as Distillation, Momentum as Momentum, Supervised as Supervised
     from pipestill.plan import Plan as Plan
     from pipestill.plan.blockwise.plan import BlockwisePlan as BlockwisePlan
@@ -44,12 +45,13 @@ _HOMES = {
     "UserError": "errors",
     "batch_number": "model.blockwise.task",
     "cut_by_replay": "model.families.replay",
+    "features": "model.features",
     "launch": "runtime.launch",
     "step_number": "losses.step",
 }
 """Public classes and functions, with the modules that they are in."""
 
-_MODULES = {"callbacks": "train.callbacks", "data": "data", "losses": "losses", "lr_schedules": "lr_schedules"}
+_MODULES = {"cache": "cache", "callbacks": "train.callbacks", "data": "data", "losses": "losses", "lr_schedules": "lr_schedules"}
 """Public modules, with where they are."""
 
 __all__ = sorted({*_HOMES, *_MODULES})  # type checkers read the imports above

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipestill.errors import ConfigError, PlanError
+from pipestill.link import Link as Link, check_amount
 
 _VERSION = 1
 
@@ -28,6 +29,7 @@ class BlockCosts:
         stash_bytes: bytes that are kept from its forward to its backward
         weight_seconds: the part of `backward_seconds` that the gradients of the weights take
         training_bytes: bytes that training adds to the weights: gradients and the optimizer's state
+        feature_seconds: seconds of the feature losses that take the block's output, with their backwards
 
     Raises:
         PlanError: an amount is below 0 or infinite, or `weight_seconds` is more than all of the backward
@@ -42,10 +44,11 @@ class BlockCosts:
     stash_bytes: int = 0
     weight_seconds: float = 0.0
     training_bytes: int = 0
+    feature_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self)[1:]:
-            _check_amount(f"block '{self.name}': {item.name}", getattr(self, item.name))
+            check_amount(f"block '{self.name}': {item.name}", getattr(self, item.name))
         if self.weight_seconds > self.backward_seconds * (1 + 1e-9):
             raise PlanError(
                 f"block '{self.name}': weight_seconds is {self.weight_seconds}, "
@@ -54,76 +57,8 @@ class BlockCosts:
 
     @property
     def seconds(self) -> float:
-        """Seconds of the forward and the backward of one microbatch."""
-        return self.forward_seconds + self.backward_seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """What a transfer between two ranks takes: latency_seconds + bytes / bytes_per_second.
-
-    Most of a transfer is beside the work of both ranks. `wake_seconds` and the handling are what it adds to that work.
-
-    Args:
-        latency_seconds: seconds of a message without bytes
-        bytes_per_second: rate of the link; infinity for a link that takes no time
-        wake_seconds: how much later a rank that had to wait for a message gets on with its work: its core slept, and works
-            more slowly at first
-        handling_seconds: seconds that each message keeps a rank from its work, at either end
-        handling_bytes_per_second: rate at which the message's bytes keep it from its work besides
-
-    Raises:
-        PlanError: seconds are below 0 or infinite, or a rate is not above 0
-    """
-
-    latency_seconds: float = 0.0
-    bytes_per_second: float = float("inf")
-    wake_seconds: float = 0.0
-    handling_seconds: float = 0.0
-    handling_bytes_per_second: float = float("inf")
-
-    def __post_init__(self) -> None:
-        for name in ("latency_seconds", "wake_seconds", "handling_seconds"):
-            _check_amount(f"link: {name}", getattr(self, name))
-        for name in _RATES:
-            if not getattr(self, name) > 0:
-                raise PlanError(f"link: {name} is {getattr(self, name)}, expected more than 0")
-
-    def seconds(self, num_bytes: float) -> float:
-        """Seconds until so many bytes have arrived.
-
-        Args:
-            num_bytes: size of the message
-        """
-        return self.latency_seconds + num_bytes / self.bytes_per_second
-
-    def only(self) -> Link:
-        """The link alone, without what a message adds to the work of the ranks."""
-        return Link(self.latency_seconds, self.bytes_per_second)
-
-    def to_json(self) -> dict[str, float | None]:
-        """The fields by name. JSON has no infinity, so a rate without a limit is null."""
-        return {
-            name: None if value == float("inf") and name in _RATES else value for name, value in dataclasses.asdict(self).items()
-        }
-
-    @classmethod
-    def from_json(cls, data: Any) -> Link:
-        """Read back what `to_json` gave.
-
-        Args:
-            data: the fields by name
-
-        Raises:
-            TypeError: it is no object, or a field is unknown
-        """
-        if not isinstance(data, dict):
-            raise TypeError(f"a link is {data!r}, expected an object")
-        unlimited = {name: float("inf") for name in _RATES if name in data and data[name] is None}
-        return cls(**{**data, **unlimited})
-
-
-_RATES = ("bytes_per_second", "handling_bytes_per_second")
+        """Seconds of the forward and the backward of one microbatch, and of the feature losses between them."""
+        return self.forward_seconds + self.backward_seconds + self.feature_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +98,7 @@ class Costs:
             raise PlanError("costs hold no student block; expected at least one")
         amounts = [("loss_seconds", self.loss_seconds), ("data_seconds", self.data_seconds)]
         for what, amount in (*(("the cost of a view", view) for view in self.views), *amounts):
-            _check_amount(what, amount)
+            check_amount(what, amount)
         if not 1.0 <= self.interference < float("inf"):
             raise PlanError(f"interference is {self.interference}, expected 1 or more")
 
@@ -198,7 +133,7 @@ class Costs:
         """
 
         def longer(block: BlockCosts) -> BlockCosts:
-            times = ("forward_seconds", "backward_seconds", "weight_seconds", "update_seconds")
+            times = ("forward_seconds", "backward_seconds", "weight_seconds", "update_seconds", "feature_seconds")
             return dataclasses.replace(block, **{name: getattr(block, name) * factor for name in times})
 
         student, teacher = (tuple(map(longer, blocks)) for blocks in (self.student, self.teacher))
@@ -242,12 +177,15 @@ class Costs:
         frozen = [BlockCosts(f"teacher.{i}", teacher_forward) for i in range(num_blocks)] if teacher else []
         return cls(tuple(student), tuple(frozen), views=(1.0,) * views)
 
-    def stages(self, student_partition: Sequence[int], teacher_partition: Sequence[int]) -> StageCosts:
+    def stages(
+        self, student_partition: Sequence[int], teacher_partition: Sequence[int], features: Sequence[tuple[int, int]] = ()
+    ) -> StageCosts:
         """The costs of stages, which are sums over their blocks.
 
         Args:
             student_partition: number of consecutive student blocks of each stage
             teacher_partition: number of consecutive teacher blocks of each stage; empty without a teacher
+            features: (student block, teacher block) of each pair that is compared inside the models
 
         Raises:
             PlanError: a stage is empty, or the numbers do not add up to all blocks
@@ -268,6 +206,9 @@ class Costs:
             link=self.link,
             interference=self.interference,
             views=self.views,
+            feature_seconds=tuple(sum(b.feature_seconds for b in s) for s in student) if features else (),
+            feature_bytes=tuple(self.teacher[block].output_bytes for _, block in features),
+            feature_gradient_bytes=tuple(self.student[block].output_bytes for block, _ in features),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -334,6 +275,9 @@ class StageCosts:
         weight: the part of each stage's `backward` that gradients of weights take; empty for 0
         ema: seconds of each momentum teacher's update; empty for 0
         views: as in `Costs`
+        feature_seconds: seconds of the feature losses on each student stage for one microbatch; empty for 0
+        feature_bytes: for each pair of blocks that is compared, bytes of what the teacher's stage gives; empty for 0
+        feature_gradient_bytes: for each such pair, bytes of the gradient that waits for the student's backward; empty for 0
     """
 
     forward: tuple[float, ...]
@@ -349,6 +293,9 @@ class StageCosts:
     weight: tuple[float, ...] = ()
     ema: tuple[float, ...] = ()
     views: tuple[float, ...] = (1.0,)
+    feature_seconds: tuple[float, ...] = ()
+    feature_bytes: tuple[int, ...] = ()
+    feature_gradient_bytes: tuple[int, ...] = ()
 
     def busy_seconds(self, num_microbatches: int, teacher_views: int = 1) -> list[float]:
         """Seconds of work of one step on each rank, where stage i of both models is on rank i.
@@ -362,7 +309,7 @@ class StageCosts:
         work = zip(self.forward, self.backward, self.update, self.teacher or none, self.ema or none, strict=True)
         seconds = []
         for stage, (forward, backward, update, teacher, ema) in enumerate(work, 1):
-            loss = self.loss if stage == len(self.forward) else 0.0
+            loss = (self.loss if stage == len(self.forward) else 0.0) + (self.feature_seconds or none)[stage - 1]
             microbatch = teacher_scale * teacher + student_scale * (forward + backward) + loss
             seconds.append(num_microbatches * microbatch + update + ema + (self.data if stage == 1 else 0.0))
         return seconds
@@ -380,12 +327,6 @@ class StageCosts:
         busy = sorted(self.busy_seconds(num_microbatches, teacher_views), reverse=True)
         slowdown = (self.interference - 1.0) / max(1, len(busy) - 1)  # by each other rank that computes
         return max(sum(busy[:k]) / max(1.0, k / (1.0 + slowdown * (k - 1))) for k in range(1, len(busy) + 1))
-
-
-def _check_amount(what: str, amount: float) -> None:
-    """Raise `PlanError` for an amount below 0 or without a limit."""
-    if not 0 <= amount < float("inf"):
-        raise PlanError(f"{what} is {amount}, expected 0 or more")
 
 
 def stage_blocks(blocks: tuple[BlockCosts, ...], partition: Sequence[int], role: str) -> list[tuple[BlockCosts, ...]]:

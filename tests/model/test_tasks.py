@@ -49,18 +49,19 @@ def test_a_loss_gives_scalars(value: Any) -> None:
         ps.Supervised(model(), lambda output, target: value).loss_parts([torch.ones(2)], [], None)
 
 
-def test_a_loss_with_something_to_train_is_refused() -> None:
-    """No optimizer would see it: a projection that never learns, without a word."""
+def test_a_loss_that_shares_tensors_with_a_model_is_refused() -> None:
+    """They would be trained in two places."""
 
     class Projected(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, projection: nn.Module) -> None:
             super().__init__()
-            self.projection = nn.Linear(4, 4)
+            self.projection = projection
 
-    for make in (lambda loss: ps.Distillation(model(), model(), loss), lambda loss: ps.Supervised(model(), loss)):
-        with pytest.raises(ModelError, match=r"the loss has parameters to train \(projection.weight, projection.bias\)"):
-            make(Projected())
-        make(Projected().requires_grad_(False))
+    student = model()
+    for make in (lambda loss: ps.Distillation(model(), student, loss), lambda loss: ps.Supervised(student, loss)):
+        with pytest.raises(ModelError, match=r"loss has 'projection.weight' in common with the student; give each its own"):
+            make(Projected(student[0]))
+        make(Projected(nn.Linear(4, 4)))
 
 
 def test_teacher_and_student_share_nothing() -> None:

@@ -59,6 +59,9 @@ def tasks(draw: st.DrawFn, strategies: Collection[str] = PIPELINE_STRATEGIES, mo
         "batch_loss": draw(st.booleans()),
         "clip": draw(st.booleans()),
     }
+    if teacher and draw(st.booleans()):
+        stage = st.integers(0, stages - 1)
+        asked["features"] = tuple(draw(st.lists(st.tuples(stage, stage), min_size=1, max_size=3)))
     if strategy == "fill":
         enough = microbatches if asked["batch_loss"] else stages  # microbatches that any pipeline holds
         asked["split_backward"] = draw(st.booleans())
@@ -93,6 +96,8 @@ def stage_costs(draw: st.DrawFn, num_stages: int, views: int = 1, link: bool = F
         weight=tuple(share * b for b in backward),
         ema=each(maybe_zero),
         views=(1.0, draw(positive))[:views],
+        feature_seconds=each(maybe_zero),
+        feature_bytes=(3, 5, 7) if link else (),
     )
 
 

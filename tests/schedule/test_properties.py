@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("_short_search")
 def costs_for(data: st.DataObject, task: Task, link: bool = False) -> StageCosts:
     """Costs of a task, whose teacher's update takes time when it has one."""
     costs = data.draw(stage_costs(task.num_stages, task.asked["views"], link))
-    return costs if task.momentum else replace(costs, ema=())
+    compared = {student for student, _ in task.asked.get("features", ())}
+    seconds = tuple(s if stage in compared else 0.0 for stage, s in enumerate(costs.feature_seconds))
+    return replace(costs, ema=costs.ema if task.momentum else (), feature_seconds=seconds)
 
 
 @given(st.data(), tasks(most_units=8))

@@ -137,7 +137,7 @@ def test_text_of_everything_else() -> None:
 @given(schedules(), st.data())
 @settings(max_examples=20, deadline=None)
 def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) -> None:
-    lines = schedule.to_text().splitlines()
+    lines = [line for line in schedule.to_text().splitlines() if not line.startswith("features:")]  # which may be left out
     gone = lines.pop(data.draw(st.integers(0, len(lines) - 1)))
     with pytest.raises(ValueError, match="schedule") as error:
         Schedule.from_text("\n".join(lines), *KINDS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers, parse_truth, yes_or_no
+from pipestill.schedule.text import Fields, numbers, pairs, parse_number, parse_numbers, parse_pairs, parse_truth, yes_or_no
 
 
 @pytest.mark.parametrize("values", [(), (0,), (3, 1, 123456789)])
@@ -10,6 +10,19 @@ def test_numbers_are_read_back(values: tuple[int, ...]) -> None:
     fields = {"stash": numbers(values), "other": "1"}
     assert parse_numbers("stash", fields) == values
     assert fields == {"other": "1"}, "what is read is taken out"
+
+
+@pytest.mark.parametrize("values", [(), ((0, 1),), ((3, 0), (123456789, 2))])
+def test_pairs_are_read_back(values: tuple[tuple[int, int], ...]) -> None:
+    fields = {"some": pairs(values)}
+    assert parse_pairs("some", fields) == values
+    assert fields == {}
+
+
+@pytest.mark.parametrize("text", ["", "0-1", "0/1/2", "1 2", "0/1,2/3"])
+def test_wrong_pairs(text: str) -> None:
+    with pytest.raises(ValueError, match="expected pairs of whole numbers such as 0/1, with spaces between, or 'none'"):
+        parse_pairs("some", {"some": text})
 
 
 @pytest.mark.parametrize("truth", [True, False])

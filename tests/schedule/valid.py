@@ -18,6 +18,9 @@ VALID = {
     "tspipe": generate("tspipe", 2, 1, momentum=True, views=2, teacher_views=2, batch_loss=True),
     "async": generate("async", 2, 2, momentum=True),
     "forward-only": forward_only(2, 3),
+    "features": generate("1f1b", 3, 2, features=((0, 2), (1, 0), (0, 0))),
+    "features-filled": generate("fill", 2, 2, features=((0, 1), (1, 0)), split_backward=True, batch_loss=True),
+    "features-in-turn": generate("sequential", 2, 2, features=((0, 1),)),
 }
 
 STALE = {"ema-stale", "tspipe", "async"}

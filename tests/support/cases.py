@@ -601,7 +601,10 @@ CASES: dict[str, Case] = {
     "steps_within_epochs": case(nothing_to_train_in_a_stage, fit={"steps": 5, "epochs": 4}, validate=vectors),
     "two_rates": case(nothing_to_train_in_a_stage, trainer={**SGD, "param_groups": two_rates, "lr_schedule": lambda k: 0.5**k}),
     "decays": case(nothing_to_train_in_a_stage, trainer={**OPTIMIZERS["adamw"], "weight_decay_schedule": lambda k: 3.0 * k}),
-    "counted": case(counted, counted_sequences),
+    "counted": case(
+        counted, counted_sequences, validate=counted_sequences,
+        trainer={**SGD, "metrics": {"accuracy": ps.losses.accuracy, "perplexity": ps.losses.perplexity}},
+    ),
     "fused": case(fused, counted_sequences, validate=counted_sequences, trainer={**SGD, **ACCURACY}),
     "lengths": case(
         lengths, sequences, validate=lambda: sequences(((5, 12), (3, 2))), fit={"epochs": 2},

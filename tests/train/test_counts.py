@@ -216,6 +216,29 @@ def test_a_supervised_loss_may_take_the_whole_batch_too() -> None:
     assert_same(case.run("gpipe", 2, microbatches=4), case.run("reference", microbatches=4))
 
 
+def alike(students: list[Tensor], teachers: list[Tensor], labels: Tensor) -> Tensor:
+    """A sum over the rows that have a label, over two views."""
+    chosen = labels != -100
+    return torch.stack([F.mse_loss(s[chosen], t[chosen], reduction="sum") for s, t in zip(students, teachers, strict=True)]).sum()
+
+
+@pytest.mark.usefixtures("quick_plans")
+@pytest.mark.parametrize(("strategy", "devices"), [("fill", 2), ("tspipe", 2)])
+def test_a_loss_of_a_momentum_teacher_may_count(strategy: str, devices: int) -> None:
+    def task() -> ps.Momentum:
+        loss = ps.losses.counted(alike, lambda labels: (labels != -100).sum())
+        return ps.Momentum(linears(0), linears(0), loss, momentum=0.5)
+
+    def batches() -> list[Any]:
+        labels = torch.tensor([-100, 1, -100, -100, 2, 0, -100])
+        return [((vectors(7) * i, vectors(7) + i), labels) for i in (1, 2, 3)]
+
+    case, stale = Case(task, batches), {"staleness": int(strategy == "tspipe")}
+    whole, cut = (case.run("reference", microbatches=count, **stale) for count in (1, 4))
+    assert cut.steps[-1]["loss"] == pytest.approx(whole.steps[-1]["loss"], rel=1e-5)
+    assert_same(case.run(strategy, devices, microbatches=4), cut)
+
+
 def annealed(student: Tensor, teacher: Tensor, target: Any) -> Tensor:
     return F.mse_loss(student, teacher) * (1.0 + ps.step_number())
 

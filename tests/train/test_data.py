@@ -198,6 +198,15 @@ def test_closing_early_ends_the_thread() -> None:
     assert not reader._thread.is_alive()
 
 
+def test_a_sample_has_rows_that_differ_in_their_labels() -> None:
+    """Or a mean over labels, of rows that all have equally many, would pass for a mean over rows."""
+    labels = torch.full((6, 4), 3)
+    labels[4, 1:] = labels[2, 2:] = -100
+    inputs, targets = sample(Batch(6, 0, False, torch.arange(6), {"labels": labels}))
+    assert inputs.tolist() == [0, 4, 1]
+    assert targets["labels"][1].tolist() == [3, -100, -100, -100]
+
+
 def test_sample() -> None:
     inputs, targets = sample(Batch(5, 0, False, {"x": torch.arange(5)}, torch.arange(5)))
     assert inputs["x"].tolist() == targets.tolist() == [0, 1, 2]

@@ -316,7 +316,6 @@ def mse(student: Any, teacher: Any, target: Any) -> Tensor:
             lambda: ps.Momentum(blocks(4, 4), blocks(4, 4), mse, teacher_buffers="none"),
             "teacher_buffers is 'none'; expected own or copy",
         ),
-        (lambda: ps.Momentum(blocks(4, 4), blocks(4, 4), nn.Linear(4, 1)), r"the loss has parameters to train \(weight, bias\)"),
     ],
 )  # fmt: skip
 def test_what_makes_no_task_is_refused(make: Callable[[], Any], message: str) -> None:

@@ -9,5 +9,6 @@ COMMANDS = {
     "compare": "measure strategies side by side in one run",
     "check": "prove a schedule, then compare its weights with the plain loop's",
     "trace": "draw what happened in a run",
+    "cache": "write what a teacher says of a text to disk, so that students need no teacher",
     "doctor": "what this machine has, what is missing, how to mend it",
 }

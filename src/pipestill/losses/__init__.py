@@ -5,6 +5,7 @@ scalar or as a dict of scalars whose sum is the loss; their names are logged. A 
 """
 
 from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, normalised_mse
+from pipestill.losses.cached import CachedTopK
 from pipestill.losses.counted import counted
 from pipestill.losses.distillation import Cosine, MaskedDistillation
 from pipestill.losses.logit_losses import JSD, ForwardKL, LogitLoss, LogitsMSE, ReverseKL, SoftTarget, TopKKL, TotalVariation
@@ -20,6 +21,7 @@ __all__ = [
     "Accuracy",
     "Agreement",
     "BlockLoss",
+    "CachedTopK",
     "Cosine",
     "CrossEntropy",
     "Dino",

@@ -39,6 +39,8 @@ class Work:
     """How many of the logits are read, the first ones."""
     chunk_size: int | None
     """Tokens of a chunk; None for what suits the device."""
+    teacher_width: int | None = None
+    """How many columns of the teacher's are read; None for as many as of the student's."""
 
     @property
     def has_labels(self) -> bool:
@@ -98,7 +100,7 @@ def _run(
     cast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
     with cast:  # a head has its own type; the rest is float64
         student = Source(heads[0], tensors[:3], wanted, work.vocabulary)
-        teacher = Source(heads[1], tensors[3:], (False, False, False), work.vocabulary)
+        teacher = Source(heads[1], tensors[3:], (False, False, False), work.teacher_width or work.vocabulary)
         values = torch.zeros(2, len(work.weights), dtype=torch.float64, device=device)
         for tokens in _chunks(work, computed=any(heads)):
             of_student, of_teacher = student.logits(tokens), teacher.logits(tokens)

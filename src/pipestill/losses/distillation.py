@@ -13,10 +13,7 @@ from pipestill.losses.counted import means
 from pipestill.losses.logit_losses import SoftTarget
 from pipestill.losses.signatures import LossValue, check_shapes
 from pipestill.losses.supervised import CrossEntropy
-from pipestill.losses.targets import labels_of
-
-IGNORED = -100
-"""The label of tokens that are not masked."""
+from pipestill.losses.targets import IGNORED, labels_of
 
 
 @dataclass(frozen=True)

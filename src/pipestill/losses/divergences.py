@@ -114,6 +114,27 @@ def top_k_kl(student: Tensor, teacher: Tensor, temperature: float, k: int) -> tu
     return inside.add_(outside.clamp_min_(0.0)), gradient
 
 
+def cached_top_k_kl(student: Tensor, kept: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same from what a cache keeps of a teacher, (tokens, 2k + 3): k logits, which words' they are, and the others' mass.
+
+    The mass is the logarithm of the sum of exponentials of the other logits / T. Two more columns are not read.
+    """
+    k = kept.shape[-1] // 2 - 1
+    values, top, tail = kept[:, :k] / temperature, kept[:, k : 2 * k].long(), kept[:, 2 * k : 2 * k + 1]
+    log_p = torch.cat([values, tail], -1).log_softmax(-1)
+    scaled = student.div_(temperature) if temperature != 1.0 else student
+    at_top = scaled.gather(-1, top)
+    log_sum = softmax_(scaled)
+    q = scaled
+    tail_q = q.scatter(-1, top, 0.0).sum(-1, keepdim=True)
+    log_q = torch.cat([at_top - log_sum, tail_q.log()], -1)
+    p, of_student = log_p.exp(), torch.cat([q.gather(-1, top), tail_q], -1)
+    r = (log_p - log_q).nan_to_num_(0.0, torch.inf, -torch.inf)
+    d = torch.mul(r, -0.5).tanh_().mul_(p + of_student)
+    gradient = (q * (d[:, k:] / tail_q.clamp_min(_TINY))).scatter_(-1, top, d[:, :k])
+    return _total(_times(p, r).add_(d)), gradient
+
+
 def squared_error(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """The mean over the vocabulary of squared differences of the logits; equal logits, -inf among them, differ by 0."""
     difference = torch.where(student == teacher, 0.0, student - teacher)

@@ -146,10 +146,15 @@ class LogitLoss:
         scale = temperature**2 if self.squared else 1.0
         work = Work(
             self.divergence(), temperature, weights, _over(weight * scale, counts, self.part),
-            labels, label_weights, _over(label_weight, counts, "cross_entropy"), vocabulary, self.chunk_size,
+            labels, label_weights, _over(label_weight, counts, "cross_entropy"), vocabulary, self.chunk_size, self._teacher_width,
         )  # fmt: skip
         divergence, label_sum = sums_of(work, of_student, of_teacher)
         return {self.part: divergence, "cross_entropy": label_sum} if with_labels else {self.part: divergence}
+
+    @property
+    def _teacher_width(self) -> int | None:
+        """How many columns the divergence reads of a teacher; None for the vocabulary's."""
+        return None
 
     def _vocabulary(self, student: Logits, teacher: Logits) -> int:
         """How many logits are compared; `ConfigError` where the two models' shapes do not allow it."""

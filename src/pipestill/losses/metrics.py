@@ -18,7 +18,7 @@ from pipestill.errors import ModelError
 from pipestill.losses.logits import Logits, logits_of
 from pipestill.losses.sources import Source, head_of, tensors_of
 from pipestill.losses.supervised import CrossEntropy
-from pipestill.losses.targets import checked_labels, labels_of
+from pipestill.losses.targets import IGNORED, checked_labels, labels_of
 
 _CHUNK = 1024
 """For how many tokens logits are looked at at a time."""
@@ -28,7 +28,7 @@ _CHUNK = 1024
 class _OverLabels:
     """A metric that is a mean over labels."""
 
-    ignore_index: int = -100
+    ignore_index: int = IGNORED
 
     def __post_init__(self) -> None:
         raise_problems(whole("ignore_index", self.ignore_index))

@@ -25,3 +25,8 @@ def at_step(step: int) -> Iterator[None]:
         yield
     finally:
         _STEP.reset(token)
+
+
+def in_step() -> bool:
+    """Whether the loss is evaluated in a step of a run, and not on a sample batch that is only tried out or measured."""
+    return _STEP.get(None) is not None

@@ -12,7 +12,7 @@ from pipestill.losses.counted import means
 from pipestill.losses.divergences import forward_kl
 from pipestill.losses.logits import logits_of
 from pipestill.losses.signatures import LossValue
-from pipestill.losses.targets import checked_labels, labels_of
+from pipestill.losses.targets import IGNORED, checked_labels, labels_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CrossEntropy:
         ignore_index: the label of what does not count.
     """
 
-    ignore_index: int = -100
+    ignore_index: int = IGNORED
 
     def __post_init__(self) -> None:
         raise_problems(whole("ignore_index", self.ignore_index))

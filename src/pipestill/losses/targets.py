@@ -8,6 +8,9 @@ from torch import Tensor
 
 from pipestill.errors import DataError
 
+IGNORED = -100
+"""The label of what does not count, where a loss has no other."""
+
 
 class Target(NamedTuple):
     """The labels and weights of some tokens; each is None where the target gives none."""

@@ -15,7 +15,7 @@ second half runs each of these nodes again for its weights alone. Nothing is com
 apart, and each weight's gradient is made by the same kernels from the same numbers as in a whole backward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,6 +26,9 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.utils import _pytree as pytree
 
 from pipestill.model.nests import copied, distinct_tensors
+
+Roots = list[tuple[Tensor, Tensor]]
+"""Outputs of a block, each with the gradient that came back for it."""
 
 
 class _GraphStart(torch.autograd.Function):
@@ -71,12 +74,29 @@ class Detached(NamedTuple):
     """The gradient of each of `tracked`, once the new graph's backward has run; None before, or where it is not used."""
 
 
-def detached(value: Any) -> Detached:
-    """Start a new graph at a nest, at those of its tensors that carry a graph."""
+def detached(value: Any, *, copies: bool = False) -> Detached:
+    """Start a new graph at a nest, at those of its tensors that carry a graph.
+
+    `copies`: the new graph is of copies of the tensors, since others write to them in place.
+    """
     tracked = [tensor for tensor in distinct_tensors(value) if tensor.requires_grad]
     entered, gradients = start_graph(tracked)
     fresh = {id(old): new for old, new in zip(tracked, entered, strict=True)}
-    return Detached(pytree.tree_map_only(Tensor, lambda t: fresh.get(id(t), t), value), tracked, gradients)
+    nest = pytree.tree_map_only(Tensor, lambda t: fresh.get(id(t), t), value)
+    return Detached(copied(nest) if copies else nest, tracked, gradients)
+
+
+def with_exit(outputs: Iterable[tuple[Tensor, Tensor | None]], exit: Detached | None) -> Roots:
+    """Find where a backward starts: outputs of blocks with the gradients that came back for them, where any did.
+
+    `exit` is another graph that began at the same outputs, or None: its gradients are added to the others, never in another
+    order, so that each sum is rounded the same wherever the graphs run.
+    """
+    found = {id(tensor): (tensor, gradient) for tensor, gradient in outputs if gradient is not None}
+    for tensor, gradient in zip(exit.tracked, exit.gradients, strict=True) if exit is not None else ():
+        if gradient is not None:
+            found[id(tensor)] = tensor, found[id(tensor)][1] + gradient if id(tensor) in found else gradient
+    return list(found.values())
 
 
 def start_of(value: Any) -> Tensor | None:
@@ -91,10 +111,6 @@ def start_of(value: Any) -> Tensor | None:
     assert node is not None and node.next_functions[0][0] is not None
     start: Tensor = node.next_functions[0][0].variable  # type: ignore[attr-defined]
     return start
-
-
-Roots = list[tuple[Tensor, Tensor]]
-"""Outputs of a block, each with the gradient that came back for it."""
 
 
 @dataclass

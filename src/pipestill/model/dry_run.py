@@ -41,11 +41,12 @@ def dry_run(task: Task, inputs: Any, targets: Any, *, split: bool = False, lengt
     for length in lengths:
         few, labels = (shortened(length_axis, nest, length) for nest in (inputs, targets))
         found.append(_dry_run(task, few, labels, split and length == lengths[-1]))
-    if any(contracts.loss_parts != found[0].loss_parts for contracts in found):
+    if any(contracts.all_parts != found[0].all_parts for contracts in found):
         raise ModelError("the loss has other parts at other lengths; it must always give the same ones")
     copies = frozenset[int]().union(*(contracts.copies for contracts in found))
-    by_length = PipelineContractsByLength(lengths, [replace(contracts, copies=copies) for contracts in found])
-    return replace(found[-1], copies=copies, by_length=by_length)
+    of_teacher = frozenset[int]().union(*(contracts.teacher_copies for contracts in found))
+    found = [replace(contracts, copies=copies, teacher_copies=of_teacher) for contracts in found]
+    return replace(found[-1], by_length=PipelineContractsByLength(lengths, found))
 
 
 def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineContracts:
@@ -65,7 +66,10 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         unsplit = why_blocks_stay_whole(student, more.student) if split else {}
         shared = shared_buffers("student", student, view(task, more_inputs, 0))
         shared += () if teacher is None else shared_buffers("teacher", teacher, view(task, more_inputs, 0))
-    counted = check_counts(task, (few_targets, more_targets), more.loss_parts)
+    parts = [*more.loss_parts, *(name for names in more.feature_parts for name in names)]
+    if twice := sorted({name for name in parts if parts.count(name) > 1}):
+        raise ModelError(f"two parts of the loss are named {', '.join(twice)}; give the features other names")
+    counted = check_counts(task, (few_targets, more_targets), parts)
     if task.demands.batch_loss:
         check_joinable(few, more)
     else:
@@ -83,6 +87,12 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         teacher=tuple(_contracts("teacher", teacher, few, more, v) for v in range(len(more.teacher)) if teacher),
         loss_parts=more.loss_parts,
         copies=more.copies,
+        feature_parts=more.feature_parts,
+        taps=tuple(
+            observe(f"what features take of teacher block {tap.block}", few.taps[number], more.taps[number])
+            for number, tap in enumerate(task.feature_losses.taps)
+        ),
+        teacher_copies=more.teacher_copies,
         counted=counted,
         unsplit=unsplit,
         shared_buffers=shared,
@@ -145,7 +155,8 @@ def check_heads(task: Task, inputs: Any) -> None:
 def check_joinable(few: StepValues, more: StepValues) -> None:
     """Refuse outputs that a loss over the whole batch could not get joined from those of its microbatches."""
     for rows, values in ((FEW, few), (MORE, more)):
-        for output in (outputs[-1] for outputs in (*values.student, *values.teacher)):
+        outputs = [of_view[-1] for of_view in (*values.student, *values.teacher)]
+        for output in (*outputs, *values.taps):
             for leaf in pytree.tree_leaves(output):
                 if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != rows:
                     raise ModelError(

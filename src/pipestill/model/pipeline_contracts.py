@@ -40,12 +40,23 @@ class PipelineContracts:
     gets a copy of its rows: microbatches are slices of one batch, and autograd counts writes to the batch as a whole."""
     counted: tuple[str, ...] = ()
     """The parts of the loss that a batch's targets count for (see `Task.loss_counts`); the others are means over rows."""
+    feature_parts: tuple[tuple[str, ...], ...] = ()
+    """The names of the parts of feature losses, for each student block that has some, in order."""
+    taps: tuple[Contract, ...] = ()
+    """The contracts of the teacher's tensors that feature losses take."""
+    teacher_copies: frozenset[int] = frozenset()
+    """Teacher blocks whose output a later block writes to in place; what feature losses take of it is copied."""
     unsplit: Mapping[int, str] = field(default_factory=dict)
     """Student blocks whose backward cannot be taken in two halves, and why."""
     shared_buffers: tuple[SharedBuffer, ...] = ()
     """Buffers of both models that one block writes and another uses, which may not be in two stages."""
     by_length: PipelineContractsByLength | None = field(default=None, repr=False)
     """The contracts of batches of any length; None where batches do not differ in length."""
+
+    @property
+    def all_parts(self) -> tuple[str, ...]:
+        """The names of all parts of the loss: those of the outputs' loss, then those of feature losses."""
+        return (*self.loss_parts, *(name for names in self.feature_parts for name in names))
 
     def at(self, length: int) -> PipelineContracts:
         """The contracts for batches of that length; the same at any length where batches do not differ in it."""
@@ -78,6 +89,7 @@ class PipelineContractsByLength:
             targets=at.contract([c.targets for c in self.contracts]),
             student=derived([c.student for c in self.contracts]),
             teacher=derived([c.teacher for c in self.contracts]),
+            taps=tuple(at.contract(same) for same in zip(*(c.taps for c in self.contracts), strict=True)),
         )
 
 

@@ -70,6 +70,7 @@ def costs_of(
             stash_bytes=round(mean(stash.num_bytes[i])),
             weight_seconds=mean(seconds["backward", i]) * weight_fractions[i],
             training_bytes=updates[i].training_bytes,
+            feature_seconds=mean(seconds.get(("feature", i), [0.0])),
         )
         for i, block in enumerate(task.student_blocks.blocks)
     )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import Detached, detached
+from pipestill.model.boundary import Detached, detached, with_exit
 from pipestill.model.nests import describe, distinct_tensors, watched
 from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
@@ -33,6 +33,24 @@ class StepValues:
     """The names of the loss's parts, in its order."""
     copies: frozenset[int]
     """The student blocks whose input was written to in place, by themselves or by a later block."""
+    feature_parts: tuple[tuple[str, ...], ...] = ()
+    """The names of the parts of feature losses, for each student block that has some, in order."""
+    taps: tuple[Tensor, ...] = ()
+    """The teacher's tensors that feature losses take."""
+    teacher_copies: frozenset[int] = frozenset()
+    """The teacher blocks whose output was written to in place by a later block."""
+
+
+@dataclass
+class _TeacherForward:
+    """A teacher's forward in one view."""
+
+    values: list[Any] = field(default_factory=list)
+    """After each block."""
+    written: list[Callable[[], bool]] = field(default_factory=list)
+    """For each block: whether its output was written to in place since."""
+    taken: dict[int, Tensor] = field(default_factory=dict)
+    """What feature losses take, by tap."""
 
 
 @dataclass
@@ -44,6 +62,8 @@ class _StudentForward:
     outputs: list[Any] = field(default_factory=list)
     ends: list[Detached] = field(default_factory=list)
     """Each output as the start of the next block's graph."""
+    exits: dict[int, Detached] = field(default_factory=dict)
+    """By block that feature losses compare: its output as the start of their graph."""
 
 
 def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, block: None) -> StepValues:
@@ -54,52 +74,66 @@ def stepwise(task: Task, inputs: Any, targets: Any, done: OnDone = lambda what, 
     check_views(task, inputs)
     demands = task.demands
     written = watched(inputs)
-    teacher_values: list[list[Any]] = []
+    taught: list[_TeacherForward] = []
     if task.teacher_blocks is not None:
         teacher = task.teacher_blocks
         with torch.no_grad():
-            teacher_values = [_teacher_forward(teacher, view(task, inputs, v), done) for v in range(demands.teacher_views)]
+            taught = [_teacher_forward(task, teacher, view(task, inputs, v), done) for v in range(demands.teacher_views)]
         _check_unwritten("teacher", written())
     with torch.enable_grad():
-        forwards = [_student_forward(task.student_blocks, view(task, inputs, v), done) for v in range(demands.views)]
+        forwards = [_student_forward(task, view(task, inputs, v), done) for v in range(demands.views)]
         if task.teacher_blocks is not None:
             _check_unwritten("student", written())
-        parts = _loss(task, [f.ends[-1].value for f in forwards], [values[-1] for values in teacher_values], targets)
+        parts = _loss(task, [f.ends[-1].value for f in forwards], [forward.values[-1] for forward in taught], targets)
         total = torch.stack([part.double() for part in parts.values()]).sum()
-        if not total.requires_grad:
+        if total.requires_grad:
+            total.backward()
+        elif not task.feature_losses.pairs:
             raise ModelError("the loss does not depend on any trained parameter of the student; nothing would be learnt")
-        total.backward()
         done("loss", 0)
+        feature_parts = []
+        for block in task.feature_losses.student_blocks:
+            feature_parts.append(_feature_losses(task, block, forwards[0].exits[block], taught[0].taken, targets))
+            done("feature", block)
         for forward in forwards:
             for i in reversed(range(len(task.student_blocks))):
-                _backward(task.student_blocks, i, forward.ends[i])
+                _backward(task.student_blocks, i, forward.ends[i], forward.exits.get(i))
                 done("backward", i)
     return StepValues(
         student=[forward.outputs for forward in forwards],
         gradients=[[_of_distinct(*pair) for pair in zip(forward.outputs, forward.ends, strict=True)] for forward in forwards],
-        teacher=teacher_values,
+        teacher=[forward.values for forward in taught],
         loss_parts=tuple(parts),
         copies=frozenset(i for forward in forwards for i, written in enumerate(forward.written) if written()),
+        feature_parts=tuple(feature_parts),
+        taps=tuple(taught[0].taken[number] for number in range(len(task.feature_losses.taps))),
+        teacher_copies=frozenset(i for forward in taught for i, written in enumerate(forward.written) if written()),
     )
 
 
-def _teacher_forward(model: BlockModel, value: Any, done: OnDone) -> list[Any]:
-    """The values after each teacher block."""
-    values = [value]
+def _teacher_forward(task: Task, model: BlockModel, value: Any, done: OnDone) -> _TeacherForward:
+    """Run the teacher's blocks."""
+    forward = _TeacherForward()
     for i in range(len(model)):
-        values.append(call_block("teacher", model, i, values[-1]))
+        value = call_block("teacher", model, i, value)
         done("teacher", i)
-    return values[1:]
+        forward.values.append(value)
+        forward.written.append(watched(value))
+        forward.taken |= task.feature_losses.taken(i, value, copied=True)
+    return forward
 
 
-def _student_forward(model: BlockModel, value: Any, done: OnDone) -> _StudentForward:
+def _student_forward(task: Task, value: Any, done: OnDone) -> _StudentForward:
     """Run the student's blocks, each in a graph of its own."""
+    model, compared = task.student_blocks, task.feature_losses.student_blocks
     forward = _StudentForward()
     for i in range(len(model)):
         forward.written.append(watched(value))
         forward.outputs.append(call_block("student", model, i, value))
         done("student", i)
         forward.ends.append(detached(forward.outputs[-1]))
+        if i in compared:
+            forward.exits[i] = detached(forward.outputs[-1], copies=True)
         value = forward.ends[-1].value
     return forward
 
@@ -113,10 +147,30 @@ def _check_unwritten(role: str, written: bool) -> None:
         )
 
 
-def _backward(model: BlockModel, index: int, end: Detached) -> None:
+def _feature_losses(task: Task, block: int, exit: Detached, taken: dict[int, Tensor], targets: Any) -> tuple[str, ...]:
+    """Take the feature losses of a student's block and their backward; the names of their parts."""
+    try:
+        parts = task.feature_losses.parts(block, [exit.value], [taken], targets)
+    except ModelError:
+        raise
+    except Exception as error:
+        pairs = [pair for pair in task.feature_losses.pairs if pair.student == block]
+        theirs = ", ".join(describe(taken[pair.tap]) for pair in pairs)
+        raise ModelError(
+            f"{pairs[0].where}: the loss cannot take {describe(exit.value)} of the student and {theirs} of the teacher: "
+            f"{type(error).__name__}: {error}; make them fit each other (project=True for other widths), or choose another loss"
+        ) from error
+    total = torch.stack([part.double() for part in parts.values()]).sum()
+    if not total.requires_grad:
+        name = task.student_blocks.blocks[block].name
+        raise ModelError(f"a feature loss does not depend on student block {block} ('{name}'); nothing would be learnt from it")
+    total.backward()
+    return tuple(parts)
+
+
+def _backward(model: BlockModel, index: int, end: Detached, exit: Detached | None) -> None:
     """Run one block's backward from the gradients that came back for its output, where any did."""
-    pairs = zip(end.tracked, end.gradients, strict=True)
-    roots = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+    roots = with_exit(zip(end.tracked, end.gradients, strict=True), exit)
     if not roots:
         return
     try:
@@ -165,7 +219,8 @@ def _loss(task: Task, student: list[Any], teacher: list[Any], targets: Any) -> d
 
 def modules_of(task: Task) -> list[nn.Module]:
     """List the modules of a task: the student, the teacher where there is one, and the loss where it is a module."""
-    given = (task.student, getattr(task, "teacher", None), task.loss)
+    teacher = None if task.teacher_blocks is None else task.teacher_blocks.model
+    given = (task.student, teacher, task.loss, *(beside.module for beside in task.feature_losses.beside))
     return [module for module in given if isinstance(module, nn.Module)]
 
 

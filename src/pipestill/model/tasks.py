@@ -1,106 +1,105 @@
 """The tasks of models that are trained end to end: which models take part, what the loss is, how the teacher changes."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from pipestill.arguments import a_loss, hinted, one_of, raise_problems, real_number, whole
+from pipestill.arguments import hinted, one_of, raise_problems, real_number, whole
 from pipestill.errors import DataError, ModelError
-from pipestill.losses import DistillationLoss, LossValue, MomentumLoss, SupervisedLoss
-from pipestill.losses.counted import counts_of, with_sums
+from pipestill.losses import DistillationLoss, MomentumLoss, SupervisedLoss
+from pipestill.losses.counted import with_sums
 from pipestill.model.block import Block
 from pipestill.model.blocks import BlockModel
+from pipestill.model.features import FeatureLosses, FeatureTerm, resolve
 from pipestill.model.heads import FusedHead, check_takes_linear_logits
+from pipestill.model.task_parts import CutModels, TaskLosses, check_apart, check_beside, check_parts, named_parts
+from pipestill.model.teachers import teachers_blocks
 from pipestill.schedule.pipeline.structure import Demands
-
-
-class CutStudent:
-    """Cuts a task's student into blocks."""
-
-    student: nn.Module
-    student_cuts: Sequence[str | Block] | None
-
-    @cached_property
-    def student_blocks(self) -> BlockModel:
-        """The student with its blocks."""
-        return BlockModel(self.student, self.student_cuts)
-
-
-class CutModels(CutStudent):
-    """Cuts a task's student and its teacher into blocks."""
-
-    teacher: nn.Module
-    teacher_cuts: Sequence[str | Block] | None
-
-    @cached_property
-    def teacher_blocks(self) -> BlockModel:
-        """The teacher with its blocks."""
-        return BlockModel(self.teacher, self.teacher_cuts)
-
-
-class CountedLoss:
-    """Counts what a task's loss is the mean over."""
-
-    loss: Callable[..., LossValue]
-
-    def loss_counts(self, target: Any) -> dict[str, float]:
-        """Count how much of a batch some targets are, by part of the loss; parts without a count are means over rows.
-
-        Args:
-            target: the targets of some rows, on the CPU.
-
-        Raises:
-            ModelError: the loss's `counts` fails, or gives no numbers.
-        """
-        return counts_of(self.loss, target)
 
 
 @hinted
 @dataclass(frozen=True)
-class Distillation(CutModels, CountedLoss):
+class Distillation(TaskLosses):
     """A frozen teacher and a student that is trained end to end (Hinton et al. 2015).
 
     The teacher runs in eval mode, without gradients, and is never changed.
 
     Args:
-        teacher: the model whose outputs the student is trained on.
+        teacher: the model whose outputs the student is trained on. Or a list of such models: the loss is then the sum of the
+            losses with each, by `teacher_weights`, and its parts are named `teacher_0` or `teacher_0.PART` and so on.
         student: the model that is trained.
         loss: `loss(student_output, teacher_output, target)` -> the mean over the rows of the outputs, as a scalar or as a
             dict of named scalars whose sum is the loss. It gets one microbatch at a time; `target` is None where the loader
             gives none. Those that ship: `ps.losses.SoftTarget` and others of `ps.losses`; `ps.losses.counted` makes one that is
-            the mean over something else than rows.
+            the mean over something else than rows. Where it is a module with parameters, these are trained with the student.
+        features: losses between values inside the two models, beside `loss`: what `ps.features(...)` makes, or a dict of these by
+            name, or a list. Default: none.
         batch_loss: True gives the loss the outputs of the whole batch at once, so that it may compare samples with each
             other (relations between samples, as in RKD); outputs are then nests of tensors whose first axis counts rows. False
-            gives it one microbatch at a time.
-        teacher_cuts: the teacher's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
+            gives it one microbatch at a time. The losses of `features` likewise.
+        teacher_weights: the factor of each teacher's loss, where `teacher` is a list. Default: 1 / the number of teachers.
+        teacher_cuts: the teacher's blocks, as `BlockModel` takes them (default: found by `BlockModel`); for a list of teachers,
+            a list of these.
         student_cuts: the student's blocks, likewise.
         fuse_heads: True has the loss apply both models' heads to a chunk of tokens at a time, so that logits of all words are
             never held, and hidden states travel to the loss in their place. Both models end with one linear layer, and the
             loss is one of logits (`ps.losses.LogitLoss`). Metrics of a validation get logits as ever.
 
     Raises:
-        ModelError: a model is none, the two share a parameter or buffer, the loss is no function or has parameters, or heads
-            cannot be fused.
+        ModelError: a model is none, models share a parameter or buffer, the loss is no function, features name a block that
+            there is not, or heads cannot be fused.
     """
 
-    teacher: nn.Module
+    teacher: nn.Module | Sequence[nn.Module]
     student: nn.Module
     loss: DistillationLoss
+    features: FeatureTerm | Mapping[str, FeatureTerm] | Sequence[FeatureTerm] | None = field(default=None, kw_only=True)
     batch_loss: bool = field(default=False, kw_only=True)
-    teacher_cuts: Sequence[str | Block] | None = None
+    teacher_weights: Sequence[float] | None = field(default=None, kw_only=True)
+    teacher_cuts: Sequence[Any] | None = None
     student_cuts: Sequence[str | Block] | None = None
     fuse_heads: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        wrong = [p for name in ("batch_loss", "fuse_heads") for p in one_of(name, getattr(self, name), bool, "True or False")]
-        check_parts({"teacher": self.teacher, "student": self.student}, {"the loss": self.loss}, wrong)
-        _check_apart(self.teacher, self.student)
+        given = self.teacher
+        several = isinstance(given, (list, tuple))
+        teachers = (
+            {f"teacher {n}": model for n, model in enumerate(given)} if isinstance(given, (list, tuple)) else {"teacher": given}
+        )
+        problems = [p for name in ("batch_loss", "fuse_heads") for p in one_of(name, getattr(self, name), bool, "True or False")]
+        problems += self._weight_problems(len(teachers), several)
+        check_parts({**teachers, "student": self.student}, {"the loss": self.loss}, problems, trained=True)
+        for teacher in teachers.values():
+            assert isinstance(teacher, nn.Module)
+            check_apart(teacher, self.student)
+        check_beside(self, teachers.values())
         if self.fuse_heads:
             check_takes_linear_logits(self.loss)
             _ = self.heads
+
+    def _weight_problems(self, teachers: int, several: bool) -> Iterator[str]:
+        """Find what is wrong with the weights of several teachers."""
+        if several and self.fuse_heads:
+            yield "fuse_heads is of one teacher, and there is a list of them; leave it out"
+        if several and not teachers:
+            yield "teacher is an empty list; expected at least one model"
+        if self.teacher_weights is not None:
+            if not several:
+                yield "teacher_weights is of a list of teachers, and there is one; leave it out"
+            elif len(self.teacher_weights) != teachers:
+                yield f"there are {teachers} teachers and {len(self.teacher_weights)} teacher_weights; expected one for each"
+            for number, weight in enumerate(self.teacher_weights):
+                yield from real_number(f"teacher_weights[{number}]", weight, least=0)
+
+    @cached_property
+    def teacher_blocks(self) -> BlockModel:
+        """The teacher with its blocks; those of several teachers come one after the other, named `0.NAME`, `1.NAME` ..."""
+        if isinstance(self.teacher, nn.Module):
+            return BlockModel(self.teacher, self.teacher_cuts)
+        return teachers_blocks(self.teacher, self.teacher_cuts)
 
     @cached_property
     def heads(self) -> tuple[FusedHead, ...]:
@@ -108,10 +107,34 @@ class Distillation(CutModels, CountedLoss):
         both = (("student", self.student_blocks), ("teacher", self.teacher_blocks))
         return tuple(FusedHead(role, blocks) for role, blocks in both) if self.fuse_heads else ()
 
+    @cached_property
+    def feature_losses(self) -> FeatureLosses:
+        """The losses between values inside the two models."""
+        if self.features is None:
+            return FeatureLosses()
+        return resolve(self.features, self.student_blocks, self.teacher_blocks)
+
     @property
     def demands(self) -> Demands:
         """What the task asks of a schedule."""
-        return Demands(batch_loss=self.batch_loss)
+        return Demands(batch_loss=self.batch_loss, features=self.feature_losses.block_pairs)
+
+    def _part(self, number: int, name: str) -> str:
+        """The name in logs of a part of the loss with one teacher."""
+        if isinstance(self.teacher, nn.Module):
+            return "output" if name == "loss" and self.features is not None else name
+        return f"teacher_{number}" if name == "loss" else f"teacher_{number}.{name}"
+
+    def loss_counts(self, target: Any) -> dict[str, float]:
+        """Count how much of a batch some targets are, by part of the loss; parts without a count are means over rows.
+
+        Args:
+            target: the targets of some rows, on the CPU.
+        """
+        counts = super().loss_counts(target).items()
+        number = 1 if isinstance(self.teacher, nn.Module) else len(self.teacher)
+        of_outputs = {self._part(k, name): count for k in range(number) for name, count in counts}
+        return {**of_outputs, **self.feature_losses.counts(target)}
 
     def loss_parts(self, student: Sequence[Any], teacher: Sequence[Any], target: Any) -> dict[str, Tensor]:
         """Compute the loss as named parts whose sum it is; those that `loss_counts` names are sums, the others means over rows.
@@ -121,15 +144,23 @@ class Distillation(CutModels, CountedLoss):
             teacher: a list of the teacher's output.
             target: the targets of the same rows.
         """
-        outputs = [student[0], teacher[0]]
-        if self.heads:
-            outputs = [head.with_logits(output) for head, output in zip(self.heads, outputs, strict=True)]
-        return _named_parts(with_sums(self.loss, *outputs, target))
+        if isinstance(self.teacher, nn.Module):
+            outputs = [student[0], teacher[0]]
+            if self.heads:
+                outputs = [head.with_logits(output) for head, output in zip(self.heads, outputs, strict=True)]
+            parts = named_parts(with_sums(self.loss, *outputs, target))
+            return {self._part(0, name): part for name, part in parts.items()}
+        parts = {}
+        weights = self.teacher_weights or (1 / len(self.teacher),) * len(self.teacher)
+        for number, (output, weight) in enumerate(zip(teacher[0].outputs, weights, strict=True)):
+            named = named_parts(with_sums(self.loss, student[0], output, target))
+            parts |= {self._part(number, name): part * weight for name, part in named.items()}
+        return parts
 
 
 @hinted
 @dataclass(frozen=True)
-class Momentum(CutModels, CountedLoss):
+class Momentum(CutModels, TaskLosses):
     """A student and a teacher that is an exponential moving average of it: teacher = m * teacher + (1 - m) * student.
 
     The teacher moves so after each update of the student (BYOL, Grill et al. 2020, section 3.1; MoCo v3, Chen et al. 2021).
@@ -171,9 +202,10 @@ class Momentum(CutModels, CountedLoss):
 
     def __post_init__(self) -> None:
         models = {"teacher": self.teacher, "student": self.student}
-        check_parts(models, {"the loss": self.loss}, self._value_problems())
-        _check_apart(self.teacher, self.student)
+        check_parts(models, {"the loss": self.loss}, self._value_problems(), trained=True)
+        check_apart(self.teacher, self.student)
         self._check_copy()
+        check_beside(self, [self.teacher])
 
     def _value_problems(self) -> Iterator[str]:
         """Find what is wrong with the arguments that are no models and no loss."""
@@ -236,12 +268,12 @@ class Momentum(CutModels, CountedLoss):
             teacher: the teacher's outputs, one a view that it sees.
             target: the targets of the same rows.
         """
-        return _named_parts(with_sums(self.loss, student, teacher, target))
+        return named_parts(with_sums(self.loss, student, teacher, target))
 
 
 @hinted
 @dataclass(frozen=True)
-class Supervised(CutStudent, CountedLoss):
+class Supervised(TaskLosses):
     """A student that is trained alone on labels: the baseline that distillation is compared with.
 
     Args:
@@ -252,7 +284,7 @@ class Supervised(CutStudent, CountedLoss):
         student_cuts: the model's blocks, as `BlockModel` takes them (default: found by `BlockModel`).
 
     Raises:
-        ModelError: the student is no model, or the loss is no function or has parameters.
+        ModelError: the student is no model, or the loss is no function.
     """
 
     student: nn.Module
@@ -262,7 +294,8 @@ class Supervised(CutStudent, CountedLoss):
 
     def __post_init__(self) -> None:
         wrong = one_of("batch_loss", self.batch_loss, bool, "True or False")
-        check_parts({"student": self.student}, {"the loss": self.loss}, wrong)
+        check_parts({"student": self.student}, {"the loss": self.loss}, wrong, trained=True)
+        check_beside(self, ())
 
     @property
     def demands(self) -> Demands:
@@ -282,7 +315,7 @@ class Supervised(CutStudent, CountedLoss):
             teacher: an empty list: there is no teacher.
             target: the targets of the same rows.
         """
-        return _named_parts(with_sums(self.loss, student[0], target))
+        return named_parts(with_sums(self.loss, student[0], target))
 
 
 Task = Distillation | Momentum | Supervised
@@ -307,65 +340,3 @@ def check_views(task: Task, inputs: Any) -> None:
 def teacher_trains(task: Task) -> bool:
     """Whether the task's teacher runs in train mode."""
     return isinstance(task, Momentum) and task.teacher_mode == "train"
-
-
-def check_parts(models: Mapping[str, object], losses: Mapping[str, object], more: Iterable[str] = ()) -> None:
-    """Raise `ModelError` with everything wrong among `models` and `losses`, by name, and with the problems in `more`.
-
-    A loss may hold buffers, but no parameter to train: no optimizer would see it.
-    """
-    problems = [
-        *(p for name, model in models.items() for p in one_of(name, model, nn.Module, "an nn.Module")),
-        *(p for name, loss in losses.items() for p in a_loss(name, loss)),
-        *more,
-    ]
-    raise_problems(problems, ModelError)
-    for loss in losses.values():
-        trained = [n for n, p in loss.named_parameters() if p.requires_grad] if isinstance(loss, nn.Module) else []
-        if trained:
-            raise ModelError(
-                f"the loss has parameters to train ({', '.join(trained[:5])}{' and more' if len(trained) > 5 else ''}), "
-                "but only the student is trained; make them part of the student, or freeze them (requires_grad_(False))"
-            )
-
-
-def _check_apart(teacher: nn.Module, student: nn.Module) -> None:
-    """Refuse a teacher that shares a module, a parameter or a buffer with the student."""
-    if teacher is student:
-        raise ModelError("teacher and student are the same module; expected two")
-    shared = set(_contents(teacher)) & set(_contents(student))
-    if shared:
-        names = [name for part, name in _contents(student).items() if part in shared]
-        raise ModelError(
-            f"teacher and student share {', '.join(names[:5])}{' and more' if len(names) > 5 else ''}; "
-            "a teacher needs modules, parameters and buffers of its own (copy.deepcopy)"
-        )
-
-
-def _contents(model: nn.Module) -> dict[int, str]:
-    """The modules, parameters and buffers of a model: the id of each, and its name."""
-    named = (*model.named_modules(), *model.named_parameters(), *model.named_buffers())
-    return {id(part): f"'{name}'" for name, part in named}
-
-
-_LOG_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "seconds", "samples_per_second", "bubble", "momentum")
-"""Names that the log uses itself, which no part of a loss may have."""
-
-
-def _named_parts(value: LossValue) -> dict[str, Tensor]:
-    """The parts of a loss by name; `ModelError` for a value that is no scalar and no dict of scalars."""
-    parts = dict(value) if isinstance(value, Mapping) else {"loss": value}
-    taken = [name for name in parts if not isinstance(name, str) or (len(parts) > 1 and name in _LOG_COLUMNS)]
-    if taken:
-        raise ModelError(
-            f"parts of the loss are named {', '.join(map(repr, taken))}; expected other names, as text: the log itself uses "
-            f"{', '.join(_LOG_COLUMNS)}"
-        )
-    if not parts:
-        raise ModelError("the loss gave no part; expected a scalar, or a dict of scalars that add up")
-    for name, part in parts.items():
-        if not isinstance(part, Tensor) or part.dim() or part.is_complex():
-            kind = "complex tensor" if isinstance(part, Tensor) and part.is_complex() else "tensor"
-            shape = f"a {kind} of shape {tuple(part.shape)}" if isinstance(part, Tensor) else repr(part)
-            raise ModelError(f"the loss gave {shape} as '{name}'; expected a scalar, or a dict of scalars that add up")
-    return parts

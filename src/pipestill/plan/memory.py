@@ -30,15 +30,21 @@ def refuse_more_than(limit_bytes: float, held_bytes: Sequence[int]) -> None:
         )
 
 
+_Held = tuple[Action, bool]
+"""A value that is held: the work that made it, and whether it is of features rather than the work's output."""
+
+
 def memory_bytes_of(
-    schedule: Schedule[PipelineStructure], costs: Costs, student_partition: Sequence[int], teacher_partition: Sequence[int]
-) -> tuple[int, ...]:
+    schedule: Schedule[PipelineStructure], costs: Costs, stages: StageCosts, student_partition: Sequence[int],
+    teacher_partition: Sequence[int],
+) -> tuple[int, ...]:  # fmt: skip
     """The most bytes that each rank holds; () for costs that do not tell what blocks stash.
 
     They are the weights of both models' stages, the student's gradients and optimizer state, and at the worst moment of the
     rank's row: what each unit keeps from its forward to its backward, values that have arrived and are not yet used, the
-    teacher's outputs that wait for their loss, and the last values that the rank sent. What a kernel needs while it runs, and
-    the framework itself, are not counted.
+    teacher's outputs and features that wait for their loss, gradients of features that wait for the backward, and the last
+    values that the rank sent. What a kernel needs while it runs, and the framework itself, are not counted. `stages` are the
+    same costs by stage.
     """
     if not costs.know_memory:
         return ()
@@ -47,7 +53,6 @@ def memory_bytes_of(
     for rank, blocks in enumerate(stage_blocks(costs.teacher, teacher_partition, "teacher")):
         weights[rank] += sum(b.parameter_bytes for b in blocks)
     stash = [sum(b.stash_bytes for b in blocks) for blocks in student]
-    stages = costs.stages(student_partition, teacher_partition)
     sends = [sum(action.kind is Kind.SEND for action in row) for row in schedule.rows]
     rows = schedule.unroll(2 + schedule.lookahead + ceil(_SENDS_KEPT / max(1, *sends)))
     return tuple(w + _peak(rank, rows[rank], schedule.structure, stages, stash) for rank, w in enumerate(weights))
@@ -55,46 +60,61 @@ def memory_bytes_of(
 
 def _peak(rank: int, row: Sequence[Action], structure: PipelineStructure, costs: StageCosts, stash: Sequence[int]) -> int:
     """The most bytes that values take on a rank, over enough steps for every order that its row can produce."""
-    held = dict[Action, int]()
-    sent = deque[tuple[Action, int]](maxlen=_SENDS_KEPT)
+    held = dict[_Held, int]()
+    sent = deque[tuple[_Held, int]](maxlen=_SENDS_KEPT)
     most = 0
     for action in row:
         value = action.payload
         destination = rank if action.kind is Kind.RECEIVE or action.peer is None else action.peer
         is_message = not action.computes and lane(value, destination, structure) in _VALUES
-        if action.kind is Kind.RECEIVE and is_message:
-            held[value] = int(structure.result_bytes(value, costs))
-        elif is_message:
-            sent.append((value, int(structure.result_bytes(value, costs))))
+        output, features = int(structure.result_bytes(value, costs)), int(structure.feature_bytes(value, destination, costs))
+        if is_message:
+            passed = value.role is Role.STUDENT or structure.passes_output(value.stage, destination)
+            parts: list[tuple[_Held, int]] = [((value, False), output * passed), ((value, True), features)]
+            if action.kind is Kind.RECEIVE:
+                held |= parts
+            else:
+                sent += [(part, size) for part, size in parts if size]
         elif action.computes and action.op is Op.FORWARD:
-            held[value] = int(structure.result_bytes(value, costs))
+            held |= {(value, False): output, (value, True): features}
             if action.role is Role.STUDENT:
-                held[value] += int(stash[action.stage] * structure.unit_scale(action, costs))
+                held[value, False] += int(stash[action.stage] * structure.unit_scale(action, costs))
+        elif action.computes and action.op is Op.LOSS and costs.feature_gradient_bytes:
+            gradients = zip(structure.features, costs.feature_gradient_bytes, strict=True)
+            size = sum(size for (student, _), size in gradients if student == action.stage)
+            for unit in structure.units_of_loss(action.microbatch or 0, Role.STUDENT):
+                forward = Action(Role.STUDENT, action.stage, Op.FORWARD, unit, action.step)
+                held[forward, True] = int(size * structure.unit_scale(forward, costs))
         most = max(most, sum(held.values()) + sum(size for value, size in sent if value not in held))
         for done in _done(action, structure):
             held.pop(done, None)
     return most
 
 
-def _done(action: Action, structure: PipelineStructure) -> Iterator[Action]:
-    """Yield the values, named by the work that made them, that are gone once an action has ended."""
+def _done(action: Action, structure: PipelineStructure) -> Iterator[_Held]:
+    """Yield the values that are gone once an action has ended."""
     role, stage, unit, step = action.role, action.stage, action.microbatch, action.step
     last = len(structure.teacher_ranks) - 1
     if action.kind is Kind.SEND:
         assert action.peer is not None
-        if lane(action.payload, action.peer, structure) is Lane.TEACHER:
-            yield action.payload
+        if lane(action.payload, action.peer, structure) is Lane.TEACHER and structure.passes_output(stage, action.peer):
+            yield action.payload, False
     elif not action.computes or unit is None:
         return
     elif action.op is Op.FORWARD and role is Role.TEACHER:
         if stage:
-            yield Action(role, stage - 1, Op.FORWARD, unit, step)
+            yield Action(role, stage - 1, Op.FORWARD, unit, step), False
     elif action.op is Op.LOSS:
-        for taught in structure.units_of_loss(unit, Role.TEACHER) if last >= 0 else ():
-            yield Action(Role.TEACHER, last, Op.FORWARD, taught, step)
+        for teacher in structure.taught_by(stage):
+            for taught in structure.units_of_loss(unit, Role.TEACHER):
+                forward = Action(Role.TEACHER, teacher, Op.FORWARD, taught, step)
+                yield forward, True
+                if teacher == last and stage == structure.last:
+                    yield forward, False
     elif action.op is structure.backward_ops[-1]:
-        yield Action(role, stage, Op.FORWARD, unit, step)
+        yield Action(role, stage, Op.FORWARD, unit, step), False
+        yield Action(role, stage, Op.FORWARD, unit, step), True
         if stage:
-            yield Action(role, stage - 1, Op.FORWARD, unit, step)
+            yield Action(role, stage - 1, Op.FORWARD, unit, step), False
         if stage < structure.last:
-            yield Action(role, stage + 1, structure.backward_ops[0], unit, step)
+            yield Action(role, stage + 1, structure.backward_ops[0], unit, step), False

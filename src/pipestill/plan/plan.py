@@ -78,7 +78,7 @@ class Plan:
             staleness=self.staleness,
             split_backward=self.split_backward,
             stash=self.stash,
-            **dataclasses.asdict(self.demands),
+            **self.demands.of_stages(self.student_partition, self.teacher_partition),
         )
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "proof", check(schedule))
@@ -98,6 +98,10 @@ class Plan:
             problems += momentum_problems(self.costs, self.student_partition, self.teacher_partition)
         if len(self.costs.views) != self.demands.views:
             problems.append(f"costs of {len(self.costs.views)} views for a task with {self.demands.views}")
+        pairs = zip(("student", "teacher"), (self.costs.student, self.costs.teacher), strict=True)
+        for place, (role, blocks) in enumerate(pairs):
+            numbers = [pair[place] for pair in self.demands.features if not 0 <= pair[place] < len(blocks)]
+            problems += [f"a feature of {role} block {number} for costs of {len(blocks)} {role} blocks" for number in numbers]
         if not problems and self.microbatches < 1:
             problems.append(f"{self.microbatches} microbatches; expected at least 1 (--microbatches)")
         return problems
@@ -110,12 +114,12 @@ class Plan:
     @cached_property
     def stage_costs(self) -> StageCosts:
         """The blocks' costs summed up over each stage."""
-        return self.costs.stages(self.student_partition, self.teacher_partition)
+        return self.costs.stages(self.student_partition, self.teacher_partition, self.demands.features)
 
     @cached_property
     def memory_bytes(self) -> tuple[int, ...]:
         """What each rank is expected to hold at most; () where the costs do not tell."""
-        return memory_bytes_of(self.schedule, self.costs, self.student_partition, self.teacher_partition)
+        return memory_bytes_of(self.schedule, self.costs, self.stage_costs, self.student_partition, self.teacher_partition)
 
     @property
     def limit_seconds_per_step(self) -> float:

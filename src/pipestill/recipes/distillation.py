@@ -62,7 +62,7 @@ class DistillationWorkload(EndToEndWorkload):
         task = self.task()
         check_plan(self.trainer(task, options), self.loader)
         if options.teacher is not None:
-            load_into(task.teacher, options.teacher)
+            load_into(task.teacher_blocks.model, options.teacher)
 
     def run(self, options: RunOptions, runner: Runner) -> dict[str, Any]:
         """Train the teacher once (its weights stay in teacher/export), the student, and the student without a teacher."""

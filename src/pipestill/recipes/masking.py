@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipestill.losses.distillation import IGNORED
+from pipestill.losses.targets import IGNORED
 from pipestill.model.seeding import derive, seeded
 from pipestill.recipes.sequences import Sequences
 from pipestill.recipes.tokens import Tokens

@@ -75,6 +75,10 @@ class Mailbox:
         if uses:
             self.results[work] = result, uses
 
+    def has(self, work: Action) -> bool:
+        """Whether the result of `work` is kept."""
+        return work in self.results
+
     def use(self, work: Action) -> Any:
         """The result of `work`, which is let go of after its last use."""
         result, uses = self.results.pop(work)

@@ -23,6 +23,18 @@ def parse_number(key: str, fields: Fields) -> int:
     return int(_take(key, fields, "[0-9]{1,9}", "a whole number"))
 
 
+def pairs(values: Iterable[tuple[int, int]]) -> str:
+    """Write pairs of numbers so that `parse_pairs` reads them."""
+    return " ".join(f"{one}/{other}" for one, other in values) or "none"
+
+
+def parse_pairs(key: str, fields: Fields) -> tuple[tuple[int, int], ...]:
+    """Take out a line and read its pairs of whole numbers."""
+    pair = "[0-9]{1,9}/[0-9]{1,9}"
+    text = _take(key, fields, f"none|{pair}( +{pair})*", "pairs of whole numbers such as 0/1, with spaces between, or 'none'")
+    return () if text == "none" else tuple((int(a), int(b)) for a, _, b in (word.partition("/") for word in text.split()))
+
+
 def yes_or_no(truth: bool) -> str:
     """Write a truth value so that `parse_truth` reads it."""
     return "yes" if truth else "no"

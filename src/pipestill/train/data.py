@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pipestill.arguments import shown
 from pipestill.errors import DataError, PipestillError
+from pipestill.losses.targets import IGNORED
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.pipeline_contracts import length_of
 from pipestill.model.seeding import OwnGenerator, derive
@@ -252,8 +253,17 @@ class DataOpener:
 
 
 def sample(batch: Batch, rows: int = 3) -> tuple[Any, Any]:
-    """The first few rows of a batch, for the dry run."""
-    few = slice(0, rows)
+    """A few rows of a batch, for the dry run: the first ones, or those with the fewest and the most ignored labels.
+
+    A loss that is a mean over labels shows only where rows differ in how many they have.
+    """
+    labels = [t for t in distinct_tensors(batch.targets) if t.dtype in (torch.int64, torch.int32) and t.numel()]
+    ignored = sum((t.reshape(batch.rows, -1) == IGNORED).sum(1) for t in labels) if labels else torch.zeros(batch.rows)
+    assert isinstance(ignored, Tensor)
+    few: slice | Tensor = slice(0, rows)
+    if batch.rows > rows and bool((ignored != ignored[0]).any()):
+        order = ignored.argsort(stable=True)
+        few = torch.cat([order[:1], order[-1:], order[1:-1]])[:rows]
     return rows_of(batch.inputs, few), rows_of(batch.targets, few)
 
 

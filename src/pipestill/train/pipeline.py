@@ -16,11 +16,13 @@ from pipestill.model.batchnorm import batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
 from pipestill.model.buffers import check_buffers
 from pipestill.model.dry_run import dry_run, try_validation
+from pipestill.model.features import Beside, LinearMap
 from pipestill.model.nests import rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.profile import profile, wake_seconds
 from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
 from pipestill.plan import Plan, make_plan
+from pipestill.runtime.pipeline.features import place_losses, trained_beside
 from pipestill.runtime.pipeline.rank import PipelineRank, PlainRun, RankZero
 from pipestill.runtime.pipeline.reference import Reference
 from pipestill.runtime.pipeline.stage import move, placed
@@ -78,12 +80,13 @@ class PipelineEngine(Engine):
 
     @property
     def changed_modules(self) -> dict[str, nn.Module]:
-        beside = {"loss": self.task.loss, "teacher": self.task.teacher if isinstance(self.task, Momentum) else None}
-        return {"student": self.task.student, **{name: m for name, m in beside.items() if isinstance(m, nn.Module)}}
+        changed = {"student": self.task.student, **{name: module for name, module, _ in self.task.beside}}
+        return {**changed, "teacher": self.task.teacher} if isinstance(self.task, Momentum) else changed
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.task.student.named_parameters() if p.requires_grad}
+        weights = {name: p for name, p in self.task.student.named_parameters() if p.requires_grad}
+        return {**weights, **trained_beside(self.task, range(len(self.task.student_blocks)))}
 
     # -- before a run -------------------------------------------------------------------------------------------
 
@@ -209,7 +212,8 @@ class PipelineEngine(Engine):
         for model in self._models:
             forms = world.broadcast(model.forms_of(range(len(model))) if main else None)
             world.copy_from(model.adopt(forms), 0)  # as DDP does: a script may have drawn other weights in each process
-        world.copy_from(self._loss_state(), 0)
+        for beside in self.task.beside:
+            world.copy_from(_state_of(beside), 0)
         settings = self._settings(run)
         zero = RankZero(run.data(), run.validation, run.reporter) if main else None
         return [
@@ -247,7 +251,9 @@ class PipelineEngine(Engine):
                 forms = world.broadcast(model.forms_of(blocks) if owner in world.ranks else None, owner)
                 world.copy_from(model.adopt(forms), owner)
         structure = plan.schedule.structure
-        world.copy_from(self._loss_state(), structure.student_ranks[structure.last])
+        for beside in self.task.beside:
+            stage = next(i for i, blocks in enumerate(ranges(plan.student_partition)) if beside.block in blocks)
+            world.copy_from(_state_of(beside), structure.student_ranks[stage])
         events = world.gather([rank.recorder.events() for rank in ranks])
         trace = Trace(
             plan.num_devices,
@@ -281,7 +287,7 @@ class PipelineEngine(Engine):
         loop.run()
         for model in self._models:
             move(model, range(len(model)), CPU)
-        self._loss_state()  # back on the CPU, like the models
+        place_losses(self.task, range(len(self.task.student_blocks)), CPU)
         steps, samples = run.data.counts()
         self.run_state.end(steps)
         return Figures(
@@ -289,11 +295,6 @@ class PipelineEngine(Engine):
             seconds_per_step=median(b - a for a, b in pairwise(loop.moments)), staleness=staleness, exact=_exact(staleness),
             metrics=dict(run.reporter.metrics), losses=_losses(run),
         )  # fmt: skip
-
-    def _loss_state(self) -> list[Tensor]:
-        """The tensors of a loss that is a module, such as running means; on the CPU."""
-        loss = self.task.loss
-        return list(loss.to(CPU).state_dict(keep_vars=True).values()) if isinstance(loss, nn.Module) else []
 
     def _settings(self, run: Run) -> PipelineSettings:
         options = self.options
@@ -308,6 +309,10 @@ class PipelineEngine(Engine):
     def load_state(self, state: State) -> None:
         if state.step and (self.options.staleness or self.options.student_staleness):
             raise PlanError("a run with a staleness cannot go on from a state so far: the step before is not part of it")
+        for name, module, _ in self.task.beside:
+            weight = state.parameters.get(f"{name}.weight")
+            if isinstance(module, LinearMap) and module.weight is None and weight is not None:
+                module.make(weight.shape, weight.dtype)  # no batch has told its widths yet
         super().load_state(state)
 
     def _whole_backwards(self, contracts: PipelineContracts) -> tuple[str, ...]:
@@ -323,4 +328,9 @@ def _exact(staleness: int) -> bool | str:
 def _losses(run: Run) -> dict[str, float]:
     """The parts of the last logged loss."""
     logged = run.reporter.logged
-    return {name: logged.get(name, logged["loss"]) for name in run.contracts.loss_parts} if logged else {}
+    return {name: logged.get(name, logged["loss"]) for name in run.contracts.all_parts} if logged else {}
+
+
+def _state_of(beside: Beside) -> list[Tensor]:
+    """The tensors of a loss or a projector, such as weights and running means; on the CPU."""
+    return list(beside.module.to(CPU).state_dict(keep_vars=True).values())

@@ -30,6 +30,13 @@ def test_a_sound_loss_differs_by_rounding(microbatches: int) -> None:
     assert (found.relative == 0.0) == (microbatches == 1)
 
 
+def test_heads_inside_the_loss() -> None:
+    task = distilled(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    found = difference(ps.Distillation(task.teacher, task.student, ps.losses.SoftTarget(), fuse_heads=True))
+    assert found.relative is not None
+    assert found.relative < 1e-6
+
+
 def test_what_depends_on_the_microbatch_shows() -> None:
     class Centred(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

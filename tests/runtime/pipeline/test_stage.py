@@ -135,8 +135,8 @@ def test_infer_is_in_eval_mode_and_forward_in_train_mode() -> None:
 def test_the_teacher_has_no_graph_and_is_in_eval_mode() -> None:
     task = distilled(nn.Linear(4, CLASSES))
     task.teacher.train()
-    stage = TeacherStage(task, range(4), CPU, SETTINGS)
-    assert not stage.forward(X, 0, 0).requires_grad
+    stage = TeacherStage(task, dry_run(task, X[:3], Y[:3]), range(4), CPU, SETTINGS)
+    assert not stage.forward(X, 0, 0).output.requires_grad
     assert not any(module.training for module in task.teacher.modules())
 
 

@@ -21,6 +21,7 @@ VIEWS = replace(BOTH, views=2, teacher_views=1)
 WHOLE = replace(VIEWS, batch_loss=True)
 SERIAL_VIEWS = replace(SERIAL, views=2, teacher_views=2)
 SERIAL_WHOLE = replace(SERIAL, batch_loss=True)
+FEATURES = replace(BOTH, features=((0, 2), (0, 1), (2, 0), (0, 1)))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,12 @@ SERIAL_WHOLE = replace(SERIAL, batch_loss=True)
         (SERIAL, "S0F1@4", "S0D@4 T2F1@4 S0U@3"),
         (SERIAL, "S1F1@4", "S0D@4 S0F1@4 S1U@3"),
         (VALIDATION, "S1F1@4", "S0D@4 S0F1@4"),
+        (FEATURES, "S0L1@4", "S0D@4 T1F1@4 T2F1@4 S0F1@4"),
+        (FEATURES, "S2L1@4", "S0D@4 T0F1@4 T2F1@4 S2F1@4"),
+        (FEATURES, "S0B1@4", "S0F1@4 S0L1@4 S1B1@4"),
+        (FEATURES, "S1B1@4", "S1F1@4 S2B1@4"),
+        (replace(FEATURES, split=True, batch_loss=True), "S0I1@4", "S0F1@4 S0L0@4 S1I1@4"),
+        (replace(FEATURES, batch_loss=True), "S0L0@4", "S0D@4 T1F0@4 T1F1@4 T2F0@4 T2F1@4 S0F0@4 S0F1@4"),
         # a momentum teacher
         (EMA, "T0F1@4", "S0D@4 T0E@3"),
         (EMA, "T2F1@4", "S0D@4 T1F1@4 T2E@3"),
@@ -91,9 +98,11 @@ def test_needs(structure: PipelineStructure, action: str, expected: str) -> None
 def structures(draw: st.DrawFn) -> PipelineStructure:
     students = tuple(range(draw(st.integers(1, 4))))
     momentum, views = draw(st.booleans()), draw(st.integers(1, 3))
+    teachers = students if momentum else tuple(range(draw(st.integers(0, 4))))
+    pairs = st.lists(st.tuples(st.sampled_from(students), st.sampled_from(teachers)), max_size=3) if teachers else st.just(())
     return PipelineStructure(
         students,
-        students if momentum else tuple(range(draw(st.integers(0, 4)))),
+        teachers,
         num_microbatches=draw(st.integers(1, 4)),
         serial=draw(st.booleans()),
         train=momentum or draw(st.booleans()),
@@ -105,6 +114,7 @@ def structures(draw: st.DrawFn) -> PipelineStructure:
         student_staleness=draw(st.integers(0, int(momentum))),
         split=draw(st.booleans()),
         clip=draw(st.booleans()),
+        features=tuple(draw(pairs)),
     )
 
 
@@ -150,6 +160,13 @@ def test_every_result_is_needed(structure: PipelineStructure) -> None:
 )
 def test_lanes(transfer: str, destination: int, expected: Lane) -> None:
     assert lane(Action.parse(transfer), destination, SERIAL) is expected
+
+
+def test_features_travel_on_the_lane_of_the_teacher() -> None:
+    """Also where the last stage's forward only tells others that a pass has ended, but for features."""
+    serial = replace(SERIAL, features=((0, 2), (2, 0)))
+    lanes = [lane(Action.parse(text), rank, serial) for text, rank in (("T2F0@0", 0), ("T0F0@0", 2), ("T2F0@0", 1))]
+    assert lanes == [Lane.TEACHER, Lane.TEACHER, Lane.TOKEN]
 
 
 def test_gradients_of_two_steps_never_mix() -> None:

@@ -72,6 +72,14 @@ def test_a_loss_over_the_batch_comes_once() -> None:
     assert structure.units_of_loss(0, Role.TEACHER) == range(2)
 
 
+def test_a_stage_with_features_has_a_loss() -> None:
+    structure = PipelineStructure((0, 1, 2), (0, 1, 2), 1, features=((1, 0), (1, 2)))
+    assert texts_of([list(structure.actions())]) == [
+        "S0D@0 T0F0@0 T1F0@0 T2F0@0 S0F0@0 S1F0@0 S2F0@0 S1L0@0 S2L0@0 S2B0@0 S1B0@0 S0B0@0 S0U@0 S1U@0 S2U@0"
+    ]
+    assert [structure.taught_by(stage) for stage in range(3)] == [[], [0, 2], [2]]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -85,6 +93,8 @@ def test_a_loss_over_the_batch_comes_once() -> None:
         ({"momentum": True, "staleness": 2}, "staleness 2 and 0; expected 0 or 1"),
         ({"momentum": True, "student_staleness": -1}, "staleness 0 and -1; expected 0 or 1"),
         ({"staleness": 1}, "only a momentum teacher's weights, and then the student's, can be stale"),
+        ({"features": ((2, 0),)}, "a feature of student stage 2 and teacher stage 0, which are not both there"),
+        ({"features": ((1, 2),)}, "a feature of student stage 1 and teacher stage 2, which are not both there"),
         ({"student_staleness": 1}, "only a momentum teacher's weights, and then the student's, can be stale"),
     ],
 )

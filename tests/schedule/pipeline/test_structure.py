@@ -11,7 +11,7 @@ from pipestill.costs import Link, StageCosts
 from pipestill.schedule import Action, Lane, Op, PipelineStructure, Role, check, generate
 from pipestill.schedule.check import examine
 from pipestill.schedule.comms import connect
-from pipestill.schedule.pipeline.structure import pipeline
+from pipestill.schedule.pipeline.structure import Demands, pipeline
 
 EVERYTHING = PipelineStructure(
     student_ranks=(0, 1),
@@ -26,6 +26,7 @@ EVERYTHING = PipelineStructure(
     split=True,
     clip=True,
     pieces=2,
+    features=((0, 1), (1, 1)),
 )
 
 
@@ -49,9 +50,46 @@ def test_labels() -> None:
     assert [folded.label(a) for a in actions[::3]] == ["S0F1", "S0U"]
 
 
-def test_only_the_rank_of_the_loss_is_sent_targets() -> None:
-    lanes = [EVERYTHING.batch_lane(rank) for rank in (0, 1)]
-    assert lanes == [None, Lane.TARGET]
+def test_only_ranks_with_a_loss_are_sent_targets() -> None:
+    lanes = [pipeline(3, 2, features=features).batch_lane(rank) for features in ((), ((0, 1),)) for rank in range(3)]
+    assert lanes == [None, None, Lane.TARGET, Lane.TARGET, None, Lane.TARGET]
+
+
+FEATURES = pipeline(3, 2, features=((0, 2), (0, 0), (1, 0), (2, 2)))
+FEATURE_COSTS = StageCosts(
+    (1.0,) * 3, (2.0,) * 3, (0.0,) * 3, (1.0,) * 3, loss=8.0, activation_bytes=(10, 20, 30), teacher_bytes=(40, 50, 60),
+    link=Link(0.0, 1.0), feature_seconds=(1.0, 2.0, 4.0), feature_bytes=(100, 200, 400, 800),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("action", "seconds"), [("S0L1@0", 1.0), ("S1L0@0", 2.0), ("S2L0@0", 12.0)])
+def test_seconds_of_feature_losses(action: str, seconds: float) -> None:
+    assert FEATURES.work_seconds(Action.parse(action), FEATURE_COSTS) == seconds
+    busy = FEATURE_COSTS.busy_seconds(2)
+    assert busy == [2 * (4 + loss) for loss in (1.0, 2.0, 12.0)]
+
+
+@pytest.mark.parametrize(
+    ("action", "destination", "seconds"),
+    [
+        ("T2F0@0", 0, 100.0),  # what only a feature takes
+        ("T0F0@0", 1, 440.0),  # with the output that the next stage takes
+        ("T0F0@0", 0, 200.0),
+        ("T2F0@0", 2, 860.0),
+        ("T1F0@0", 2, 50.0),
+        ("S0F0@0", 1, 10.0),
+        ("S2L0@0", 0, 0.0),
+    ],
+)
+def test_seconds_of_messages_with_features(action: str, destination: int, seconds: float) -> None:
+    assert FEATURES.transfer_seconds(Action.parse(action), destination, FEATURE_COSTS) == seconds
+
+
+def test_stages_of_features_follow_from_partitions() -> None:
+    demands = Demands(features=((0, 5), (2, 1), (1, 2)))
+    assert demands.of_stages((1, 2), (2, 4))["features"] == ((0, 1), (1, 0), (1, 1))
+    read_back = Demands(features=[[0, 5], [2, 1], [1, 2]])  # type: ignore[list-item, arg-type] - as JSON gives them
+    assert read_back == demands
 
 
 def test_no_two_ranks_share_work() -> None:
@@ -127,12 +165,24 @@ def test_seconds_of_a_loss_over_the_batch() -> None:
 
 @pytest.mark.parametrize(
     ("action", "seconds"),
-    [("S0F0@0", 1.0), ("S1B0@0", 1.0), ("S2B0@0", 2.0), ("S2I0@0", 2.0), ("T1F0@0", 5.0), ("S0D@0", 0.0), ("S2N@0", 0.0)],
+    [
+        ("S0F0@0", 1.0),
+        ("S1B0@0", 1.0),
+        ("S2B0@0", 2.0),
+        ("S2I0@0", 2.0),
+        ("T1F0@0", 5.0),
+        ("T0F0@0", 0.0),
+        ("S0D@0", 0.0),
+        ("S2N@0", 0.0),
+    ],
 )
 def test_seconds_of_each_kind_of_transfer(action: str, seconds: float) -> None:
-    """A gradient is as large as the activation that it belongs to: the one before its stage."""
+    """A gradient is as large as the activation that it belongs to: the one before its stage.
+
+    What another rank than the next gets of a teacher's forward is nothing without features.
+    """
     costs = StageCosts(*[(1.0,) * 3] * 4, activation_bytes=(1, 2, 3), teacher_bytes=(4, 5, 6), link=Link(0.0, 1.0))
-    assert PipelineStructure((0, 1, 2), (0, 1, 2), 1).transfer_seconds(Action.parse(action), 0, costs) == seconds
+    assert PipelineStructure((0, 1, 2), (0, 1, 2), 1).transfer_seconds(Action.parse(action), 2, costs) == seconds
 
 
 def test_seconds_of_a_transfer_in_each_view_and_piece() -> None:

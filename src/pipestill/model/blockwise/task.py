@@ -16,7 +16,7 @@ from pipestill.model.block import Block
 from pipestill.model.contracts import Contract
 from pipestill.model.seeding import seed_block
 from pipestill.model.stepwise import restored
-from pipestill.model.tasks import CutModels, check_parts
+from pipestill.model.task_parts import CutModels, check_parts
 from pipestill.schedule import Role
 
 _BESIDE_BLOCKS = ("output_projectors", "input_projectors", "candidates")

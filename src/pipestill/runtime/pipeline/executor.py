@@ -6,76 +6,26 @@ The row is walked as a generator that yields whenever it has to wait, so the sam
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, count, repeat
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from pipestill.model.contracts import Contract
 from pipestill.model.nests import copied, rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
-from pipestill.runtime.batch import HEADER_LENGTH, Batch, microbatch_rows
+from pipestill.runtime.batch import HEADER_LENGTH, Batch
 from pipestill.runtime.mailbox import Forms, Mailbox, StepData
+from pipestill.runtime.pipeline.boundaries import Boundaries, unit_of
+from pipestill.runtime.pipeline.features import Taught
 from pipestill.runtime.pipeline.stage import gradient_squares, guard_batch
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.transport.message import Message
 from pipestill.runtime.transport.protocol import Transport, Waiting
-from pipestill.schedule import Action, Kind, Op, Role, Schedule
+from pipestill.schedule import Action, Kind, Lane, Op, Role, Schedule
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.structure import needs
-
-
-@dataclass(frozen=True)
-class Boundaries:
-    """The units of a step (a microbatch in one view each, which an action's `microbatch` counts) and what travels of them.
-
-    `num_trained` counts the trained parameters of each student stage, one squared norm of which clipping sends. Where
-    samples have `views`, a batch's inputs are a tuple of these.
-    """
-
-    structure: PipelineStructure
-    contracts: PipelineContracts
-    student_stages: Sequence[range]
-    teacher_stages: Sequence[range]
-    num_trained: Sequence[int]
-    views: bool
-
-    def num_views(self, role: Role) -> int:
-        """In how many views a model runs a microbatch."""
-        return self.structure.views if role is Role.STUDENT else self.structure.teacher_views
-
-    def view(self, action: Action) -> int:
-        """The view of an action's unit."""
-        return _unit(action) % self.num_views(action.role)
-
-    def slice_of(self, action: Action, batch: Batch) -> slice:
-        """Where the rows of an action's unit are in a batch; for a loss, those of everything that it takes."""
-        if action.op is Op.LOSS and self.structure.batch_loss:
-            return slice(0, batch.rows)
-        views = 1 if action.op is Op.LOSS else self.num_views(action.role)
-        return microbatch_rows(batch.rows, self.structure.num_microbatches)[_unit(action) // views]
-
-    def num_rows(self, action: Action, batch: Batch) -> int:
-        """How many rows of a batch an action is about."""
-        rows = self.slice_of(action, batch)
-        return int(rows.stop - rows.start)
-
-    def last_unit(self, role: Role, batch: Batch) -> int:
-        """The last unit of a step that has rows: there may be fewer rows than microbatches."""
-        return min(self.structure.num_microbatches, batch.rows) * self.num_views(role) - 1
-
-    def contract(self, transfer: Action, batch: Batch) -> Contract:
-        """The contract of the boundary that the result of a forward or a backward crosses."""
-        stage, contracts = transfer.stage - (transfer.op is not Op.FORWARD), self.contracts.at(batch.length)
-        if transfer.role is Role.STUDENT:
-            return contracts.student[self.view(transfer)][self.student_stages[stage][-1]]
-        return contracts.teacher[self.view(transfer)][self.teacher_stages[stage][-1]]
-
-    def forms(self, transfer: Action, batch: Batch) -> Forms:
-        """The forms of the tensors that travel as the result of a forward or a backward."""
-        contract, rows = self.contract(transfer, batch), self.num_rows(transfer, batch)
-        return [(form, rows) for form in (contract.values if transfer.op is Op.FORWARD else contract.gradients)]
 
 
 class Student(Protocol):
@@ -91,6 +41,10 @@ class Student(Protocol):
         self, number: int, outputs: Mapping[int, Any], teacher: Mapping[int, Any], target: Any, step: int,
         factors: Sequence[float],
     ) -> None: ...  # fmt: skip
+    def feature_losses(
+        self, number: int, units: Sequence[int], taught: Sequence[Mapping[int, Tensor]], target: Any, step: int,
+        factors: Callable[[Sequence[str]], Sequence[float]],
+    ) -> None: ...  # fmt: skip
     def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]: ...
     def weight_gradients(self, step: int, unit: int) -> None: ...
     def clip(self, squares: Tensor, largest: float) -> None: ...
@@ -100,7 +54,7 @@ class Student(Protocol):
 class Teacher(Protocol):
     """What an executor asks of a stage of the teacher (see `TeacherStage`)."""
 
-    def forward(self, value: Any, step: int, unit: int) -> Any: ...
+    def forward(self, value: Any, step: int, unit: int) -> Taught: ...
     def end_batch(self) -> None: ...
     def note(self) -> None: ...
     def follow(self, step: int) -> None: ...
@@ -157,11 +111,19 @@ class PipelineExecutor:
         self.mailbox.flush()
 
     def _local_uses(self, work: Action) -> list[Action]:
-        """The results on this rank that a work uses: a loss uses outputs, an update the squared norms of gradients."""
-        if work.op not in (Op.LOSS, Op.UPDATE):
-            return []
+        """The results that a work uses and this rank keeps: outputs for a loss, squared norms of gradients for an update.
+
+        What another rank's teacher gives is kept too, for several works may use it.
+        """
         used = [need for need in needs(work, self.structure) if need.op in (Op.FORWARD, Op.NORM)]
-        return [need for need in used if self.structure.rank_of(need) == self.rank]
+        kept = [need for need in used if work.op in (Op.LOSS, Op.UPDATE) and self.structure.rank_of(need) == self.rank]
+        return [*kept, *self._taught_elsewhere(work)]
+
+    def _taught_elsewhere(self, work: Action) -> list[Action]:
+        """The forwards of the teacher on other ranks whose results come here and that a work uses, or comes after."""
+        forwards = [need for need in needs(work, self.structure) if need.role is Role.TEACHER and need.op is Op.FORWARD]
+        others = [need for need in forwards if self.structure.rank_of(need) != self.rank]
+        return [need for need in others if self.structure.lane(need, self.rank) is Lane.TEACHER]
 
     # -- one action -------------------------------------------------------------------------------------------------
 
@@ -192,7 +154,7 @@ class PipelineExecutor:
             yield from self._backward(action, batch)
         elif action.op is Op.WEIGHT:
             with self.recorder.working(action):
-                self.student.weight_gradients(action.step, _unit(action))
+                self.student.weight_gradients(action.step, unit_of(action))
         elif action.op is Op.NORM:
             with self.recorder.working(action):
                 squares = gradient_squares(self.student.parameters.values())
@@ -205,6 +167,9 @@ class PipelineExecutor:
             yield from self._update(action, batch)
 
     def _forward(self, action: Action, batch: Batch) -> Waiting:
+        if action.role is Role.STUDENT:
+            for need in self._taught_elsewhere(action):  # which it only comes after
+                yield from self._taught(need, batch)
         value, gradients = yield from self._stage_input(action, batch)
         unchanged = guard_batch(value) if action.stage == 0 and self.structure.teacher_ranks else None
         with self.recorder.working(action):
@@ -219,7 +184,7 @@ class PipelineExecutor:
 
     def _stage_input(self, action: Action, batch: Batch) -> Generator[Message, None, tuple[Any, list[Tensor | None]]]:
         """The value that a forward starts from, and the list that a student's backward fills with its gradients."""
-        unit, student = _unit(action), action.role is Role.STUDENT
+        unit, student = unit_of(action), action.role is Role.STUDENT
         if action.stage == 0:
             inputs = batch.inputs
             if self.boundaries.views and self.structure.train:
@@ -227,15 +192,26 @@ class PipelineExecutor:
             value = rows_of(inputs, self.boundaries.slice_of(action, batch))
             return (copied(value) if student and 0 in self.boundaries.contracts.copies else value), []
         before = Action(action.role, action.stage - 1, Op.FORWARD, unit, action.step)
-        tensors = yield from self.mailbox.receive_packed(before, self.boundaries.forms(before, batch))
+        if not student:
+            taught = yield from self._taught(before, batch)
+            return taught.output, []
+        tensors = yield from self.mailbox.receive_packed(before, self.boundaries.forms(before, batch, self.rank))
         rows = self.boundaries.num_rows(action, batch)
-        if student and self.structure.train:
+        if self.structure.train:
             return self.student.enter(tensors, rows, unit, batch.length)
         return self.boundaries.contract(before, batch).join(tensors, rows), []
 
+    def _taught(self, work: Action, batch: Batch) -> Generator[Message, None, Taught]:
+        """What a teacher's forward gives this rank; waits for it where another rank does the forward."""
+        if self.structure.rank_of(work) != self.rank and not self.mailbox.has(work):
+            tensors = yield from self.mailbox.receive_packed(work, self.boundaries.forms(work, batch, self.rank))
+            self.mailbox.keep(work, self.boundaries.join_taught(work, batch, self.rank, tensors))
+        taught: Taught = self.mailbox.use(work)
+        return taught
+
     def _stage_output(self, action: Action, value: Any, gradients: list[Tensor | None], batch: Batch) -> Any:
         """Run a stage forward."""
-        step, unit = action.step, _unit(action)
+        step, unit = action.step, unit_of(action)
         if action.role is Role.TEACHER:
             assert self.teacher is not None
             return self.teacher.forward(value, step, unit)
@@ -244,17 +220,20 @@ class PipelineExecutor:
         return self.student.forward(value, gradients, step, unit, self.boundaries.num_rows(action, batch), batch.length)
 
     def _loss(self, action: Action, batch: Batch) -> Waiting:
-        number = _unit(action)
-        outputs: dict[Role, dict[int, Any]] = {Role.STUDENT: {}, Role.TEACHER: {}}
-        for need in needs(action, self.structure):
+        number, structure = unit_of(action), self.structure
+        outputs: dict[int, Any] = {}
+        taught: dict[int, Any] = {}  # outputs of the whole teacher
+        taken: dict[int, dict[int, Tensor]] = {}
+        for need in needs(action, structure):
             if need.op is not Op.FORWARD or need.microbatch is None or not self.boundaries.num_rows(need, batch):
                 continue
-            if self.structure.rank_of(need) == self.rank:
-                value = self.mailbox.use(need)
-            else:
-                tensors = yield from self.mailbox.receive_packed(need, self.boundaries.forms(need, batch))
-                value = self.boundaries.contract(need, batch).join(tensors, self.boundaries.num_rows(need, batch))
-            outputs[need.role][need.microbatch] = value
+            if need.role is Role.STUDENT:
+                outputs[need.microbatch] = self.mailbox.use(need)
+                continue
+            given = yield from self._taught(need, batch)
+            taken.setdefault(need.microbatch, {}).update(given.taken)
+            if need.stage == len(structure.teacher_ranks) - 1:
+                taught[need.microbatch] = given.output
         batch = yield from self.batches.get_whole(action.step)
         target = batch.targets
         if not self.structure.batch_loss:
@@ -262,18 +241,22 @@ class PipelineExecutor:
         rows = self.boundaries.num_rows(action, batch)
         with self.recorder.working(action):
             if self.metric is not None:
-                self.metric(outputs[Role.STUDENT][number], target, rows)
-            else:
+                self.metric(outputs[number], target, rows)
+                return
+            if action.stage == structure.last:
                 factors = batch.factors(self.boundaries.contracts.loss_parts, rows)
-                self.student.loss(number, outputs[Role.STUDENT], outputs[Role.TEACHER], target, action.step, factors)
+                self.student.loss(number, outputs, taught, target, action.step, factors)
+            if structure.features:
+                factors_of = partial(batch.factors, rows=rows)
+                self.student.feature_losses(number, list(outputs), list(taken.values()), target, action.step, factors_of)
 
     def _backward(self, action: Action, batch: Batch) -> Waiting:
         gradients = None  # the last stage's come from the loss
         if action.stage < self.structure.last:
-            after = Action(Role.STUDENT, action.stage + 1, action.op, _unit(action), action.step)
-            gradients = yield from self.mailbox.receive_packed(after, self.boundaries.forms(after, batch))
+            after = Action(Role.STUDENT, action.stage + 1, action.op, unit_of(action), action.step)
+            gradients = yield from self.mailbox.receive_packed(after, self.boundaries.forms(after, batch, self.rank))
         with self.recorder.working(action):
-            input_gradients = self.student.backward(gradients, action.step, _unit(action))
+            input_gradients = self.student.backward(gradients, action.step, unit_of(action))
         self.mailbox.keep(action, input_gradients)
 
     def _update(self, action: Action, batch: Batch) -> Waiting:
@@ -303,20 +286,24 @@ class PipelineExecutor:
         if transfer.op is Op.NORM:
             self.mailbox.send(transfer, [value.to(self.recorder.device)])
             return
-        if transfer.op is Op.FORWARD:
+        destination = transfer.peer
+        assert destination is not None
+        if transfer.role is Role.TEACHER:
+            value = self.boundaries.split_taught(transfer, batch, destination, value)
+        elif transfer.op is Op.FORWARD:
             value = self.boundaries.contract(transfer, batch).split(value, self.boundaries.num_rows(transfer, batch))
-        self.mailbox.send_packed(transfer, value, self.boundaries.forms(transfer, batch))
+        self.mailbox.send_packed(transfer, value, self.boundaries.forms(transfer, batch, destination))
 
     def _post(self, transfer: Action, batch: Batch) -> None:
         if transfer.op is Op.NORM:
             count = self.boundaries.num_trained[transfer.stage]
             self.mailbox.post(transfer, [torch.empty(count, dtype=torch.float64, device=self.recorder.device)])
         else:
-            self.mailbox.post_packed(transfer, self.boundaries.forms(transfer, batch))
+            self.mailbox.post_packed(transfer, self.boundaries.forms(transfer, batch, self.rank))
 
 
 class _BatchTravel:
-    """How batches travel: inputs stay on the rank that reads them, targets go to the rank of the loss, counts to all."""
+    """How batches travel: inputs stay on the rank that reads them, targets go to the ranks with losses, counts to all."""
 
     def __init__(self, contracts: PipelineContracts, counted: Sequence[str]) -> None:
         self.contracts = contracts
@@ -337,12 +324,6 @@ class _BatchTravel:
 
     def join(self, data: Batch, tensors: Sequence[Tensor]) -> Batch:
         return replace(data, targets=self.contracts.at(data.length).targets.join(tensors, data.rows))
-
-
-def _unit(action: Action) -> int:
-    """The unit of a work that has one."""
-    assert action.microbatch is not None
-    return action.microbatch
 
 
 def _with_update_first(row: list[Action], step: int) -> list[Action]:

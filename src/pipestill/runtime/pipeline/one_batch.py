@@ -1,5 +1,6 @@
 """How much the loss and the gradients of one batch depend on the number of its microbatches."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pipestill.model.batchnorm import Norms
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.stepwise import modules_of, restored
-from pipestill.model.tasks import Task, teacher_trains
+from pipestill.model.tasks import Distillation, Task, teacher_trains
 from pipestill.optim import Schedules
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.pipeline.reference import Reference
@@ -45,6 +46,8 @@ def microbatch_difference(
         num_microbatches: how many microbatches beside 1
         frozen_norms: whether batch norm normalises by its running statistics in training too
     """
+    if isinstance(task, Distillation) and task.fuse_heads:  # a student in eval mode applies its head itself
+        task = dataclasses.replace(task, fuse_heads=False)
     models = [("student", task.student_blocks), *([("teacher", task.teacher_blocks)] if teacher_trains(task) else [])]
     norms = [
         f"'{name}' of the {role}"

@@ -13,7 +13,9 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.tasks import Momentum, Task
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
-from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor
+from pipestill.runtime.pipeline.boundaries import Boundaries
+from pipestill.runtime.pipeline.executor import PipelineExecutor
+from pipestill.runtime.pipeline.features import trained_beside
 from pipestill.runtime.pipeline.reference import Reference
 from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares
 from pipestill.runtime.record import Recorder
@@ -61,13 +63,17 @@ class PipelineRank:
         )  # fmt: skip
         self.teacher = None
         if self.task.teacher_blocks is not None:
-            self.teacher = TeacherStage(self.task, self.teacher_stages[self.rank], self.device, self.settings)
+            self.teacher = TeacherStage(self.task, self.contracts, self.teacher_stages[self.rank], self.device, self.settings)
         self.loss_rank = self.structure.student_ranks[self.structure.last]
         self.evaluation = forward_only(self.plan.num_devices, self.plan.microbatches)
-        stages = [self.task.student_blocks.parameters_of(stage).values() for stage in self.student_stages]
+        trained = [
+            [*self.task.student_blocks.parameters_of(stage).values(), *trained_beside(self.task, stage).values()]
+            for stage in self.student_stages
+        ]
         self.boundaries = Boundaries(
             self.structure, self.contracts, self.student_stages, self.teacher_stages, views=isinstance(self.task, Momentum),
-            num_trained=[sum(p.requires_grad for p in parameters) for parameters in stages],
+            num_trained=[sum(p.requires_grad for p in parameters) for parameters in trained],
+            taps=[pair.tap for pair in self.task.feature_losses.pairs],
         )  # fmt: skip
         self.num_validations = 0
         self.losses: dict[str, float] = {}
@@ -100,9 +106,8 @@ class PipelineRank:
         return (step + 1) % self.settings.log_every == 0 or batch.last
 
     def _before_update(self, step: int, batch: Batch) -> None:
-        if self.rank == self.loss_rank:
-            self.losses = self.student.take_losses()
-            check_finite(self.losses, step)
+        self.losses = self.student.take_losses()  # none where the stage has no loss
+        check_finite(self.losses, step)
         if self._is_logged(step, batch):
             self.gradient_squares = gradient_squares(self.student.parameters.values())
 
@@ -123,7 +128,7 @@ class PipelineRank:
 
         Rank 0 reports the step after its next update, or at once where all ranks meet.
         """
-        losses = [self.losses.get(name, 0.0) for name in self.contracts.loss_parts]
+        losses = [self.losses.get(name, 0.0) for name in self.contracts.all_parts]
         sizes = [len(losses) + count for count in self.boundaries.num_trained]
         figures = [*losses, *self.gradient_squares.tolist()]
         self.reports.give(step, step, batch.epoch, self.reports.clock.lap(), figures, sizes)
@@ -133,9 +138,9 @@ class PipelineRank:
         logged = yield from self.reports.collect()
         if logged is None or self.zero is None:
             return
-        count = len(self.contracts.loss_parts)
+        count = len(self.contracts.all_parts)
         first, *others = (of_rank[:count] for of_rank in logged.figures)
-        losses = dict(zip(self.contracts.loss_parts, sum(others, first).tolist(), strict=True))
+        losses = dict(zip(self.contracts.all_parts, sum(others, first).tolist(), strict=True))
         squares = [square for of_rank in logged.figures for square in of_rank[count:].tolist()]
         self.zero.listener.step(
             logged_values(

@@ -11,7 +11,9 @@ Step k takes one batch:
       |  1. for each microbatch: the teacher's forward of every view that it sees     -> teacher outputs, without a graph
       |                          the student's forward of every view                  -> student outputs
       |  2. the loss of these outputs, each part times its factor                     -> gradients of the student outputs
-      |  3. for each student output, in the same order: its backward                  -> gradients of weights, which add up
+      |     feature losses of student blocks, each part likewise                      -> gradients of the blocks' outputs
+      |  3. for each student output, in the same order: its backward; the gradient
+      |     of a compared block's output is that from behind plus that of its losses  -> gradients of weights, which add up
       v
       4. deferred batch norm moves its running statistics
       5. clip the gradients by their global norm, if asked to
@@ -29,23 +31,34 @@ from (seed, model, block, step, unit), so they do not depend on what ran before.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipestill.losses.step import at_step
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import detached
+from pipestill.model.boundary import Detached, detached, with_exit
 from pipestill.model.nests import copied, rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains, view
 from pipestill.runtime.batch import Batch, Microbatch, split_batch
-from pipestill.runtime.pipeline.stage import clip, evaluate_loss, gradient_squares, run_blocks, weighted_loss
+from pipestill.runtime.pipeline.features import Taught, cut_after, feature_losses, place_losses, teach, trained_beside
+from pipestill.runtime.pipeline.stage import backward, clip, evaluate_loss, gradient_squares, run_blocks, weighted_loss
 from pipestill.runtime.pipeline.weights import MovingAverage
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
+
+
+class StudentForward(NamedTuple):
+    """One forward of the student."""
+
+    ends: list[Detached]
+    """For each piece: its output as the start of what comes behind, which is the loss behind the last one."""
+    exits: dict[int, Detached]
+    """By block that feature losses compare: its output as the start of their graph."""
 
 
 @dataclass(eq=False)
@@ -68,12 +81,16 @@ class Reference:
     def __post_init__(self) -> None:
         self.student = self.task.student_blocks
         self.teacher = self.task.teacher_blocks
-        self.trained = {name: p for name, p in self.task.student.named_parameters() if p.requires_grad}
+        every_block = range(len(self.student))
+        weights = {name: p for name, p in self.task.student.named_parameters() if p.requires_grad}
+        self.trained = {**weights, **trained_beside(self.task, every_block)}
+        self.pieces = cut_after(every_block, self.task.feature_losses.student_blocks)
+        """The student's blocks; a new graph begins after each that feature losses compare."""
         self.optimizer = self.settings.optimizer(self.trained)
         self.rates = self.settings.schedules.rates(self.optimizer)
         self.average = MovingAverage(self.task, range(len(self.task.teacher_blocks))) if isinstance(self.task, Momentum) else None
         averaged = [mine for mine, _ in self.average.pairs] if self.average else []
-        self.student_weights = PreviousWeights(list(self.trained.values()), self.student_staleness)
+        self.student_weights = PreviousWeights(list(weights.values()), self.student_staleness)
         self.teacher_weights = PreviousWeights(averaged, self.staleness)
 
     def train(
@@ -84,11 +101,11 @@ class Reference:
         after_update: Callable[[int, Batch], None],
     ) -> None:
         """Train on all batches. `before_update` gets the step, its batch and the parts of its loss."""
-        if isinstance(self.task.loss, nn.Module):
-            self.task.loss.to(self.device)
+        place_losses(self.task, range(len(self.student)), self.device)
         self.student.in_mode(train=False)
         self.student.in_mode(train=True)  # anew: some layers may stay in eval mode
         self.student.model.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         for step, batch in enumerate(batches, self.first_step):
             losses = self.accumulate_gradients(step, batch)
             before_update(step, batch, losses)
@@ -112,17 +129,19 @@ class Reference:
         """Add up the gradients of one batch; return the parts of its loss."""
         losses: dict[str, float] = {}
         for number, group in enumerate(self._groups(batch)):
-            outputs: dict[Role, dict[int, Any]] = {Role.TEACHER: {}, Role.STUDENT: {}}
+            taught: dict[int, Taught] = {}
+            forwards: dict[int, StudentForward] = {}
             for microbatch in group:  # 1.
                 views = range(self.task.demands.views)
                 inputs = [self._rows(view(self.task, batch.inputs, v), microbatch.rows) for v in views]
-                outputs[Role.TEACHER] |= self._teacher_outputs(step, microbatch, inputs)
-                outputs[Role.STUDENT] |= self._student_outputs(step, microbatch, inputs)
+                taught |= self._teacher_forwards(step, microbatch, inputs)
+                forwards |= self._student_forwards(step, microbatch, inputs)
             rows = slice(group[0].rows.start, group[-1].rows.stop)
-            factors = batch.factors(self.contracts.loss_parts, rows.stop - rows.start)
-            parts = self._backward(step, number, outputs, self._rows(batch.targets, rows), factors)  # 2. and 3.
-            for (name, part), factor in zip(parts.items(), factors, strict=True):
-                losses[name] = losses.get(name, 0.0) + float(part.detach().double()) * factor
+            targets, factors = self._rows(batch.targets, rows), partial(batch.factors, rows=rows.stop - rows.start)
+            parts = self._losses(step, number, forwards, taught, targets, factors)  # 2.
+            for name, part in parts.items():
+                losses[name] = losses.get(name, 0.0) + float(part)
+            self._backward(forwards)  # 3.
         for model in (self.student, self.teacher):  # 4.
             if model is not None:
                 self.settings.norms.end_batch(model.model.modules())
@@ -136,59 +155,87 @@ class Reference:
     def _rows(self, value: Any, rows: slice) -> Any:
         return to_device(rows_of(value, rows), self.device)
 
-    def _teacher_outputs(self, step: int, microbatch: Microbatch, inputs: list[Any]) -> dict[int, Any]:
-        """The teacher's output of each unit of a microbatch; none without a teacher."""
+    def _teacher_forwards(self, step: int, microbatch: Microbatch, inputs: list[Any]) -> dict[int, Taught]:
+        """The teacher's forward of each unit of a microbatch; none without a teacher."""
         if self.teacher is None:
             return {}
+
+        teacher, losses = self.teacher, self.task.feature_losses
+        every_block = range(len(teacher))
+
+        def run(unit: int, blocks: range, value: Any) -> Any:
+            return self._forward(teacher, Role.TEACHER, value, step, unit, blocks)
+
         self.teacher.in_mode(teacher_trains(self.task))
         seen = self.task.demands.teacher_views
         with torch.no_grad(), self.teacher_weights.for_reading():
             return {
-                unit: self._forward(self.teacher, Role.TEACHER, inputs[unit % seen], step, unit)
+                unit: teach(losses, self.contracts, every_block, inputs[unit % seen], partial(run, unit))
                 for unit in range(microbatch.number * seen, (microbatch.number + 1) * seen)
             }
 
-    def _student_outputs(self, step: int, microbatch: Microbatch, inputs: list[Any]) -> dict[int, Any]:
-        """The student's output of each unit of a microbatch. A student that writes to its input in place gets a copy."""
+    def _student_forwards(self, step: int, microbatch: Microbatch, inputs: list[Any]) -> dict[int, StudentForward]:
+        """The student's forward of each unit of a microbatch. A student that writes to its input in place gets a copy."""
         views, writes = self.task.demands.views, 0 in self.contracts.copies
         with self.student_weights.for_reading():
             return {
-                unit: self._forward(
-                    self.student, Role.STUDENT, copied(inputs[unit % views]) if writes else inputs[unit % views], step, unit
-                )
+                unit: self._student_forward(copied(inputs[unit % views]) if writes else inputs[unit % views], step, unit)
                 for unit in range(microbatch.number * views, (microbatch.number + 1) * views)
             }
 
-    def _forward(self, model: BlockModel, role: Role, inputs: Any, step: int, unit: int) -> Any:
-        return run_blocks(model, range(len(model)), inputs, self.settings.seed, role, step, unit, self.device)
+    def _student_forward(self, value: Any, step: int, unit: int) -> StudentForward:
+        """Run the student, in a graph for each of its pieces."""
+        forward = StudentForward([], {})
+        for blocks in self.pieces:
+            output = self._forward(self.student, Role.STUDENT, value, step, unit, blocks)
+            last = blocks[-1]
+            if last in self.task.feature_losses.student_blocks:
+                forward.exits[last] = detached(output, copies=last + 1 in self.contracts.copies)
+            forward.ends.append(detached(output))
+            value = forward.ends[-1].value
+        return forward
 
-    def _backward(
-        self, step: int, number: int, outputs: Mapping[Role, Mapping[int, Any]], targets: Any, factors: Sequence[float]
-    ) -> dict[str, Tensor]:
-        """Evaluate the loss with this number in its step, and run its backward; return its parts.
+    def _forward(self, model: BlockModel, role: Role, value: Any, step: int, unit: int, blocks: range | None = None) -> Any:
+        blocks = range(len(model)) if blocks is None else blocks
+        return run_blocks(model, blocks, value, self.settings.seed, role, step, unit, self.device)
 
-        The loss has a graph of its own, which starts at the student's outputs. So its backward is over before the student's
-        begin, one output after the other, as in a pipeline; a single backward would add up gradients in another order.
+    def _losses(
+        self, step: int, number: int, forwards: Mapping[int, StudentForward], taught: Mapping[int, Taught], targets: Any,
+        factors: Callable[[Sequence[str]], Sequence[float]],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Evaluate the losses with this number in their step, and run their backwards; return their parts times their factors.
+
+        Each loss has a graph of its own, which starts at the student's outputs, or at those of a block. So its backward is over
+        before the student's begin, as in a pipeline; a single backward would add up gradients in another order.
         """
         seed_block(self.settings.seed, Role.STUDENT, len(self.student), step, number, self.device)
-        starts = {unit: detached(output) for unit, output in outputs[Role.STUDENT].items()}
-        student_outputs = {unit: start.value for unit, start in starts.items()}
+        outputs = {unit: forward.ends[-1].value for unit, forward in forwards.items()}
         with at_step(step):
-            parts = evaluate_loss(self.task, student_outputs, outputs[Role.TEACHER], targets)
-            weighted_loss(parts, factors).backward()
-        for start in starts.values():
-            used = [(t, g) for t, g in zip(start.tracked, start.gradients, strict=True) if g is not None]
-            with self.student_weights.for_reading():
-                torch.autograd.backward([tensor for tensor, _ in used], [gradient for _, gradient in used])
-        return parts
+            parts = evaluate_loss(self.task, outputs, {unit: of.output for unit, of in taught.items()}, targets)
+            by = factors(tuple(parts))
+            backward(weighted_loss(parts, by))
+        found = {name: part.detach().double() * factor for (name, part), factor in zip(parts.items(), by, strict=True)}
+        losses, taken = self.task.feature_losses, [of.taken for of in taught.values()]
+        for block in losses.student_blocks:
+            seed_block(self.settings.seed, Role.STUDENT, len(self.student) + 1 + block, step, number, self.device)
+            exits = [forward.exits[block] for forward in forwards.values()]
+            found |= feature_losses(losses, block, exits, taken, targets, step, factors)
+        return found
+
+    def _backward(self, forwards: Mapping[int, StudentForward]) -> None:
+        """Run the student's backwards, one output after the other, from the last piece to the first."""
+        for forward in forwards.values():
+            for blocks, end in zip(reversed(self.pieces), reversed(forward.ends), strict=True):
+                roots = with_exit(zip(end.tracked, end.gradients, strict=True), forward.exits.get(blocks[-1]))
+                with self.student_weights.for_reading():
+                    torch.autograd.backward([tensor for tensor, _ in roots], [gradient for _, gradient in roots])
 
     # -- the update -------------------------------------------------------------------------------------------------
 
     def _update(self, step: int) -> None:
         """Update the student from its gradients, then a momentum teacher from the student."""
         if self.settings.largest_norm is not None:  # 5.
-            parameters = [p for p in self.student.model.parameters() if p.requires_grad]
-            clip(list(self.trained.values()), gradient_squares(parameters), self.settings.largest_norm)
+            clip(list(self.trained.values()), gradient_squares(self.trained.values()), self.settings.largest_norm)
         self.rates.set(step)
         with self.student_weights.updated():  # 6.
             self.optimizer.step()

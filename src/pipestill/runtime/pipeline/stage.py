@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from torch.utils import _pytree as pytree
 from pipestill.errors import DeviceError, ModelError
 from pipestill.losses.step import at_step
 from pipestill.model.blocks import BlockModel
-from pipestill.model.boundary import Detached, SplitBlock, detached, start_graph, start_of
+from pipestill.model.boundary import Detached, SplitBlock, detached, start_graph, start_of, with_exit
 from pipestill.model.contracts import Contract
 from pipestill.model.nests import watched
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains
+from pipestill.runtime.pipeline.features import Piece, Taught, cut_after, feature_losses, place_losses, teach, trained_beside
 from pipestill.runtime.pipeline.weights import MovingAverage, Trained, Versions
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
@@ -37,6 +38,12 @@ def weighted_loss(parts: dict[str, Tensor], factors: Sequence[float]) -> Tensor:
     return torch.stack(weighted).sum() if len(weighted) > 1 else weighted[0]
 
 
+def backward(loss: Tensor) -> None:
+    """Run a loss's backward, if it depends on anything that is trained: where features are compared, outputs need not count."""
+    if loss.requires_grad:
+        loss.backward()
+
+
 def guard_batch(value: Any) -> Callable[[str], None]:
     """A check that nobody wrote to the tensors of a batch, which both models read: call it after a forward."""
     changed = watched(value)
@@ -53,6 +60,7 @@ class TeacherStage:
     """A stage of the teacher: runs forward without gradients. A momentum teacher's weights then follow the student's."""
 
     task: Task
+    contracts: PipelineContracts
     blocks: range
     device: torch.device
     settings: PipelineSettings
@@ -65,11 +73,15 @@ class TeacherStage:
         self.model.in_mode(train=self.train)
         self.average = MovingAverage(self.task, self.blocks) if isinstance(self.task, Momentum) else None
 
-    def forward(self, value: Any, step: int, unit: int) -> Any:
+    def forward(self, value: Any, step: int, unit: int) -> Taught:
         """Run the stage forward."""
         self.model.in_mode(train=self.train)
+
+        def run(blocks: range, value: Any) -> Any:
+            return run_blocks(self.model, blocks, value, self.settings.seed, Role.TEACHER, step, unit, self.device)
+
         with torch.no_grad():
-            return run_blocks(self.model, self.blocks, value, self.settings.seed, Role.TEACHER, step, unit, self.device)
+            return teach(self.task.feature_losses, self.contracts, self.blocks, value, run)
 
     def end_batch(self) -> None:
         """Move deferred batch norm statistics, after all forwards of a batch."""
@@ -86,17 +98,6 @@ class TeacherStage:
         self.average.move(step)
 
 
-class _SplitForward(NamedTuple):
-    """One block's forward where backwards come in two halves."""
-
-    halves: SplitBlock | None
-    """Runs the halves; None for a block whose backward is all in the first half."""
-    tracked: list[Tensor]
-    """Its outputs that carry a graph; none for the last block of a stage."""
-    gradients: list[Tensor | None]
-    """The gradient of each, once the next block's backward has run."""
-
-
 @dataclass
 class _Held:
     """What a stage keeps of a unit between its forward and its backward."""
@@ -105,8 +106,8 @@ class _Held:
     """Filled by the backward."""
     outputs: list[Tensor]
     """Those that travel to the next stage."""
-    blocks: list[_SplitForward]
-    """One for each block where backwards come in two halves, else empty."""
+    pieces: list[Piece]
+    """In their order."""
 
 
 @dataclass(eq=False)
@@ -129,17 +130,24 @@ class StudentStage:
         of_blocks = [self.model.parameters_of(range(i, i + 1)) for i in self.blocks]
         tied = sum(map(len, of_blocks)) > len(self.model.parameters_of(self.blocks))
         self.split = self.halves and not tied  # gradients of a weight of two blocks add up inside one backward
+        parts = zip(self.task.feature_losses.student_blocks, self.contracts.feature_parts, strict=True)
+        self.compared = {block: names for block, names in parts if block in self.blocks}
+        """The stage's blocks that feature losses compare, each with the names of the losses' parts."""
+        self.pieces = cut_after(self.blocks, self.blocks if self.split else self.compared)
         move(self.model, self.blocks, self.device)
-        self.parameters = {n: p for n, p in self.model.parameters_of(self.blocks).items() if p.requires_grad}
+        weights = {n: p for n, p in self.model.parameters_of(self.blocks).items() if p.requires_grad}
+        self.parameters = {**weights, **trained_beside(self.task, self.blocks)}
         self.trained = Trained(self.parameters, self.settings.optimizer, self.settings.schedules)
-        self.versions = Versions(list(self.parameters.values()), self.staleness)
+        self.versions = Versions(list(weights.values()), self.staleness)
         self.stash: dict[tuple[int, int], _Held] = {}
         """By step and unit."""
         self.from_loss: dict[tuple[int, int], Detached] = {}
         """By step and unit: the output, and its gradients from the loss."""
-        self.loss_sums = torch.zeros(len(self.contracts.loss_parts), dtype=torch.float64, device=self.device)
-        if self.blocks.stop == len(self.model) and isinstance(self.task.loss, nn.Module):
-            self.task.loss.to(self.device)
+        own = self.contracts.loss_parts if self.blocks.stop == len(self.model) else ()
+        self.parts = (*own, *(name for names in self.compared.values() for name in names))
+        """The names of the parts of the loss that this stage evaluates."""
+        self.loss_sums = torch.zeros(len(self.parts), dtype=torch.float64, device=self.device)
+        place_losses(self.task, self.blocks, self.device)
 
     def _contract(self, unit: int, block: int, length: int | None = None) -> Contract:
         """The contract of the boundary after a block, with the sizes of one length, or as it is at any."""
@@ -162,25 +170,25 @@ class StudentStage:
         """Run the stage forward, and keep its graph for `backward`. `gradients` is the list that `enter` gave."""
         self.model.in_mode(train=True)
         with self.versions.of(step):
-            blocks: list[_SplitForward] = []
-            output = self._forward_split(value, step, unit, blocks) if self.split else self._run(self.blocks, value, step, unit)
+            output, pieces = self._forward_in_pieces(value, step, unit)
         contract = self._contract(unit, self.blocks[-1], length)
-        self.stash[step, unit] = _Held(gradients, contract.split(output, rows), blocks)
+        self.stash[step, unit] = _Held(gradients, contract.split(output, rows), pieces)
         return output
 
-    def _forward_split(self, value: Any, step: int, unit: int, blocks: list[_SplitForward]) -> Any:
-        """Run block by block, each with a graph of its own, and add them to `blocks`."""
-        output = value
-        for i in self.blocks:
-            start = start_of(value)
-            output = self._run(range(i, i + 1), value, step, unit)
-            halves = None if i in self.contracts.unsplit else SplitBlock(start)
-            if i == self.blocks[-1]:
-                blocks.append(_SplitForward(halves, [], []))
+    def _forward_in_pieces(self, value: Any, step: int, unit: int) -> tuple[Any, list[Piece]]:
+        """Run the blocks, each piece of them with a graph of its own."""
+        pieces, output = [], value
+        for blocks in self.pieces:
+            last = blocks[-1]
+            halves = SplitBlock(start_of(value)) if self.split and last not in self.contracts.unsplit else None
+            output = self._run(blocks, value, step, unit)
+            exit = detached(output, copies=last + 1 in self.contracts.copies) if last in self.compared else None
+            if last == self.blocks[-1]:
+                pieces.append(Piece(halves, exit=exit))
             else:
                 value, tracked, gradients = detached(output)
-                blocks.append(_SplitForward(halves, tracked, gradients))
-        return output
+                pieces.append(Piece(halves, tracked, gradients, exit))
+        return output, pieces
 
     def end_batch(self) -> None:
         """Move deferred batch norm statistics, after all forwards of a batch."""
@@ -210,16 +218,36 @@ class StudentStage:
                 f"the loss had the parts {', '.join(self.contracts.loss_parts)} on the sample batch and now has "
                 f"{', '.join(parts)}; it must always give the same ones, in the same order"
             )
-        weighted = [part.detach().double() * factor for part, factor in zip(parts.values(), factors, strict=True)]
-        self.loss_sums += torch.stack(weighted)
+        self._add_losses({name: part.detach().double() * by for (name, part), by in zip(parts.items(), factors, strict=True)})
         with at_step(step):  # a loss may recompute what it needs
-            weighted_loss(parts, factors).backward()
+            backward(weighted_loss(parts, factors))
         self.from_loss |= {(step, unit): start for unit, start in starts.items()}
+
+    def feature_losses(
+        self, number: int, units: Sequence[int], taught: Sequence[Mapping[int, Tensor]], target: Any, step: int,
+        factors: Callable[[Sequence[str]], Sequence[float]],
+    ) -> None:  # fmt: skip
+        """Evaluate the feature losses with a number in their step, and keep the gradients of the blocks' outputs.
+
+        `taught` holds the teacher's tensors of each of the `units`. `factors` gives those of parts (see `Batch.factors`).
+        """
+        for block in self.compared:
+            place = next(i for i, blocks in enumerate(self.pieces) if blocks[-1] == block)
+            exits = [exit for unit in units if (exit := self.stash[step, unit].pieces[place].exit) is not None]
+            seed_block(self.settings.seed, Role.STUDENT, len(self.model) + 1 + block, step, number, self.device)
+            self._add_losses(feature_losses(self.task.feature_losses, block, exits, taught, target, step, factors))
+            for unit, exit in zip(units, exits, strict=True):
+                self.stash[step, unit].pieces[place].exit = exit._replace(value=None)  # its gradients are all that is needed
+
+    def _add_losses(self, parts: Mapping[str, Tensor]) -> None:
+        """Add parts of the loss to the sums of the batch."""
+        places = [self.parts.index(name) for name in parts]
+        self.loss_sums[places] += torch.stack(list(parts.values()))
 
     def take_losses(self) -> dict[str, float]:
         """The parts of the batch's loss, once all its microbatches are through; starts the next sum."""
         sums, self.loss_sums = self.loss_sums, torch.zeros_like(self.loss_sums)
-        return dict(zip(self.contracts.loss_parts, sums.tolist(), strict=True))
+        return dict(zip(self.parts, sums.tolist(), strict=True))
 
     def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]:
         """Accumulate the weights' gradients; returns those of the input leaves. `gradients` None: from the loss.
@@ -235,32 +263,29 @@ class StudentStage:
         else:
             positions = self._contract(unit, self.blocks[-1]).gradient_positions
             pairs = [(held.outputs[i], gradient) for i, gradient in zip(positions, gradients, strict=True)]
-        roots = [(o, g) for o, g in pairs if g is not None and o.requires_grad]
+        pairs = [(output, gradient) for output, gradient in pairs if output.requires_grad]
         with self.versions.of(step):
-            if self.split:
-                for halves, tracked, came in reversed(held.blocks):
-                    if tracked or came:
-                        roots = [(o, g) for o, g in zip(tracked, came, strict=True) if g is not None]
-                    if roots and halves is None:
-                        _whole(roots)
-                    elif roots and halves is not None:
-                        halves.input_half(roots)
-                    roots = []
-            elif roots:
-                _whole(roots)
+            for piece in reversed(held.pieces):
+                if piece is not held.pieces[-1]:
+                    pairs = zip(piece.tracked, piece.gradients, strict=True)
+                roots = with_exit(pairs, piece.exit)
+                if roots and piece.halves is None:
+                    _whole(roots)
+                elif roots and piece.halves is not None:
+                    piece.halves.input_half(roots)
         sent = self._input_gradients(held.input_gradients, unit)
         held.input_gradients = []
-        held.outputs = []  # what is kept for the second half is in the blocks
-        held.blocks = [_SplitForward(halves, [], []) for halves, _, _ in held.blocks]
+        held.outputs = []  # what is kept for the second half is in the pieces
+        held.pieces = [Piece(piece.halves) for piece in held.pieces]
         return sent
 
     def weight_gradients(self, step: int, unit: int) -> None:
         """The second half of a backward."""
         held = self.stash.pop((step, unit))
         with self.versions.of(step):
-            for halves, _, _ in reversed(held.blocks):
-                if halves is not None:
-                    halves.weight_half()
+            for piece in reversed(held.pieces):
+                if piece.halves is not None:
+                    piece.halves.weight_half()
 
     def _input_gradients(self, received: list[Tensor | None], unit: int) -> list[Tensor]:
         """What goes back to the stage before; `ModelError` when that is not what came back on the sample batch."""
@@ -329,8 +354,7 @@ def placed(task: Task, device: torch.device) -> Iterator[None]:
     def to(there: torch.device) -> None:
         for model in models:
             move(model, range(len(model)), there)
-        if isinstance(task.loss, nn.Module):
-            task.loss.to(there)
+        place_losses(task, range(len(task.student_blocks)), there)
 
     try:
         to(device)

@@ -1,6 +1,6 @@
 """A pipeline on virtual devices (see `transport.virtual`): stages that only take the time that their costs say."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ from pipestill.costs import StageCosts
 from pipestill.model.contracts import observe
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.plan import Plan
-from pipestill.runtime.pipeline.executor import Boundaries, PipelineExecutor
+from pipestill.runtime.pipeline.boundaries import Boundaries
+from pipestill.runtime.pipeline.executor import PipelineExecutor
+from pipestill.runtime.pipeline.features import Taught
 from pipestill.runtime.transport.message import Message
 from pipestill.runtime.transport.virtual import EventsBySegment, VirtualClock, VirtualDevice, run_timed, virtual_batches
 from pipestill.runtime.world import Processes
@@ -69,6 +71,14 @@ class VirtualStudent(VirtualStage):
         """Take the time of a loss."""
         self._work(Role.STUDENT, Op.LOSS, number)
 
+    def feature_losses(
+        self, number: int, units: Sequence[int], taught: Sequence[Mapping[int, Tensor]], target: Any, step: int,
+        factors: Callable[[Sequence[str]], Sequence[float]],
+    ) -> None:  # fmt: skip
+        """Take the time of a loss, unless the loss of the outputs has."""
+        if self.stage != self.structure.last:
+            self._work(Role.STUDENT, Op.LOSS, number)
+
     def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]:
         """Take the time of a backward, or of its first half."""
         self._work(Role.STUDENT, self.structure.backward_ops[0], unit)
@@ -89,10 +99,12 @@ class VirtualStudent(VirtualStage):
 class VirtualTeacher(VirtualStage):
     """Stands for a stage of the teacher."""
 
-    def forward(self, value: Tensor, step: int, unit: int) -> Any:
+    def forward(self, value: Tensor, step: int, unit: int) -> Taught:
         """Take the time of a forward."""
         self._work(Role.TEACHER, Op.FORWARD, unit)
-        return torch.zeros(len(value), 1)
+        output = torch.zeros(len(value), 1)
+        pairs = enumerate(self.structure.features)
+        return Taught(output, {number: output for number, (_, stage) in pairs if stage == self.stage})
 
     def note(self) -> None:
         """Take no time."""
@@ -120,8 +132,9 @@ def run_virtual_pipeline(plan: Plan, steps: int, timeout_seconds: float) -> tupl
 
     stages = [range(i, i + 1) for i in range(plan.num_devices)]
     boundaries = Boundaries(
-        structure, _contracts(structure, plan.num_devices), stages, stages, num_trained=(0,) * plan.num_devices, views=False
-    )
+        structure, _contracts(structure, plan.num_devices), stages, stages, num_trained=(0,) * plan.num_devices, views=False,
+        taps=range(len(structure.features)),
+    )  # fmt: skip
     executor = PipelineExecutor(
         schedule, rank, boundaries=boundaries, student=VirtualStudent(rank, structure, costs, device.clock),
         teacher=VirtualTeacher(rank, structure, costs, device.clock) if structure.teacher_ranks else None,
@@ -149,5 +162,6 @@ def _contracts(structure: PipelineStructure, num_blocks: int) -> PipelineContrac
         student=(blocks,) * structure.views,
         teacher=(blocks,) * structure.teacher_views,
         loss_parts=("loss",),
+        taps=(observe("features", torch.zeros(2, 1), torch.zeros(3, 1)),) * len(structure.features),
         copies=frozenset(),
     )

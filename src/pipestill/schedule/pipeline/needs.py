@@ -28,26 +28,27 @@ def _forward(work: Action, structure: PipelineStep) -> list[Action]:
 
 
 def _loss(work: Action, structure: PipelineStep) -> list[Action]:
-    """A loss needs the data's targets and all outputs that it takes, the teacher's first."""
+    """A loss needs the data's targets, and the forwards of all stages of which it takes something, the teacher's first."""
     assert work.microbatch is not None
     outputs = [
-        Action(role, len(structure.ranks(role)) - 1, Op.FORWARD, unit, work.step)
-        for role in (Role.TEACHER, Role.STUDENT)
-        if structure.ranks(role)
+        Action(role, stage, Op.FORWARD, unit, work.step)
+        for role, stages in ((Role.TEACHER, structure.taught_by(work.stage)), (Role.STUDENT, [work.stage]))
+        for stage in stages
         for unit in structure.units_of_loss(work.microbatch, role)
     ]
     return [Action(Role.STUDENT, 0, Op.DATA, None, work.step), *outputs, *_update_of_older_gradients(work, structure)]
 
 
 def _backward(work: Action, structure: PipelineStep) -> list[Action]:
-    """A backward (or its first half) needs its own forward and the gradient from the stage behind, or from the loss."""
+    """A backward (or its first half) needs its own forward, the loss of its stage, and the gradient from the stage behind."""
     assert work.microbatch is not None
-    forward = Action(Role.STUDENT, work.stage, Op.FORWARD, work.microbatch, work.step)
+    before = [Action(Role.STUDENT, work.stage, Op.FORWARD, work.microbatch, work.step)]
+    if work.stage in structure.loss_stages:
+        before.append(Action(Role.STUDENT, work.stage, Op.LOSS, structure.loss_of_unit(work.microbatch), work.step))
     if work.stage < structure.last:
         behind = Action(Role.STUDENT, work.stage + 1, work.op, work.microbatch, work.step)
-        return [forward, behind, *_update_of_older_gradients(work, structure)]
-    loss = Action(Role.STUDENT, structure.last, Op.LOSS, structure.loss_of_unit(work.microbatch), work.step)
-    return [forward, loss, *(end for end in _pass_before(work, structure) if end != forward)]
+        return [*before, behind, *_update_of_older_gradients(work, structure)]
+    return [*before, *(end for end in _pass_before(work, structure) if end not in before)]
 
 
 def _weight_gradients(work: Action, structure: PipelineStep) -> list[Action]:
@@ -129,5 +130,5 @@ def lane(transfer: Action, destination: int, structure: PipelineStep) -> Lane:
         return Lane.GRADIENT if transfer.stage else Lane.TOKEN
     if transfer.role is Role.STUDENT:
         return Lane.ACTIVATION if transfer.stage < structure.last else Lane.TOKEN
-    ends_teacher = transfer.stage == len(structure.teacher_ranks) - 1
-    return Lane.TOKEN if ends_teacher and destination != structure.student_ranks[structure.last] else Lane.TEACHER
+    taken = structure.passes_output(transfer.stage, destination) or structure.features_to(transfer.stage, destination)
+    return Lane.TEACHER if taken else Lane.TOKEN

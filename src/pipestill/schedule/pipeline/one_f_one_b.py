@@ -26,13 +26,13 @@ def student_order(stage: int, structure: PipelineStructure, ahead: int) -> list[
 def student_passes(stage: int, structure: PipelineStructure, ahead: int) -> list[Action]:
     """A stage's passes of the student: `ahead` forwards, and then a backward and a forward in turn.
 
-    The loss stands before the first backward that needs it. Of a backward in two halves, only the first is here.
+    A stage's loss stands before the first backward that needs it. Of a backward in two halves, only the first is here.
     """
     units = structure.num_units(Role.STUDENT)
     order = [Action(Role.STUDENT, stage, Op.FORWARD, u, 0) for u in range(min(ahead, units))]
     for u in range(units):
         loss = structure.loss_of_unit(u)
-        if stage == structure.last and u == structure.units_of_loss(loss, Role.STUDENT)[0]:
+        if stage in structure.loss_stages and u == structure.units_of_loss(loss, Role.STUDENT)[0]:
             order.append(Action(Role.STUDENT, stage, Op.LOSS, loss, 0))
         order.append(Action(Role.STUDENT, stage, structure.backward_ops[0], u, 0))
         if u + ahead < units:

@@ -10,10 +10,11 @@ A frozen teacher may run any step ahead, so its forwards are placed in two steps
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import floor
+from math import floor, inf
 
 from pipestill.costs import StageCosts
-from pipestill.schedule.action import Action, Op, Role
+from pipestill.schedule.action import Action, Lane, Op, Role
+from pipestill.schedule.pipeline.needs import lane
 from pipestill.schedule.pipeline.structure import PipelineStructure
 from pipestill.schedule.pipeline.work import Rows, Timed
 from pipestill.schedule.trace import Event, Trace
@@ -121,15 +122,17 @@ def labelled(rows: Sequence[Sequence[Timed]], structure: PipelineStructure, cost
 
     The teacher's forwards of all steps form one sequence: step * units + unit. A rank runs all units of one step in every
     period, in order, so what it runs is told by one number, its shift: slot q, counted over all periods, runs forward
-    q + shift. The last rank's shift is the smallest that has every target ready for its loss; the ranks before follow from it.
+    q + shift. The last rank's shift is the smallest that has every target ready for the losses that take something of it; the
+    ranks before follow from it, and from what losses take of their own stages.
     None when links are so slow that the teacher would have to be more than two steps ahead a stage.
     """
     units = structure.num_units(Role.TEACHER)
-    needed_by = _needed_by(rows[-1], structure)
+    needed_by = [inf] * units  # of the next rank, for each unit
     shifts: list[int] = []  # of the ranks, the last one first
     for rank in reversed(range(len(rows))):
         slots = [timed.start for timed in rows[rank] if timed.action is None]
-        seconds = _teacher_seconds(rank, len(rows), structure, costs)
+        seconds = _teacher_seconds(rank, structure, costs)
+        needed_by = list(map(min, needed_by, _needed_by(rank, rows, structure)))
         shift = _shift(slots, needed_by, seconds, period, most=2 * units * (len(rows) + 1))
         if shift is None:
             return None
@@ -138,22 +141,29 @@ def labelled(rows: Sequence[Sequence[Timed]], structure: PipelineStructure, cost
     return [_row(rank, row, shift, units) for rank, (row, shift) in enumerate(zip(rows, reversed(shifts), strict=True))]
 
 
-def _needed_by(row: Sequence[Timed], structure: PipelineStructure) -> list[float]:
-    """For each unit of the teacher, the start of the loss that takes its output."""
-    needed_by = [0.0] * structure.num_units(Role.TEACHER)
-    for start, action in row:
-        if action is not None and action.op is Op.LOSS and action.microbatch is not None:
+def _needed_by(stage: int, rows: Sequence[Sequence[Timed]], structure: PipelineStructure) -> list[float]:
+    """For each unit of a teacher's stage, the start of the first loss that takes something of it; inf without one."""
+    needed_by = [inf] * structure.num_units(Role.TEACHER)
+    for start, action in (timed for row in rows for timed in row):
+        if action is None or action.op is not Op.LOSS or action.microbatch is None:
+            continue
+        if stage in structure.taught_by(action.stage):
             for unit in structure.units_of_loss(action.microbatch, Role.TEACHER):
-                needed_by[unit] = start
+                needed_by[unit] = min(needed_by[unit], start)
     return needed_by
 
 
-def _teacher_seconds(rank: int, num_ranks: int, structure: PipelineStructure, costs: StageCosts) -> float:
-    """At most how long a forward of the teacher takes on a rank, and its output to the next rank."""
+def _teacher_seconds(rank: int, structure: PipelineStructure, costs: StageCosts) -> float:
+    """At most how long a forward of the teacher takes on a rank, and its result to the other ranks that take it."""
     seconds = costs.teacher[rank] * max(costs.views[: structure.teacher_views]) * costs.interference
-    if rank < num_ranks - 1:
-        seconds += costs.link.seconds(costs.teacher_bytes[rank] if costs.teacher_bytes else 0)
-    return seconds
+    forward = Action(Role.TEACHER, rank, Op.FORWARD, 0, 0)
+    num_bytes = []
+    for other in range(structure.num_ranks):
+        if other != rank and lane(forward, other, structure) is Lane.TEACHER:
+            output = costs.teacher_bytes[rank] if costs.teacher_bytes and structure.passes_output(rank, other) else 0
+            features = structure.features_to(rank, other) if costs.feature_bytes else []
+            num_bytes.append(output + sum(costs.feature_bytes[number] for number in features))
+    return seconds + (costs.link.seconds(max(num_bytes)) if num_bytes else 0.0)
 
 
 def _shift(slots: Sequence[float], needed_by: Sequence[float], seconds: float, period: float, most: int) -> int | None:

@@ -23,6 +23,9 @@ class PipelineStep:
     and with `student_staleness` the student's read that after k - 1 updates. `split`: backwards are two halves.
     `clip`: updates wait for the gradients of all stages, whose norm they share. `pieces`: how many of this structure's
     microbatches make one of those that costs were measured for.
+
+    `features`: (student stage, teacher stage) of each pair of blocks whose outputs are compared inside the models. A student
+    stage with such a pair has a loss of its own, which takes values from inside both stages; their forwards give them.
     """
 
     student_ranks: tuple[int, ...]
@@ -39,6 +42,7 @@ class PipelineStep:
     split: bool = False
     clip: bool = False
     pieces: int = 1
+    features: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.student_ranks or self.num_microbatches < 1:
@@ -56,6 +60,9 @@ class PipelineStep:
             raise ValueError(f"staleness {self.staleness} and {self.student_staleness}; expected 0 or 1")
         if (self.staleness or self.student_staleness) and not self.momentum:
             raise ValueError("only a momentum teacher's weights, and then the student's, can be stale")
+        for student, teacher in self.features:
+            if student > self.last or (self.teacher_ranks and teacher >= len(self.teacher_ranks)):
+                raise ValueError(f"a feature of student stage {student} and teacher stage {teacher}, which are not both there")
 
     @property
     def num_ranks(self) -> int:
@@ -64,8 +71,13 @@ class PipelineStep:
 
     @property
     def last(self) -> int:
-        """The student's last stage, which holds the loss."""
+        """The student's last stage, which holds the loss of the models' outputs."""
         return len(self.student_ranks) - 1
+
+    @property
+    def loss_stages(self) -> tuple[int, ...]:
+        """The student's stages that have a loss: the last one, and those with features."""
+        return tuple(sorted({self.last, *(student for student, _ in self.features)}))
 
     def ranks(self, role: Role) -> tuple[int, ...]:
         """The rank of each stage of a role."""
@@ -97,6 +109,22 @@ class PipelineStep:
         units = self.num_units(role) // self.num_losses
         return range(loss * units, (loss + 1) * units)
 
+    def taught_by(self, stage: int) -> list[int]:
+        """The teacher's stages whose forwards the loss of a student's stage takes something of."""
+        taught = {teacher for student, teacher in self.features if student == stage}
+        last = {len(self.teacher_ranks) - 1} if stage == self.last else set()
+        return sorted(taught | last) if self.teacher_ranks else []
+
+    def passes_output(self, stage: int, destination: int) -> bool:
+        """Whether rank `destination` takes the whole output of a teacher's stage: as the next stage does, or the last loss."""
+        passed_on = stage < len(self.teacher_ranks) - 1
+        return destination == (self.teacher_ranks[stage + 1] if passed_on else self.student_ranks[self.last])
+
+    def features_to(self, stage: int, destination: int) -> list[int]:
+        """The numbers of the features for which a teacher's stage gives rank `destination` something."""
+        pairs = enumerate(self.features)
+        return [n for n, (student, teacher) in pairs if teacher == stage and self.student_ranks[student] == destination]
+
     def loss_of_unit(self, unit: int) -> int:
         """The number of the loss that takes a student's unit."""
         return unit // (self.num_units(Role.STUDENT) // self.num_losses)
@@ -107,7 +135,7 @@ class PipelineStep:
         return (Op.INPUT, Op.WEIGHT) if self.split else (Op.BACKWARD,)
 
     def passes(self) -> Iterator[tuple[Role, Op, int]]:
-        """Every pass of a step in the order of a plain loop: (whose, forward, loss or backward, unit)."""
+        """Every pass of a step in the order of a plain loop: (whose, forward, losses or backward, unit)."""
         per_loss = self.num_microbatches // self.num_losses
         for loss in range(self.num_losses):
             for microbatch in range(loss * per_loss, (loss + 1) * per_loss):
@@ -125,7 +153,7 @@ class PipelineStep:
         stages = range(len(self.student_ranks))
         for role, op, unit in self.passes():
             if op is Op.LOSS:
-                yield Action(role, self.last, op, unit, step)
+                yield from (Action(role, stage, op, unit, step) for stage in self.loss_stages)
             elif op is Op.FORWARD:
                 yield from (Action(role, stage, op, unit, step) for stage in range(len(self.ranks(role))))
             else:

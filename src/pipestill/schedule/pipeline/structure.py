@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields as fields_of
+from dataclasses import asdict, dataclass, fields as fields_of
+from itertools import accumulate
 from typing import Any, ClassVar, get_type_hints
 
 from pipestill.costs import StageCosts
@@ -12,10 +14,11 @@ from pipestill.schedule.action import Action, Lane, Op, Role
 from pipestill.schedule.pipeline.needs import lane, needs
 from pipestill.schedule.pipeline.step import PipelineStep
 from pipestill.schedule.structure import Proof, Versions
-from pipestill.schedule.text import Fields, numbers, parse_number, parse_numbers, parse_truth, yes_or_no
+from pipestill.schedule.text import Fields, numbers, pairs, parse_number, parse_numbers, parse_pairs, parse_truth, yes_or_no
 
 _FORMS: dict[Any, tuple[Callable[[Any], str], Callable[[str, Fields], Any]]] = {
     tuple[int, ...]: (numbers, parse_numbers), int: (str, parse_number), bool: (yes_or_no, parse_truth),
+    tuple[tuple[int, int], ...]: (pairs, parse_pairs),
 }  # fmt: skip
 """How fields of each type are written in a schedule's text, and read from it; in the order of its lines."""
 
@@ -42,8 +45,8 @@ class PipelineStructure(PipelineStep):
         return lane(transfer, destination, self)
 
     def batch_lane(self, destination: int) -> Lane | None:
-        """Targets of the data go to the rank of the loss; inputs stay on the rank that reads them."""
-        return Lane.TARGET if destination == self.student_ranks[self.last] else None
+        """Targets of the data go to the ranks that have a loss; inputs stay on the rank that reads them."""
+        return Lane.TARGET if destination in [self.student_ranks[stage] for stage in self.loss_stages] else None
 
     def prove(
         self, rows: Sequence[Sequence[Action]], num_steps: int, lookahead: int, stash: Sequence[int], run_ahead: int
@@ -59,7 +62,10 @@ class PipelineStructure(PipelineStep):
         """Seconds that `work` computes when no other rank disturbs it."""
         stage = work.stage
         if work.op is Op.LOSS:
-            return costs.loss * self.num_microbatches / self.num_losses / self.pieces
+            seconds = costs.loss if stage == self.last else 0.0
+            if self.features and costs.feature_seconds:
+                seconds += costs.feature_seconds[stage]
+            return seconds * self.num_microbatches / self.num_losses / self.pieces
         if work.microbatch is None:  # a norm takes no time
             ema = costs.ema[stage] if costs.ema else 0.0
             return {Op.DATA: costs.data, Op.UPDATE: costs.update[stage], Op.EMA: ema}.get(work.op, 0.0)
@@ -72,16 +78,26 @@ class PipelineStructure(PipelineStep):
         return seconds * self.unit_scale(work, costs)
 
     def transfer_seconds(self, result: Action, destination: int, costs: StageCosts) -> float:
-        """Seconds until a result arrives at any other rank: a boundary's activations or their gradients."""
-        return costs.link.seconds(self.result_bytes(result, costs))
+        """Seconds until a result arrives at another rank: a boundary's activations, their gradients, or features."""
+        num_bytes = self.feature_bytes(result, destination, costs)
+        if result.role is Role.STUDENT or self.passes_output(result.stage, destination):
+            num_bytes += self.result_bytes(result, costs)
+        return costs.link.seconds(num_bytes)
 
     def result_bytes(self, result: Action, costs: StageCosts) -> float:
         """Bytes of what a forward gives to the stage behind it, or a backward to the one before; 0 for other work."""
-        if result.microbatch is None:
+        if result.microbatch is None or result.op is Op.LOSS:
             return 0
         boundary = result.stage if result.op is Op.FORWARD else result.stage - 1
         sizes = costs.activation_bytes if result.role is Role.STUDENT else costs.teacher_bytes
         return sizes[boundary] * self.unit_scale(result, costs) if sizes and boundary >= 0 else 0
+
+    def feature_bytes(self, result: Action, destination: int, costs: StageCosts) -> float:
+        """Bytes of what a teacher's forward gives to the features of the stages on rank `destination`; 0 for other work."""
+        if result.role is Role.STUDENT or result.op is not Op.FORWARD or not costs.feature_bytes:
+            return 0
+        sizes = (costs.feature_bytes[number] for number in self.features_to(result.stage, destination))
+        return sum(sizes) * self.unit_scale(result, costs)
 
     def unit_scale(self, work: Action, costs: StageCosts) -> float:
         """The factor on the costs' seconds and bytes for a forward or backward of this unit.
@@ -93,12 +109,17 @@ class PipelineStructure(PipelineStep):
 
     def lines(self) -> list[str]:
         """The lines of a schedule's text that `from_lines` reads back."""
-        return [f"{line}: {_FORMS[kind][0](getattr(self, name))}" for name, line, kind in self._lines()]
+        return [f"{line}: {_FORMS[kind][0](getattr(self, name))}" for name, line, kind in self._lines() if self._said(name)]
+
+    def _said(self, name: str) -> bool:
+        """Whether the text has a line for a field: it tells of features only where there are any."""
+        return name != "features" or bool(self.features)
 
     @classmethod
     def from_lines(cls, fields: Fields) -> PipelineStructure:
         """Read back `lines`."""
-        return cls(**{name: _FORMS[kind][1](line, fields) for name, line, kind in cls._lines()})
+        lines = [(name, line, kind) for name, line, kind in cls._lines() if name != "features" or line in fields]
+        return cls(**{name: _FORMS[kind][1](line, fields) for name, line, kind in lines})
 
     @classmethod
     def _lines(cls) -> list[tuple[str, str, Any]]:
@@ -118,13 +139,24 @@ class PipelineStructure(PipelineStep):
 
 @dataclass(frozen=True, slots=True)
 class Demands:
-    """What a task asks of any pipeline's schedule; fields as in `PipelineStep`."""
+    """What a task asks of any pipeline's schedule; fields as in `PipelineStep`, but that `features` are pairs of blocks."""
 
     momentum: bool = False
     views: int = 1
     teacher_views: int = 1
     batch_loss: bool = False
     clip: bool = False
+    features: tuple[tuple[int, int], ...] = ()
+    """(student block, teacher block) of each pair whose outputs are compared inside the models."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple((student, teacher) for student, teacher in self.features))
+
+    def of_stages(self, student_partition: Sequence[int], teacher_partition: Sequence[int]) -> dict[str, Any]:
+        """The demands as fields of a `PipelineStructure` whose stages have these numbers of blocks."""
+        ends = [list(accumulate(partition)) for partition in (student_partition, teacher_partition)]
+        stages = [tuple(bisect_right(of, block) for of, block in zip(ends, pair, strict=True)) for pair in self.features]
+        return {**asdict(self), "features": tuple(stages)}
 
 
 def pipeline(num_stages: int, num_microbatches: int, *, teacher: bool = True, **rest: Any) -> PipelineStructure:
