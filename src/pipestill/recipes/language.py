@@ -80,7 +80,11 @@ def bert(sizes: Sizes, *, dropout: float, pad: int, tied: bool, seed: int) -> nn
         max_position_embeddings=sizes.positions, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
         pad_token_id=pad, tie_word_embeddings=tied,
     )  # fmt: skip
-    return seeded(seed, lambda: library.BertForMaskedLM(config))  # type: ignore[no-any-return]
+    made: nn.Module = seeded(seed, lambda: library.BertForMaskedLM(config))
+    head: Any = made.get_submodule("cls.predictions")
+    if head.bias is not head.decoder.bias:
+        head.bias.requires_grad_(False)  # read by nothing where nothing is tied
+    return made
 
 
 def distilbert(sizes: Sizes, *, dropout: float, pad: int, tied: bool, seed: int) -> nn.Module:
