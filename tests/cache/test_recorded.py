@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.caches import examples, language_model, loader, write
+from support.caches import examples, language_model, loader, record_on_ranks, student, write
 from support.chats import backend
 from support.fits import Case, Outcome, assert_same, search_less
 from torch import nn
@@ -23,10 +23,6 @@ OPTIONS: dict[str, Any] = {"length_axis": 1, "microbatches": 3}
 @pytest.fixture(autouse=True)
 def quick_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     search_less(monkeypatch.setattr)
-
-
-def student() -> nn.Sequential:
-    return language_model(5, features=4)
 
 
 def from_cache(folder: Path, batch_size: int = 4) -> Case:
@@ -143,6 +139,19 @@ def test_users_own_losses_are_recorded_too(tmp_path: Path) -> None:
     inputs, target = next(iter(torch.utils.data.DataLoader(attached, batch_size=6)))
     with torch.no_grad():
         assert target["teacher_ids"].equal(teacher(inputs).topk(3).indices.int())
+
+
+@pytest.mark.slow
+def test_processes_write_and_read_one_cache(tmp_path: Path) -> None:
+    """The rank of the loss writes. Every rank reads, since any may be the one that reads the data."""
+    found = ps.launch(record_on_ranks, (tmp_path, 2), 2, threads=1, timeout_seconds=60.0)
+    assert len(ps.cache.TeacherCache(tmp_path)) == len(examples())
+    assert found["cached"] == pytest.approx(found["live"], rel=1e-5)
+    task = ps.Supervised(student(), ps.losses.CachedTopK())
+    attached = ps.cache.TeacherCache(tmp_path).attach(examples())
+    trainer = ps.Trainer(task, strategy="reference", lr=0.05, log_every=1, length_axis=1, microbatches=3)
+    assert trainer.fit(loader(attached), epochs=2).losses == found["cached"]
+    assert all(tensor.equal(found["weights"][name]) for name, tensor in task.student.state_dict().items())
 
 
 def test_data_without_keys_is_refused_before_training(tmp_path: Path) -> None:

@@ -50,6 +50,13 @@ def test_nothing_counted_is_0_and_not_nan(target: Tensor) -> None:
     assert means(torch.tensor(0.0), 0).item() == 0.0  # type: ignore[union-attr]
 
 
+def test_counts_of_a_scalar_may_be_named_loss() -> None:
+    loss = counted(lambda output, target: output.sum(), lambda target: {"loss": len(target)})
+    assert loss(OUTPUT, TARGET).item() == pytest.approx(OUTPUT.sum().item() / 6)
+    with pytest.raises(ModelError, match=r"counts\(target\) names 'labels', and the loss has the parts loss"):
+        counted(lambda output, target: output.sum(), lambda target: {"labels": 1})(OUTPUT, TARGET)
+
+
 def test_a_loss_without_counts_is_called() -> None:
     class Both:
         def __call__(self, output: Tensor) -> Tensor:

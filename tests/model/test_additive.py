@@ -126,6 +126,20 @@ def test_sound_losses_of_tokens_are_not_refused() -> None:
     tried(lambda s, t, y: SoftTarget()(s.unflatten(1, (3, -1)), t.unflatten(1, (3, -1)), y.clamp(min=0)), SEQUENCES, classes=15)
 
 
+def test_feature_losses_that_compare_rows_are_refused() -> None:
+    def pairwise(student: Tensor, teacher: Tensor) -> Tensor:
+        return relations(student, teacher, None)
+
+    teacher, student = model(), model(dropped=True)
+    for features, sound in (({"2": "2"}, F.mse_loss), ({"2": "1"}, F.mse_loss), ({"2": "2"}, pairwise)):
+        task: dict[str, Any] = {"features": ps.features(features, loss=sound, project=True)}
+        if sound is pairwise:
+            with pytest.raises(ModelError, match=r"\('features.*'\) of 5 rows is .* batch_loss=True"):
+                dry_run(ps.Distillation(teacher, student, SoftTarget(), **task), X, Y)
+            task["batch_loss"] = True
+        dry_run(ps.Distillation(teacher, student, SoftTarget(), **task), X, Y)
+
+
 def test_counts_must_add_up() -> None:
     loss = counted(lambda s, t, y: F.cross_entropy(s, y, reduction="sum"), lambda y: (y > 0).double().mean())
     with pytest.raises(ModelError, match=r"counts\(target\) gave 0.5 for 'loss' of 2 rows, .* of 3 others, and 0.6 of all 5"):

@@ -58,3 +58,28 @@ def write(folder: Path, teacher: nn.Module | None = None, dataset: Any = None, *
     with ps.cache.Writer(folder, teacher, backend(), **settings) as writer:
         ps.cache.fill(writer, teacher, loader(ps.cache.keyed(examples() if dataset is None else dataset)))
     return ps.cache.TeacherCache(folder)
+
+
+def student() -> nn.Sequential:
+    return language_model(5, features=4)
+
+
+def record_on_ranks(folder: Path, devices: int) -> dict[str, Any]:
+    """Distil on processes, each with a writer of its own, and then train from the cache; what rank 0 knows of both runs."""
+    teacher = language_model(1)
+    options: dict[str, Any] = {
+        "devices": devices,
+        "lr": 0.05,
+        "length_axis": 1,
+        "microbatches": 3,
+        "log_every": 1,
+        "device": "cpu",
+    }
+    with ps.cache.Writer(folder, teacher, backend(), k=8, dtype="float32", part_bytes=2000) as writer:
+        task: Any = ps.Distillation(teacher, student(), ps.cache.Recorded(ps.losses.TopKKL(8), writer))
+        live = ps.Trainer(task, strategy="fill", **options).fit(loader(ps.cache.keyed(examples())), epochs=2)
+    torch.distributed.barrier()  # the other rank is the one that writes
+    attached = ps.cache.TeacherCache(folder, tokenizer=backend(), verify=True).attach(examples())
+    task = ps.Supervised(student(), ps.losses.CachedTopK())
+    cached = ps.Trainer(task, strategy="fill", **options).fit(loader(attached), epochs=2)
+    return {"live": live.losses, "cached": cached.losses, "weights": task.student.state_dict()}

@@ -42,17 +42,17 @@ class _Mapped(_Given, Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return with_extra(self.dataset[index], self.extra, f"sample {index}")
+        return with_extra(self.dataset[index], self.extra, f"sample {index}", named=True)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
 
 class _Streamed(_Given, IterableDataset[Any]):
-    """A data set that is read as it comes."""
+    """A data set that is read as it comes. A place of it may be of another sample in the next pass, so places are not kept."""
 
     def __iter__(self) -> Iterator[Any]:
-        return (with_extra(item, self.extra, "") for item in self.dataset)
+        return (with_extra(item, self.extra, "a sample", named=False) for item in self.dataset)
 
 
 def extended(dataset: Any, extra: Extra) -> Any:
@@ -60,18 +60,21 @@ def extended(dataset: Any, extra: Extra) -> Any:
     return (_Streamed if isinstance(dataset, IterableDataset) else _Mapped)(dataset, extra)
 
 
-def with_extra(item: Any, extra: Extra, place: str) -> Any:
-    """Add targets to an example, to each example of a packed row, or to a pair of inputs and target."""
+def with_extra(item: Any, extra: Extra, place: str, *, named: bool) -> Any:
+    """Add targets to an example, to each example of a packed row, or to a pair of inputs and target.
+
+    `named`: a place is of the same sample each time.
+    """
     if isinstance(item, Example):
-        found = extra(key_of(item), place_key(item.place), len(item), item.place)
+        found = extra(key_of(item), place_key(item.place) if named else 0, len(item), item.place)
         return replace(item, extras={**item.extras, **found})
     if isinstance(item, tuple) and item and all(isinstance(one, Example) for one in item):
-        return tuple(with_extra(one, extra, place) for one in item)
+        return tuple(with_extra(one, extra, place, named=named) for one in item)
     if isinstance(item, (tuple, list)) and len(item) == 2:
         inputs, target = item
-        named = dict(target) if isinstance(target, Mapping) else {"labels": torch.as_tensor(target)}
-        found = extra(content_key(inputs), place_key(place) if place else 0, 1, place or "a sample")
-        return inputs, {**named, **{name: tensor[0] for name, tensor in found.items()}}
+        targets = dict(target) if isinstance(target, Mapping) else {"labels": torch.as_tensor(target)}
+        found = extra(content_key(inputs), place_key(place) if named else 0, 1, place)
+        return inputs, {**targets, **{name: tensor[0] for name, tensor in found.items()}}
     raise DataError(
         f"an item of the data set is {shown(item)}; expected a ps.data.Example, a packed row of these, or a pair (inputs, target)"
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipestill.errors import ModelError, UserError
 from pipestill.losses.signatures import Counts, LossValue
@@ -23,6 +23,7 @@ class _Counted(nn.Module):
         super().__init__()
         self.function = function  # registered where it is a module: its buffers are moved and kept with the loss
         self.counter = counts
+        self.takes_linear_logits = bool(getattr(function, "takes_linear_logits", False))
 
     def counts(self, target: Any) -> Counts:
         """How much the target counts for."""
@@ -55,13 +56,12 @@ def counted(function: Callable[..., LossValue], counts: Callable[[Any], Counts])
 
 def means(sums: LossValue, counts: Counts) -> LossValue:
     """Divide sums by their counts; a sum of what counts for nothing is 0. Parts without a count stay as they are."""
-    if isinstance(sums, Tensor):
-        assert not isinstance(counts, Mapping)
-        return sums / float(counts) if float(counts) else sums * 0.0
-    found = dict(sums)
-    for name, value in counts.items() if isinstance(counts, Mapping) else ():
+    found = dict(sums) if isinstance(sums, Mapping) else {"loss": sums}
+    for name, value in counts.items() if isinstance(counts, Mapping) else [("loss", counts)]:
+        if name not in found:
+            raise ModelError(f"counts(target) names '{name}', and the loss has the parts {', '.join(found)}")
         found[name] = found[name] / count if (count := float(value)) else found[name] * 0.0
-    return found
+    return found if isinstance(sums, Mapping) else found["loss"]
 
 
 def counts_of(loss: Any, target: Any, what: str = "the loss") -> dict[str, float]:

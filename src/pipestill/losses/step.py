@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_STEP: ContextVar[int] = ContextVar("step", default=0)
+_STEP: ContextVar[int] = ContextVar("step")
+_steps = [0]
+"""The steps under way, the innermost last: for threads that have no context of ours, as autograd's own on other devices."""
 
 
 def step_number() -> int:
@@ -14,16 +16,18 @@ def step_number() -> int:
     loss under any strategy, and where a run goes on from a state. It is 0 while a sample batch is tried out or costs are
     measured, and outside of a run.
     """
-    return _STEP.get()
+    return _STEP.get(_steps[-1])
 
 
 @contextmanager
 def at_step(step: int) -> Iterator[None]:
     """Have `step_number` give `step` in the body."""
     token = _STEP.set(step)
+    _steps.append(step)
     try:
         yield
     finally:
+        _steps.pop()
         _STEP.reset(token)
 
 

@@ -1,8 +1,9 @@
 """Whether the losses of microbatches add up to the loss of their batch: tried out on the outputs of a few rows."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError
-from pipestill.model.contracts import FEW, MORE, LinearInRows
+from pipestill.model.contracts import FEW, MORE, LinearInRows, same
 from pipestill.model.nests import copied, distinct_tensors
 from pipestill.model.stepwise import StepValues, restored
 from pipestill.model.tasks import Task
@@ -20,8 +21,8 @@ _RELATIVE = 1e-3
 _ABSOLUTE = 1e-5
 """Likewise, for losses near 0: the divergence of two models that agree is rounding and nothing else."""
 
-_Given = tuple[list[Any], list[Any], Any]
-"""The student's outputs and the teacher's, by view, and the targets, of some rows."""
+_Loss = Callable[[Any], Mapping[str, Tensor]]
+"""From a nest of what a loss takes of some rows to its parts."""
 
 
 class _Unknown(Exception):
@@ -41,22 +42,47 @@ def check_additive(task: Task, few: StepValues, more: StepValues, targets: Seque
         more: what did with `MORE` rows
         targets: those of the few rows, and those of the more rows
     """
-    given = [
-        ([view[-1] for view in values.student], [view[-1] for view in values.teacher], target)
-        for values, target in zip((few, more), targets, strict=True)
-    ]
-    try:
-        counts = [task.loss_counts(target) for target in (*targets, _joined(*targets))]
-        _check_counts(*counts)
-        coarsest = max((torch.finfo(t.dtype).eps for t in distinct_tensors(given[1]) if t.is_floating_point()), default=0.0)
-        wrong = _off(_losses(task, given, None), counts, max(_RELATIVE, 8 * coarsest))
-    except _Unknown:
-        return
-    if wrong:
-        with suppress(_Unknown):  # a loss that takes no float64 is judged in its own precision
-            wrong = _off(_losses(task, given, torch.float64), counts, _RELATIVE)
+    counts = [task.loss_counts(target) for target in targets]
+    with suppress(_Unknown):
+        _check_counts(counts[0], counts[1], task.loss_counts(_joined(*targets)))
+    found = {name: counts[0][name] + count for name, count in counts[1].items()}
+    features, wrong = task.feature_losses, list[str]()
+    modules = [module for module in (task.loss, *(b.module for b in features.beside)) if isinstance(module, nn.Module)]
+    for loss, taken in _taken(task):
+        given = [(*taken(values), target) for values, target in zip((few, more), targets, strict=True)]
+        wrong += _wrong(loss, given, found, modules)
     if wrong:
         raise ModelError("; ".join(wrong))
+
+
+def _taken(task: Task) -> Iterator[tuple[_Loss, Callable[[StepValues], tuple[Any, Any]]]]:
+    """The loss of a task's outputs, and the feature losses of each block, with what each takes of the values of a step."""
+    yield lambda given: task.loss_parts(*given), lambda values: ([v[-1] for v in values.student], [v[-1] for v in values.teacher])
+    for block in task.feature_losses.student_blocks:
+        yield partial(_feature_parts, task, block), partial(_features, block)
+
+
+def _features(block: int, values: StepValues) -> tuple[Any, Any]:
+    return values.student[0][block], dict(enumerate(values.taps))
+
+
+def _feature_parts(task: Task, block: int, given: Any) -> Mapping[str, Tensor]:
+    value, taken, target = given
+    return task.feature_losses.parts(block, [value], [taken], target)
+
+
+def _wrong(loss: _Loss, given: Sequence[Any], counts: Mapping[str, float], modules: Sequence[nn.Module]) -> list[str]:
+    """What is wrong with the parts of a loss for what is `given` of few and of more rows; `counts` are those of all of them."""
+    tensors = [tensor for tensor in distinct_tensors(given[1]) if tensor.is_floating_point()]
+    coarsest = max((torch.finfo(tensor.dtype).eps for tensor in tensors), default=0.0)
+    try:
+        wrong = _off(_losses(loss, given, modules, None), counts, max(_RELATIVE, 8 * coarsest))
+    except _Unknown:
+        return []
+    if wrong:
+        with suppress(_Unknown):  # a loss that takes no float64 is judged in its own precision
+            return _off(_losses(loss, given, modules, torch.float64), counts, _RELATIVE)
+    return wrong
 
 
 def _check_counts(few: Mapping[str, float], more: Mapping[str, float], whole: Mapping[str, float]) -> None:
@@ -69,12 +95,12 @@ def _check_counts(few: Mapping[str, float], more: Mapping[str, float], whole: Ma
             )
 
 
-def _off(losses: Sequence[Mapping[str, float]], counts: Sequence[Mapping[str, float]], relative: float) -> list[str]:
-    """What is wrong with each part of a loss whose values for few, for more and for all rows do not add up."""
+def _off(losses: Sequence[Mapping[str, float]], counts: Mapping[str, float], relative: float) -> list[str]:
+    """What is wrong with the parts of a loss whose values for few, for more and for all rows do not add up."""
     few, more, whole = losses
     problems = []
     for name in whole:
-        count = counts[-1].get(name)
+        count = counts.get(name)
         if count == 0.0 or not math.isfinite(whole[name]):
             continue
         together, added = whole[name], (FEW * few[name] + MORE * more[name]) / (FEW + MORE)
@@ -99,24 +125,17 @@ def _off(losses: Sequence[Mapping[str, float]], counts: Sequence[Mapping[str, fl
     return problems
 
 
-def _losses(task: Task, given: Sequence[_Given], dtype: torch.dtype | None) -> list[dict[str, float]]:
-    """The parts of the loss for few, for more and for all rows, with outputs of `dtype` (None: their own)."""
-
-    def joined() -> _Given:
-        (s, t, target), (others, taught, more) = given
-        pairs = [[_joined(*pair) for pair in zip(a, b, strict=True)] for a, b in ((s, others), (t, taught))]
-        return pairs[0], pairs[1], _joined(target, more)
-
-    makes: list[Callable[[], _Given]] = [*((lambda one=one: copied(one)) for one in given), joined, joined]
-    *found, again = (_evaluated(task, make, dtype) for make in makes)
+def _losses(loss: _Loss, given: Sequence[Any], modules: Sequence[nn.Module], dtype: torch.dtype | None) -> list[dict[str, float]]:
+    """The parts of a loss for few, for more and for all rows, with numbers of `dtype` (None: their own)."""
+    makes: list[Callable[[], Any]] = [*(partial(copied, one) for one in given), *[partial(_joined, *given)] * 2]
+    *found, again = (_evaluated(loss, make, modules, dtype) for make in makes)
     if any(one.keys() != again.keys() for one in found) or any(again[n] != v and not math.isnan(v) for n, v in found[-1].items()):
         raise _Unknown  # it remembers what it saw, or draws random numbers of its own
     return found
 
 
-def _evaluated(task: Task, make: Callable[[], _Given], dtype: torch.dtype | None) -> dict[str, float]:
-    """The parts of the loss of outputs and targets of its own, from one random state and without a trace in its buffers."""
-    modules = [task.loss] if isinstance(task.loss, nn.Module) else []
+def _evaluated(loss: _Loss, make: Callable[[], Any], modules: Sequence[nn.Module], dtype: torch.dtype | None) -> dict[str, float]:
+    """The parts of a loss of tensors of its own, from one random state and without a trace in the buffers of `modules`."""
     with restored(modules), torch.no_grad():
         torch.manual_seed(0)
         start = torch.random.get_rng_state()
@@ -124,7 +143,7 @@ def _evaluated(task: Task, make: Callable[[], _Given], dtype: torch.dtype | None
         if dtype is not None:
             given = pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, given)
         try:
-            parts = task.loss_parts(*given)
+            parts = loss(given)
         except Exception as error:  # outputs put together may not be what a model would give
             raise _Unknown from error
         if not torch.equal(torch.random.get_rng_state(), start):
@@ -144,7 +163,7 @@ def _joined_leaf(few: Any, more: Any) -> Any:
     if not isinstance(few, Tensor) or not isinstance(more, Tensor):
         if type(few) is int and type(more) is int:
             return LinearInRows.between(few, more).of(FEW + MORE)
-        if isinstance(few, Tensor) or isinstance(more, Tensor) or (few is not more and few != more):
+        if not same(few, more):
             raise _Unknown
         return few
     if few.dim() != more.dim() or few.dtype != more.dtype:

@@ -216,7 +216,7 @@ class Contract:
                 tensors.append(leaf)
             elif isinstance(agreed, AliasLeaf) and leaf is not leaves[agreed.leaf]:
                 raise self._broken("tensor", f"the one at place {agreed.leaf} again", "another one")
-            elif isinstance(agreed, ConstantLeaf) and not _same(leaf, agreed.of(rows)):
+            elif isinstance(agreed, ConstantLeaf) and not same(leaf, agreed.of(rows)):
                 raise self._broken("value", agreed.of(rows), leaf)
         return tensors
 
@@ -272,7 +272,7 @@ def _constant(where: str, few: Any, more: Any) -> ConstantLeaf:
     """Agree on a leaf that is no tensor."""
     if isinstance(few, int) and isinstance(more, int) and few != more:
         return ConstantLeaf(LinearInRows.between(few, more))
-    if _same(few, more):
+    if same(few, more):
         return ConstantLeaf(few)
     raise ModelError(f"{where}: {_show(few)} is no tensor and changes with the rows, to {_show(more)}; pass a tensor")
 
@@ -294,7 +294,7 @@ def _tensor(where: str, few: Tensor, more: Tensor, gradients: Sequence[Tensor | 
     return TensorLeaf(TensorForm.between(few, more), tracked, TensorForm.between(*came) if came else None)
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two leaves that are no tensors are equal."""
     if type(a) is not type(b):
         return False
