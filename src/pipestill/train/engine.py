@@ -72,7 +72,7 @@ class Engine(Protocol):
     (`collect`).
     """
 
-    expected_costs: ClassVar[tuple[type, str]]
+    expected_costs: ClassVar[tuple[type, str]] = (object, "what measure gives, or None to measure it")
     """The class of this kind's costs, and what a message says that `costs` should be."""
     lacks: ClassVar[Sequence[str]] = ()
     """The options that have no meaning for this kind."""

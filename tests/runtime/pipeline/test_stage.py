@@ -31,14 +31,14 @@ def stages(task: Any, *sizes: int) -> list[StudentStage]:
     return [StudentStage(task, contracts, range(e - n, e), CPU, SETTINGS) for e, n in zip(ends, sizes, strict=True)]
 
 
-def through(first: StudentStage, second: StudentStage, rows: slice, unit: int, share: float) -> None:
+def through(first: StudentStage, second: StudentStage, rows: slice, unit: int, factor: float) -> None:
     """Forward, loss and backward of one microbatch over two stages."""
     n = len(X[rows])
     out = first.forward(X[rows], [], 0, unit, n, 0)
     contract = first.contracts.student[0][first.blocks[-1]]
     value, gradients = second.enter([t.detach().clone() for t in contract.split(out, n)], n, unit, 0)
     output = second.forward(value, gradients, 0, unit, n, 0)
-    second.loss(unit, {unit: output}, {}, Y[rows], 0, [share])
+    second.loss(unit, {unit: output}, {}, Y[rows], 0, [factor])
     first.backward(second.backward(None, 0, unit), 0, unit)
 
 
@@ -48,19 +48,17 @@ def model() -> ps.Supervised:
 
 
 def test_two_stages_are_one_model() -> None:
-    task = model()
+    task, factor, microbatches = model(), 1 / len(X), (slice(0, 4), slice(4, 6))
     first, second = stages(task, 2, 2)
-    through(first, second, slice(0, 4), 0, 4 / 6)
-    through(first, second, slice(4, 6), 1, 2 / 6)
+    for unit, rows in enumerate(microbatches):
+        through(first, second, rows, unit, factor)
     whole = model().student
-    for rows, share in ((slice(0, 4), 4 / 6), (slice(4, 6), 2 / 6)):
-        (nn.functional.cross_entropy(whole(X[rows]), Y[rows]) * share).backward()
+    sums = [task.loss.sums(whole(X[rows]), Y[rows])["cross_entropy"] for rows in microbatches]
+    for one in sums:
+        (one * factor).backward()
     for name, parameter in whole.named_parameters():
         assert torch.equal(task.student.get_parameter(name).grad, parameter.grad), name
-    expected = sum(
-        float(nn.functional.cross_entropy(whole(X[rows]), Y[rows]).detach().double()) * share
-        for rows, share in ((slice(0, 4), 4 / 6), (slice(4, 6), 2 / 6))
-    )
+    expected = sum(float(one.detach().double()) * factor for one in sums)
     assert second.take_losses() == {"cross_entropy": expected}
     assert second.take_losses() == {"cross_entropy": 0.0}
     assert not any([first.stash, second.stash, first.from_loss, second.from_loss])
