@@ -122,7 +122,7 @@ def test_a_model_of_transformers_has_its_head_fused() -> None:
     transformers = pytest.importorskip("transformers")
 
     def gpt2(width: int) -> nn.Module:
-        sizes = {"vocab_size": WORDS, "n_positions": 8, "n_embd": width, "n_layer": 1, "n_head": 2}
+        sizes = {"vocab_size": WORDS, "n_positions": 16, "n_embd": width, "n_layer": 1, "n_head": 2}
         return transformers.GPT2LMHeadModel(
             transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
         )  # type: ignore[no-any-return]
