@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.divergences import by_definition, kl
+from support.fits import Listener, unit_costs
 from torch import Tensor
 
 import pipestill as ps
@@ -254,3 +256,28 @@ def test_trains_as_the_formula_of_trl_does(beta: float) -> None:
             curves[-1].append(value.item())
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
     assert curves[0][-1] < 0.9 * curves[0][0]
+
+
+@pytest.mark.usefixtures("quick_plans")
+@pytest.mark.parametrize(("beta", "fuse_heads"), [(0.5, True), (0.9, False)])
+def test_a_pipeline_trains_as_the_formula_of_trl_does(beta: float, fuse_heads: bool) -> None:
+    """A batch's loss is the mean over all its labels, as TRL has it with `num_items_in_batch`, with any microbatches."""
+    torch.manual_seed(0)
+    data = [torch.randint(11, (2, 8, 6)) for _ in range(6)]
+    batches = [(ids, torch.where(torch.arange(6) <= 5 * torch.arange(8).unsqueeze(1) % 6, labels, -100)) for ids, labels in data]
+    teacher = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11))
+    student = torch.nn.Sequential(torch.nn.Embedding(11, 4), torch.nn.Linear(4, 11))
+    copied = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(copied.parameters(), lr=0.1)
+    expected = []
+    for ids, labels in batches:
+        value = gkd(copied(ids), teacher(ids).detach(), labels, beta, 0.9)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        expected.append(value.item())
+    task = ps.Distillation(teacher, student, ps.losses.JSD(beta, 0.9, squared=False), fuse_heads=fuse_heads)
+    listener = Listener()
+    options = {"optimizer": torch.optim.AdamW, "lr": 0.1, "log_every": 1, "costs": unit_costs(task), "device": "cpu"}
+    ps.Trainer(task, microbatches=3, devices=2, callbacks=[listener], **options).fit(batches)
+    assert [step["loss"] for step in listener.steps] == pytest.approx(expected, rel=1e-5)

@@ -99,6 +99,44 @@ def test_every_strategy_equals_the_plain_loop(pair: str, strategy: str, devices:
         assert [step["loss"] for step in others.steps] == [step["loss"] for step in steps.steps]
 
 
+@pytest.mark.usefixtures("quick_plans")
+@pytest.mark.parametrize("devices", [1, 2])
+def test_tokens_that_count_otherwise_than_labels_have_one_loss_too(devices: int) -> None:
+    """The two parts then have factors of their own, whatever the microbatches."""
+    (ids, labels), *_ = batches()
+    tokens = torch.rand(6, 5, generator=torch.Generator().manual_seed(2)).round(decimals=1)
+    target = {"labels": labels, "tokens": tokens}
+    found = []
+    for fuse_heads, microbatches in ((False, 1), (True, 1), (True, 4)):
+        torch.manual_seed(0)
+        teacher, student = Words(8), Words(4)
+        task = ps.Distillation(teacher, student, ps.losses.ReverseKL(2.0, kd_ratio=0.5), fuse_heads=fuse_heads)
+        options = {"microbatches": microbatches, "devices": devices, "costs": unit_costs(task), "device": "cpu"}
+        ps.Trainer(task, lr=0.5, **options).fit([(ids, target)])  # type: ignore[arg-type]
+        found.append(student.state_dict())
+    for fused in found[1:]:
+        torch.testing.assert_close(fused, found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_transformers_has_its_head_fused() -> None:
+    transformers = pytest.importorskip("transformers")
+
+    def gpt2(width: int) -> nn.Module:
+        sizes = {"vocab_size": WORDS, "n_positions": 16, "n_embd": width, "n_layer": 1, "n_head": 2}
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False)
+        )  # type: ignore[no-any-return]
+
+    found = []
+    for fuse_heads in (False, True):
+        torch.manual_seed(0)
+        task = ps.Distillation(gpt2(8), gpt2(4), ps.losses.SoftTarget(2.0, 0.5), fuse_heads=fuse_heads)
+        task.student.eval()
+        ps.Trainer(task, lr=0.5, microbatches=2, costs=unit_costs(task), device="cpu").fit(batches())
+        found.append(task.student.state_dict())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
 def test_hidden_states_travel_in_place_of_logits() -> None:
     task = ps.Distillation(Words(8), Words(4), ps.losses.SoftTarget(), fuse_heads=True)
     contracts = dry_run(task, *batches()[0])
