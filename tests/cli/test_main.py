@@ -248,6 +248,8 @@ def test_check_says_exact_and_proves_the_versions(capsys: pytest.CaptureFixture[
     assert status == 0
     assert (result["exact"], result["max_abs_difference"], result["problems"]) == (True, 0.0, [])
     assert result["versions"][2] == {"step": 2, "student": [2], "teacher": [0]}
+    assert result["microbatch_difference"] is None
+    assert "batch norm" in result["microbatch_difference_missing"]
 
 
 def test_check_of_a_broken_run_is_status_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,9 +112,10 @@ class Reader:
         self._peeked = None
         if batch.counts and not any(batch.counts.values()) and not self._warned:
             self._warned = True
+            parts = ", ".join(batch.counts)
             warnings.warn(
-                f"nothing counts in batch {self.num_batches} (all of its labels are ignored, say): its loss is 0, its gradients "
-                "are zero, and the optimizer does what it does without gradients, such as weight decay; this is said once a run",
+                f"nothing counts in batch {self.num_batches} (all of its labels are ignored, say): {parts} of the loss are 0, "
+                "with gradients of zero; the optimizer makes its step all the same. This is said once a run",
                 stacklevel=2,
             )
         self.num_batches += 1
