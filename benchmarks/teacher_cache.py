@@ -8,6 +8,7 @@ teacher alone take turns, round by round, in one process with one thread; a roun
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import tempfile
@@ -98,7 +99,7 @@ def measure(model: nn.Module, count: int, rounds: int) -> dict[str, Any]:
         )  # fmt: skip
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "tokens": tokens, "vocabulary": WORDS, "rounds": rounds,
-        "machine": f"{platform.machine()}, one thread",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores with a load of {os.getloadavg()[1]:.0f}, one thread",
         "torch": torch.__version__, "date": date.today().isoformat(), "caches": found,
     }  # fmt: skip
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from support.caches import examples, language_model, loader, record_on_ranks, student, write
-from support.chats import backend
+from support.chats import backend, llama
 from support.fits import Case, Outcome, assert_same, search_less
 from torch import nn
+from torch.utils.data import DataLoader
 
 import pipestill as ps
 from pipestill.cache.keys import key_of
@@ -139,6 +140,29 @@ def test_users_own_losses_are_recorded_too(tmp_path: Path) -> None:
     inputs, target = next(iter(torch.utils.data.DataLoader(attached, batch_size=6)))
     with torch.no_grad():
         assert target["teacher_ids"].equal(teacher(inputs).topk(3).indices.int())
+
+
+@pytest.mark.slow
+def test_a_llama_learns_from_packed_rows_what_was_cached_of_padded_ones(tmp_path: Path) -> None:
+    """By replay, over two ranks: blocks heed the positions of packed rows, and entries are of samples, not of rows."""
+    pad, pack = ps.data.PadCollator(0, side="left"), ps.data.PackCollator(40, 0)
+    teacher = llama(seed=3)
+    with ps.cache.Writer(tmp_path, teacher, backend(), k=8, dtype="float32") as writer:
+        ps.cache.fill(writer, teacher, DataLoader(ps.cache.keyed(examples()), batch_size=4, collate_fn=pad))
+
+    def packed(data: Any) -> Any:
+        return DataLoader(ps.data.Packed(data, 40), batch_size=2, collate_fn=pack)
+
+    live, cached = (
+        Case(task, lambda data=data: packed(data), fit={"steps": 2}, trainer={"microbatches": 2})  # type: ignore[misc]
+        for task, data in (
+            (lambda: ps.Distillation(llama(seed=3), llama(seed=7), ps.losses.TopKKL(8)), examples()),
+            (lambda: ps.Supervised(llama(seed=7), ps.losses.CachedTopK()), ps.cache.TeacherCache(tmp_path).attach(examples())),
+        )
+    )
+    expected = cached.run("reference")
+    assert_same(cached.run("fill", 2), expected)
+    assert losses(expected) == pytest.approx(losses(live.run("fill", 2)), rel=1e-5)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import overload
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,11 @@ class CountedMap(Sequence[Count]):
         """
         self._counts.append(count)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    @overload
+    def __getitem__(self, index: int) -> Count: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Count]: ...
+    def __getitem__(self, index: int | slice) -> Count | Sequence[Count]:
         return self._counts[index]
 
     def __len__(self) -> int:
