@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -193,3 +194,48 @@ def test_any_layout_keeps_its_numbers(data: st.DataObject) -> None:
         arrived = form.unpack(form.pack(tensor, rows).clone(), rows)
         assert torch.equal(arrived, tensor)
     assert strides(form.unpack(form.pack(make(rows), rows), rows)) == strides(make(rows))
+
+
+@dataclass
+class Pair:
+    """A dataclass that PyTorch's pytree knows once it is registered."""
+
+    x: Tensor
+    scale: float = 2.0
+
+
+class Likes:
+    """Its == says that everything is alike."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_unregistered_dataclass_gets_advice_that_works() -> None:
+    with pytest.raises(ModelError, match=r"class Pair holds tensors \(x\).*torch.export.register_dataclass\(Pair\)"):
+        observe("here", Pair(torch.ones(FEW, 2)), Pair(torch.ones(MORE, 2)))
+    with pytest.raises(ModelError, match="class Pair holds tensors"):
+        observe("here", same := Pair(torch.ones(2)), same)
+
+    @dataclass
+    class Registered:
+        x: Tensor
+        scale: float = 2.0
+
+    torch.export.register_dataclass(Registered)
+    contract = observe("here", Registered(torch.ones(FEW, 2)), Registered(torch.ones(MORE, 2)))
+    value = contract.join(contract.split(Registered(torch.ones(5, 2)), 5), 5)
+    assert isinstance(value, Registered) and value.x.shape == (5, 2) and value.scale == 2.0
+
+
+def test_object_whose_equality_is_always_true_is_not_frozen_into_a_constant() -> None:
+    with pytest.raises(ModelError, match="changes with the rows"):
+        observe("here", (torch.ones(FEW), Likes(2)), (torch.ones(MORE), Likes(3)))
+    contract = observe("here", (torch.ones(FEW), Likes(2)), (torch.ones(MORE), Likes(2)))
+    with pytest.raises(ModelError, match="value that crosses this boundary"):
+        contract.split((torch.ones(4), Likes(7)), 4)

@@ -173,7 +173,7 @@ def _branches(outputs: Sequence[Tensor], start: Tensor) -> list[_Branch]:
         if not spine[node]:
             continue
         beside = [child for child, _ in node.next_functions if child is not None and not spine[child]]
-        weights = {id(weight): weight for child in beside for weight in _leaves(child)}
+        weights = {id(weight): weight for child in beside for weight in leaves_of(child)}
         for key in weights:
             if owner.setdefault(key, node) is not node:
                 raise Unsplittable("a weight is used more than once")
@@ -201,7 +201,7 @@ def _spine(roots: list[Node], start: Tensor) -> tuple[dict[Node, bool], list[Nod
     return reaches, order
 
 
-def _leaves(node: Node) -> list[Tensor]:
+def leaves_of(node: Node) -> list[Tensor]:
     """The leaves of autograd, such as weights, that a node leads to."""
     found, seen, stack = [], set[Node](), [node]
     while stack:

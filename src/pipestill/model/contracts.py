@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError
@@ -272,6 +272,12 @@ def _constant(where: str, few: Any, more: Any) -> ConstantLeaf:
     """Agree on a leaf that is no tensor."""
     if isinstance(few, int) and isinstance(more, int) and few != more:
         return ConstantLeaf(LinearInRows.between(few, more))
+    if not isinstance(few, nn.Module) and (inside := _tensors_in(few)):
+        raise ModelError(
+            f"{where}: an object of class {type(few).__name__} holds tensors ({', '.join(inside[:5])}), and PyTorch does not "
+            "know how to take it apart; pass its tensors on in a tuple or dict, or, where the class is a dataclass, call "
+            f"torch.export.register_dataclass({type(few).__name__}) once, before training, in every process"
+        )
     if same(few, more):
         return ConstantLeaf(few)
     raise ModelError(f"{where}: {_show(few)} is no tensor and changes with the rows, to {_show(more)}; pass a tensor")
@@ -298,10 +304,29 @@ def same(a: Any, b: Any) -> bool:
     """Whether two leaves that are no tensors are equal."""
     if type(a) is not type(b):
         return False
+    if a is b:
+        return True
     try:
-        return bool(a == b)
+        equal = bool(a == b)
     except (TypeError, ValueError, RuntimeError):  # arrays and the like, whose == gives no truth
-        return a is b
+        return False
+    mine, others = (getattr(value, "__dict__", None) for value in (a, b))
+    if not equal or mine is None or others is None:
+        return equal
+    try:  # an == may say too little, such as always True
+        return mine.keys() == others.keys() and all(same(mine[name], others[name]) for name in mine)
+    except RecursionError:  # objects that know each other
+        return equal
+
+
+def _tensors_in(value: Any) -> list[str]:
+    """The attributes of an object that are tensors, or lists and dicts of some."""
+    attributes = getattr(value, "__dict__", None)
+    if attributes is None and hasattr(value, "__slots__"):
+        attributes = {name: getattr(value, name, None) for name in value.__slots__}
+    if not isinstance(attributes, dict) or isinstance(value, type):
+        return []
+    return [str(name) for name, inside in attributes.items() if any(isinstance(x, Tensor) for x in pytree.tree_leaves(inside))]
 
 
 def _show(value: object) -> str:

@@ -22,6 +22,7 @@ from pipestill.model.heads import heads_applied
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.pipeline_contracts import PipelineContracts, PipelineContractsByLength, length_of, sample_lengths, shortened
 from pipestill.model.stepwise import StepValues, call_block, stepwise, untouched
+from pipestill.model.strays import check_strays
 from pipestill.model.tasks import Distillation, Task, check_views, view
 
 
@@ -63,6 +64,7 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
         watch = TrainedWatch(student)
         few = stepwise(task, few_inputs, few_targets, watch.done)
         more = stepwise(task, more_inputs, more_targets, watch.done)
+        check_strays(task, few_inputs, few_targets)
         unsplit = why_blocks_stay_whole(student, more.student) if split else {}
         shared = shared_buffers("student", student, view(task, more_inputs, 0))
         shared += () if teacher is None else shared_buffers("teacher", teacher, view(task, more_inputs, 0))
@@ -73,7 +75,8 @@ def _dry_run(task: Task, inputs: Any, targets: Any, split: bool) -> PipelineCont
     if task.demands.batch_loss:
         check_joinable(few, more)
     else:
-        check_additive(task, few, more, (few_targets, more_targets))
+        with untouched(task):
+            check_additive(task, few, more, (few_targets, more_targets))
     watch.warn_of_untrained()
     with heads_applied(task.heads if isinstance(task, Distillation) else ()):
         check_chain(task, "student", student, view(task, more_inputs, 0))

@@ -12,6 +12,7 @@ from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Detached, detached, with_exit
 from pipestill.model.nests import describe, distinct_tensors, watched
+from pipestill.model.remembered import Remembered
 from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
 OnDone = Callable[[str, int], None]
@@ -227,7 +228,7 @@ def modules_of(task: Task) -> list[nn.Module]:
 @contextmanager
 def untouched(task: Task) -> Iterator[None]:
     """Run the body with the task's models in their training modes, and leave no trace in models, loss and random state."""
-    with restored(modules_of(task)):
+    with restored(modules_of(task), [task.loss, *(pair.term.loss for pair in task.feature_losses.pairs)]):
         task.student_blocks.model.train()
         if task.teacher_blocks is not None:
             task.teacher_blocks.model.train(teacher_trains(task))
@@ -235,8 +236,13 @@ def untouched(task: Task) -> Iterator[None]:
 
 
 @contextmanager
-def restored(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Run the body with no gradients in `models`; then put back their buffers, gradients and modes, and the random state."""
+def restored(models: Sequence[nn.Module], losses: Sequence[object] = ()) -> Iterator[None]:
+    """Run the body with no gradients in `models`; then put back their buffers, gradients and modes, and the random state.
+
+    What `losses` remember in Python, such as how often they were called, is put back too.
+    """
+    apart = [model for model in models if not any(model is loss for loss in losses)]
+    remembered = Remembered(losses, apart)
     modules = [module for model in models for module in model.modules()]
     modes = [module.training for module in modules]
     buffers = [{name: (b, b if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
@@ -257,3 +263,4 @@ def restored(models: Sequence[nn.Module]) -> Iterator[None]:
                         buffer.copy_(content)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        remembered.put_back()

@@ -264,6 +264,6 @@ def untouched_blocks(task: Blockwise) -> Iterator[None]:
     """Run the body with the task's modules in their training modes, and leave no trace in them or in the random state."""
     modules = [task.teacher, task.student]
     modules += [module for block in range(task.num_blocks) for module in task.modules_of(block).values()]
-    with restored(modules):
+    with restored(modules, [task.loss_of(block) for block in range(task.num_blocks)]):
         task.in_mode(train=True)
         yield
