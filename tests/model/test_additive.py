@@ -140,6 +140,14 @@ def test_feature_losses_that_compare_rows_are_refused() -> None:
         dry_run(ps.Distillation(teacher, student, SoftTarget(), **task), X, Y)
 
 
+def test_batch_norm_in_a_projector_is_not_held_against_its_loss() -> None:
+    projector = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    features = ps.features({"2": "2"}, loss=F.mse_loss, project=projector)
+    dry_run(ps.Distillation(model(), model(dropped=True), SoftTarget(), features=features), X, Y)
+    assert projector[1].training
+    assert projector[1].num_batches_tracked == 0
+
+
 def test_counts_must_add_up() -> None:
     loss = counted(lambda s, t, y: F.cross_entropy(s, y, reduction="sum"), lambda y: (y > 0).double().mean())
     with pytest.raises(ModelError, match=r"counts\(target\) gave 0.5 for 'loss' of 2 rows, .* of 3 others, and 0.6 of all 5"):

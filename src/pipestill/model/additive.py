@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError
@@ -34,7 +35,7 @@ def check_additive(task: Task, few: StepValues, more: StepValues, targets: Seque
 
     That is so of losses that compare rows with each other, and of means over something else than rows. The losses are those of
     given outputs: what the models do with their rows does not matter. No loss is refused that draws random numbers or remembers
-    what it saw, nor where the outputs of all rows do not follow from those of some.
+    what it saw, nor where the outputs of all rows do not follow from those of some. Batch norm inside a loss is left out.
 
     Args:
         task: whose loss it is
@@ -137,6 +138,8 @@ def _losses(loss: _Loss, given: Sequence[Any], modules: Sequence[nn.Module], dty
 def _evaluated(loss: _Loss, make: Callable[[], Any], modules: Sequence[nn.Module], dtype: torch.dtype | None) -> dict[str, float]:
     """The parts of a loss of tensors of its own, from one random state and without a trace in the buffers of `modules`."""
     with restored(modules), torch.no_grad():
+        for module in (part for whole in modules for part in whole.modules() if isinstance(part, _BatchNorm)):
+            module.eval()  # a projector's, say: it normalises over a microbatch, as the models' own do
         torch.manual_seed(0)
         start = torch.random.get_rng_state()
         given = make()

@@ -37,6 +37,20 @@ def test_heads_inside_the_loss() -> None:
     assert found.relative < 1e-6
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_feature_losses_count_too(fused: bool) -> None:
+    task = distilled(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    projector = nn.Linear(8, 8)
+    features = ps.features({"0": "0"}, loss=F.mse_loss, project=projector)
+    fused_task = ps.Distillation(task.teacher, task.student, ps.losses.SoftTarget(), features=features, fuse_heads=fused)
+    found = difference(fused_task)
+    assert found.relative is not None
+    assert found.relative < 1e-6
+    features = ps.features({"0": "0"}, loss=F.mse_loss, project=nn.Sequential(projector, nn.BatchNorm1d(8)))
+    found = difference(ps.Distillation(task.teacher, task.student, ps.losses.SoftTarget(), features=features))
+    assert "batch norm ('1' of features" in found.reason
+
+
 def test_what_depends_on_the_microbatch_shows() -> None:
     class Centred(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -1,17 +1,16 @@
 """How much the loss and the gradients of one batch depend on the number of its microbatches."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipestill.model.batchnorm import Norms
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.stepwise import modules_of, restored
-from pipestill.model.tasks import Distillation, Task, teacher_trains
+from pipestill.model.tasks import Distillation, Momentum, Task, teacher_trains
 from pipestill.optim import Schedules
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.pipeline.reference import Reference
@@ -46,16 +45,13 @@ def microbatch_difference(
         num_microbatches: how many microbatches beside 1
         frozen_norms: whether batch norm normalises by its running statistics in training too
     """
-    if isinstance(task, Distillation) and task.fuse_heads:  # a student in eval mode applies its head itself
-        task = dataclasses.replace(task, fuse_heads=False)
-    models = [("student", task.student_blocks), *([("teacher", task.teacher_blocks)] if teacher_trains(task) else [])]
-    norms = [
-        f"'{name}' of the {role}"
-        for role, model in models
-        if model is not None and not frozen_norms
-        for name, module in model.model.named_modules()
-        if isinstance(module, _BatchNorm)
-    ]
+    models: list[tuple[str, nn.Module]] = [(beside.name, beside.module) for beside in task.feature_losses.beside]
+    if not frozen_norms:
+        models.append(("the student", task.student))
+    if isinstance(task, Momentum) and teacher_trains(task) and not frozen_norms:
+        models.append(("the teacher", task.teacher))
+    named = ((role, name, module) for role, model in models for name, module in model.named_modules())
+    norms = [f"'{name}' of {role}" for role, name, module in named if isinstance(module, _BatchNorm)]
     if norms:
         return MicrobatchDifference(None, f"batch norm ({norms[0]}) normalises over the rows of a microbatch, so results differ")
     whole, again, parts = (_gradients(task, contracts, batch, *way) for way in ((1, 0), (1, 1), (num_microbatches, 0)))
@@ -77,6 +73,7 @@ def _gradients(task: Task, contracts: PipelineContracts, batch: Batch, num_micro
     with restored(modules_of(task)):
         reference = Reference(task, contracts, settings, torch.device("cpu"), num_microbatches)
         reference.student.in_mode(train=False)
+        task.student.training = isinstance(task, Distillation) and task.fuse_heads  # else it applies its head itself
         losses = reference.accumulate_gradients(0, batch)
         return math.fsum(losses.values()), [p.grad.double() for p in reference.trained.values() if p.grad is not None]
 
