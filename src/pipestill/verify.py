@@ -193,7 +193,7 @@ def train_few(
         trainer = workload.trainer(task, options, **others)
         with norms:
             result = trainer.fit(loader, steps=steps)
-        return {**_state("student", task.student), **_state("teacher", task.teacher)}, result
+        return {**_state("student", task.student), **_state("teacher", task.teacher), **result.beside}, result
     finally:
         torch.set_num_threads(threads)
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import pipestill as ps
 from pipestill import Block
+from support.feature_cases import FEATURES, tied_across_features
 from support.fits import Case, Outcome, search_less
 from support.models import CLASSES, AlwaysDropout, Pool, Stream, distillation, images, vectors
 
@@ -565,6 +566,14 @@ def counted_sequences() -> list[tuple[Any, Tensor]]:
     return batches
 
 
+def features_of_tokens() -> ps.Distillation:
+    """Hidden states of the tokens that have a label."""
+    task = lengths()
+    pairs = {"0": "0", "1": "1"}
+    term = ps.features(pairs, ps.losses.Hint(), project=True, of=lambda value: value["h"].transpose(1, 2))
+    return ps.Distillation(task.teacher, task.student, ps.losses.SoftTarget(), features={"hidden": term})
+
+
 def fused() -> ps.Distillation:
     """The loss applies both heads, and the student's gets its gradients there."""
     task = lengths(head_last=True)
@@ -606,6 +615,9 @@ CASES: dict[str, Case] = {
         trainer={**SGD, "metrics": {"accuracy": ps.losses.accuracy, "perplexity": ps.losses.perplexity}},
     ),
     "fused": case(fused, counted_sequences, validate=counted_sequences, trainer={**SGD, **ACCURACY}),
+    **{make.__name__: case(make, vectors, trainer={**OPTIMIZERS["adamw"], "clip_grad_norm": 0.5}) for make in FEATURES},
+    "tied_across_features": case(tied_across_features, trainer={**SGD, "student_partition": (3, 1)}),
+    "features_of_tokens": case(features_of_tokens, counted_sequences),
     "lengths": case(
         lengths, sequences, validate=lambda: sequences(((5, 12), (3, 2))), fit={"epochs": 2},
         trainer={**SGD, **ACCURACY, "length_axis": 1},

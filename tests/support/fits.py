@@ -80,6 +80,8 @@ def state_of(task: Any) -> dict[str, Tensor]:
     state = {name: tensor.detach().clone() for name, tensor in task.student.state_dict().items()}
     if taught is not None:
         state |= {f"teacher {name}": tensor.detach().clone() for name, tensor in taught.model.state_dict().items()}
+    for name, module, _ in task.beside:
+        state |= {f"{name}.{key}": tensor.detach().clone() for key, tensor in module.state_dict().items()}
     return state
 
 

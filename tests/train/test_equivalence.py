@@ -56,10 +56,16 @@ def test_peculiar_models(case: str, strategy: str, devices: int | str) -> None:
     assert_same(CASES[case].run(strategy, count), reference_of(case))
 
 
-THRICE = ("dictionaries", "skips", "views", "turned", "in_place_starts", "frozen_first", "tied", "new_buffers", "steps")
+THRICE = (
+    "dictionaries", "skips", "views", "turned", "in_place_starts", "frozen_first", "tied", "new_buffers", "steps",
+    "several_features", "trained_losses", "two_teachers",
+)  # fmt: skip
 """What three processes run too."""
 
-BETWEEN = (*THRICE, "many", "scalars", "odd_types", "nested", "channels_last", "one_row", "stream", "lengths", "counted", "fused")
+BETWEEN = (
+    *THRICE, "many", "scalars", "odd_types", "nested", "channels_last", "one_row", "stream", "lengths", "counted",
+    "fused", "attention_maps",
+)  # fmt: skip
 """What is peculiar about the tensors that cross between processes, or about the batches that they must agree on."""
 
 

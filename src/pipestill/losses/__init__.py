@@ -8,6 +8,7 @@ from pipestill.losses.blockwise import SoftCrossEntropy, cosine_distance, mse, n
 from pipestill.losses.cached import CachedTopK
 from pipestill.losses.counted import counted
 from pipestill.losses.distillation import Cosine, MaskedDistillation
+from pipestill.losses.features import RKD, AttentionMaps, AttentionTransfer, Hint
 from pipestill.losses.logit_losses import JSD, ForwardKL, LogitLoss, LogitsMSE, ReverseKL, SoftTarget, TopKKL, TotalVariation
 from pipestill.losses.logits import LinearLogits, logits_of
 from pipestill.losses.metrics import Accuracy, Agreement, Perplexity, accuracy, agreement, perplexity
@@ -18,8 +19,11 @@ from pipestill.losses.tokenizers import check_same_tokenizer
 
 __all__ = [
     "JSD",
+    "RKD",
     "Accuracy",
     "Agreement",
+    "AttentionMaps",
+    "AttentionTransfer",
     "BlockLoss",
     "CachedTopK",
     "Cosine",
@@ -27,6 +31,7 @@ __all__ = [
     "Dino",
     "DistillationLoss",
     "ForwardKL",
+    "Hint",
     "InfoNCE",
     "LinearLogits",
     "LogitLoss",

@@ -220,6 +220,8 @@ def select(of: Select, value: Any, where: str) -> Tensor:
         found = of(value)
     elif of is not None:
         try:
+            if isinstance(value, Tensor):
+                raise KeyError(of)  # which would be taken for rows
             found = value[of]
         except (KeyError, IndexError, TypeError):
             raise ModelError(

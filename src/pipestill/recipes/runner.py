@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import nn
 
 from pipestill.busy import Busy
@@ -81,6 +82,8 @@ class Runner:
                 place.write_json("summary.json", result.summary())
             if exports:
                 export(trainer.student, place / "export" / "model.safetensors")
+                if any(name in trainer.engine.trained for name in result.beside):
+                    save_file(result.beside, place / "export" / "beside.safetensors")
         return result
 
     def write_config(self, student: nn.Module, described: Mapping[str, Any] | None = None) -> None:

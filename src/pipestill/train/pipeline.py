@@ -268,7 +268,8 @@ class PipelineEngine(Engine):
             seconds_per_step=trace.median_seconds_per_step or seconds / max(steps, 1), utilisation=trace.utilisation,
             bubble=trace.bubble, predicted_seconds_per_step=plan.prediction.seconds_per_step,
             limit_seconds_per_step=plan.limit_seconds_per_step, staleness=staleness, exact=_exact(staleness),
-            metrics=dict(run.reporter.metrics), losses=_losses(run), whole_backwards=self._whole_backwards(run.contracts),
+            metrics=dict(run.reporter.metrics), beside=self._beside_tensors(), losses=_losses(run),
+            whole_backwards=self._whole_backwards(run.contracts),
             traces=(trace,),
         )  # fmt: skip
 
@@ -293,8 +294,13 @@ class PipelineEngine(Engine):
         return Figures(
             steps=steps, samples=samples, seconds=loop.moments[-1] - loop.moments[0],
             seconds_per_step=median(b - a for a, b in pairwise(loop.moments)), staleness=staleness, exact=_exact(staleness),
-            metrics=dict(run.reporter.metrics), losses=_losses(run),
+            metrics=dict(run.reporter.metrics), beside=self._beside_tensors(), losses=_losses(run),
         )  # fmt: skip
+
+    def _beside_tensors(self) -> dict[str, Tensor]:
+        """Copies of the tensors of losses and projectors, by name."""
+        named = ((f"{b.name}.{key}", tensor) for b in self.task.beside for key, tensor in b.module.state_dict().items())
+        return {name: tensor.detach().clone() for name, tensor in named}
 
     def _settings(self, run: Run) -> PipelineSettings:
         options = self.options

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipestill.schedule import Trace
 
@@ -41,6 +42,8 @@ class Figures:
     """The last logged loss ("loss"), and the metrics of the last validation."""
     losses: dict[str, float]
     """The last logged loss by part; in blockwise training, by the name of the block."""
+    beside: dict[str, Tensor] = field(repr=False, default_factory=dict)
+    """Tensors of losses and projectors, which are no part of the student, by name and on the CPU; empty without any."""
     whole_backwards: tuple[str, ...] = ()
     """Blocks whose backward stayed whole where `split_backward` was asked for, and why."""
     traces: tuple[Trace, ...] = field(repr=False, default=())
@@ -69,7 +72,7 @@ class Result(Figures):
 
     def summary(self) -> dict[str, Any]:
         """The figures as values for JSON, with `samples_per_second` and the `versions` of packages."""
-        values = {name: value for name, value in vars(self).items() if name not in ("plan", "traces")}
+        values = {name: value for name, value in vars(self).items() if name not in ("plan", "traces", "beside")}
         return {**values, "samples_per_second": self.samples / self.seconds, "versions": package_versions()}
 
 

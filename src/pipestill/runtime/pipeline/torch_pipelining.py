@@ -200,8 +200,10 @@ def _check(contracts: PipelineContracts, plan: Plan, kind: str) -> None:
     name = f"strategy 'torch-{kind}'"
     if torch.__version__ < "2.11":  # by version, not by letters
         raise ConfigError(f"{name} needs torch 2.11 or newer, this is {torch.__version__}; choose '{kind}'")
-    if plan.demands.momentum or plan.demands.clip or plan.demands.batch_loss:
-        raise PlanError(f"{name} is measured for frozen teachers, losses of a microbatch and no clipping only; choose '{kind}'")
+    if plan.demands.momentum or plan.demands.clip or plan.demands.batch_loss or plan.demands.features:
+        raise PlanError(
+            f"{name} is measured for frozen teachers, losses of the outputs of a microbatch and no clipping only; choose '{kind}'"
+        )
     if plan.num_devices != dist.get_world_size():
         raise PlanError(f"the plan has {plan.num_devices} stages, but {dist.get_world_size()} processes were started")
     if kind == "1f1b" and plan.microbatches < plan.num_devices:
