@@ -185,7 +185,7 @@ def test_uneven_labels_count_as_in_the_reference() -> None:
 @needs_peer
 def test_a_loss_of_the_whole_batch_is_refused() -> None:
     task = dataclasses.replace(distillation(), batch_loss=True)
-    with one_rank(), pytest.raises(PlanError, match="losses of a microbatch"):
+    with one_rank(), pytest.raises(PlanError, match="losses of the outputs of a microbatch"):
         train("1f1b", task, dataclasses.replace(plan_of(task, ranks=1), demands=task.demands), batches((8,)))
 
 
