@@ -130,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--words", type=int, default=128_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=("heads", "logits"), help="one of the two cases (default: both)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -139,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     runs = []
     for repeat in range(options.repeats):
-        for way in WAYS:
+        for way in (way for way in WAYS if way.startswith(options.only or "")):
             runs.append(measure(way, options))
             print(
                 f"{repeat + 1}/{options.repeats} {way}: {runs[-1]['cpu_seconds']:.1f} CPU s, {runs[-1]['bytes'] / MIB:,.0f} MiB",
