@@ -109,3 +109,13 @@ def test_costs_of_earlier_versions_are_read() -> None:
         del block["training_bytes"], block["stash_bytes"]
     old = Costs.from_json(data)
     assert not old.know_memory and old.source == "" and old.student[0].training_bytes == 0
+
+
+def test_features_wait_for_their_loss_and_their_backward() -> None:
+    """The teacher's value waits for the loss, and the gradient of the student's then waits for the backward."""
+    costs = Costs((STUDENT,), (TEACHER,))
+    without, compared = (
+        make_plan(costs, devices=1, strategy="sequential", microbatches=2, demands=Demands(features=features)).memory_bytes
+        for features in ((), ((0, 0),))
+    )
+    assert compared == (without[0] + 4 + OUTPUT,), "while the loss runs, both are there"

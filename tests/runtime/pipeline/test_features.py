@@ -93,3 +93,28 @@ def test_a_projector_starts_from_the_seed_of_its_time() -> None:
         return projector.state_dict()["weight"]
 
     assert torch.equal(made(1), made(5))
+
+
+def test_a_run_goes_on_with_its_projectors() -> None:
+    """Also in a process whose projectors no batch has told their widths yet."""
+    data = vectors((9, 9, 9, 9))
+
+    def trainer() -> ps.Trainer:
+        torch.manual_seed(0)
+        task = between(1, 0)
+        return ps.Trainer(task, optimizer=torch.optim.AdamW, lr=0.1, strategy="reference", microbatches=3, device="cpu")
+
+    whole, first, second = trainer(), trainer(), trainer()
+    whole.fit(data, steps=4)
+    first.fit(data[:2], steps=2)
+    state = first.engine.state()
+    assert {name for name in state.optimizer if name.startswith("features.")} == {
+        "features.hint.projector.weight", "features.hint.projector.bias",
+    }  # fmt: skip
+    second.engine.load_state(state)
+    result = second.fit(data[2:], steps=2)
+    expected = dict(whole.task.beside[0].module.state_dict())
+    assert list(result.beside) == ["features.hint.projector.weight", "features.hint.projector.bias"]
+    for name, tensor in second.student.state_dict().items():
+        assert torch.equal(tensor, whole.student.state_dict()[name]), name
+    assert all(torch.equal(result.beside[f"features.hint.projector.{name}"], tensor) for name, tensor in expected.items())
