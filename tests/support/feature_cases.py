@@ -53,10 +53,9 @@ def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 def features_written_in_place() -> ps.Distillation:
     """Both models write to what is compared, right behind it."""
-    kinds = nn.ReLU(inplace=True), nn.LeakyReLU(0.1, inplace=True), nn.ELU(inplace=True)
     teacher, student = (
-        nn.Sequential(nn.Linear(4, 6), first, nn.Linear(6, 6), second, nn.Linear(6, CLASSES))
-        for first, second in ((kinds[0], kinds[1]), (kinds[0], kinds[2]))
+        nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 6), last, nn.Linear(6, CLASSES))
+        for last in (nn.LeakyReLU(0.1, inplace=True), nn.ELU(inplace=True))
     )
     pairs = {"0": "0", "2": "2"}
     return ps.Distillation(teacher, student, ps.losses.SoftTarget(), features=ps.features(pairs, ps.losses.Hint()))
