@@ -44,7 +44,6 @@ OWN: dict[str, dict[str, Any]] = {
     "bart": {"dropout": 0.1}, "falcon": {"num_kv_heads": 4}, "gpt_neo": {"attention_types": [[["global", "local"], 2]],
     "num_layers": 4}, "swin": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 4,
     "num_attention_heads": None, "num_hidden_layers": None, "hidden_size": None},
-    "deepseek_v2": {"head_dim": None, "num_key_value_heads": 4}, "deepseek_v3": {"head_dim": None, "num_key_value_heads": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "expand": 2}, "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4},
     "nemotron": {"partial_rotary_factor": 0.5}, "wav2vec2": {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2),
     "num_feat_extract_layers": 2}, "hubert": {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2),
