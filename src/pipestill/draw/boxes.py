@@ -41,6 +41,7 @@ WORKS = {  # colours that stay apart for colour-blind readers, and from each oth
     (Role.STUDENT, Op.INPUT): Work("I", "input gradient", ("#e69f00", "#fad58a"), (172, 222), ("black", "black")),
     (Role.STUDENT, Op.WEIGHT): Work("W", "weight gradient", ("#c4603c", "#eeb49c"), (130, 216), ("white", "black")),
     (Role.STUDENT, Op.REDUCE): Work("R", "gradient all-reduce", ("#6a4fa3", "#b9a6dd"), (61, 146), ("white", "black")),
+    (Role.STUDENT, Op.GATHER): Work("G", "shared gradients", ("#777777", "#777777"), (244, 244), ("white", "white")),
     (Role.STUDENT, Op.NORM): Work("N", "gradient norm", ("#555555", "#555555"), (240, 240), ("white", "white")),
     (Role.STUDENT, Op.UPDATE): Work("U", "update", ("#222222", "#222222"), (124, 124), ("white", "white")),
     (Role.TEACHER, Op.EMA): Work("E", "teacher update", ("#0b4f31", "#0b4f31"), (22, 22), ("white", "white")),

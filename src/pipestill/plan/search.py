@@ -129,8 +129,8 @@ def _with_resolved_stash(variant: _Variant, devices: int, microbatches: int, dem
     """The variant with its stash in units: variants that differ only in words for the same number have the same plan."""
     if variant.strategy != "fill":
         return variant
-    without_features = dataclasses.replace(demands, features=())  # which do not change what stays in the stash
-    structure = pipeline(devices, microbatches, split=variant.split_backward, **without_features.of_stages((), ()))
+    same_stash = dataclasses.replace(demands, features=(), ties=())  # these do not change what stays in the stash
+    structure = pipeline(devices, microbatches, split=variant.split_backward, **same_stash.of_stages((), ()))
     return dataclasses.replace(variant, stash=stash_units(variant.stash, structure))
 
 

@@ -23,7 +23,7 @@ Receiving = Generator[Message, None, list[Tensor]]
 Forms = Sequence[tuple[TensorForm, int]]
 """The form and the number of rows of each tensor of a message."""
 
-_RESULT_LANES = (Lane.TEACHER, Lane.ACTIVATION, Lane.GRADIENT, Lane.NORM)
+_RESULT_LANES = (Lane.TEACHER, Lane.ACTIVATION, Lane.GRADIENT, Lane.TIE, Lane.NORM)
 """Lanes whose messages carry the result of a work; the others carry the batch, the order, or what belongs to no result."""
 
 

@@ -32,9 +32,10 @@ class Op(str, Enum):
 
     `DATA` reads a batch; it belongs to student stage 0 and feeds both models and the loss. A backward is one `BACKWARD`, or
     an `INPUT` (the gradient of the stage's input, for which the stage before waits) and later a `WEIGHT` (the gradients of its
-    weights, for which only the update waits). `NORM` sums up a stage's squared gradients for clipping by their global norm.
-    `EMA` is the update of a momentum teacher. In blockwise training a student's `BACKWARD` is its forward, loss and
-    backward, which nothing separates, and `REDUCE` adds up the gradients of ranks that share a batch.
+    weights, for which only the update waits). `GATHER` gives the gradients of weights that other stages have too. `NORM` sums
+    up a stage's squared gradients for clipping by their global norm. `EMA` is the update of a momentum teacher. In blockwise
+    training a student's `BACKWARD` is its forward, loss and backward, which nothing separates, and `REDUCE` adds up the
+    gradients of ranks that share a batch.
     """
 
     __hash__ = str.__hash__
@@ -46,6 +47,7 @@ class Op(str, Enum):
     INPUT = "I"
     WEIGHT = "W"
     REDUCE = "R"
+    GATHER = "G"
     NORM = "N"
     UPDATE = "U"
     EMA = "E"
@@ -75,8 +77,9 @@ class Lane(str, Enum):
 
     `DATA`: the row counts of a batch, whose targets follow on `TARGET` and whose samples follow on `INPUT`. `TEACHER`,
     `ACTIVATION`: outputs of a teacher's and a student's stage. `GRADIENT`: the gradient of a stage's input. `TOKEN`:
-    nothing; only its arrival matters. `NORM`: the squared gradients of a stage. `STATE`: a student block that moves to another
-    rank. `REDUCE`: gradients that ranks in one process add up. `REPORT`: losses and metrics for rank 0, beside the schedule.
+    nothing; only its arrival matters. `TIE`: gradients of weights that several stages have. `NORM`: the squared gradients of a
+    stage. `STATE`: a student block that moves to another rank. `REDUCE`: gradients that ranks in one process add up. `REPORT`:
+    losses and metrics for rank 0, beside the schedule.
     """
 
     DATA = "data"
@@ -84,6 +87,7 @@ class Lane(str, Enum):
     ACTIVATION = "activation"
     GRADIENT = "gradient"
     TOKEN = "token"
+    TIE = "tie"
     NORM = "norm"
     TARGET = "target"
     INPUT = "input"
@@ -93,7 +97,7 @@ class Lane(str, Enum):
 
 
 _TEXT = re.compile(
-    r"(?P<role>[ST])(?P<stage>#)(?P<op>[DFLBIWRNUE])(?P<microbatch>#|)@(?P<step>#)(?:(?P<kind>[<>])(?P<peer>#))?".replace(
+    r"(?P<role>[ST])(?P<stage>#)(?P<op>[DFLBIWRGNUE])(?P<microbatch>#|)@(?P<step>#)(?:(?P<kind>[<>])(?P<peer>#))?".replace(
         "#", "(?:0|[1-9][0-9]{0,8})"
     )
 )

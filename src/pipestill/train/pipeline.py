@@ -26,6 +26,7 @@ from pipestill.runtime.pipeline.features import place_losses, trained_beside
 from pipestill.runtime.pipeline.rank import PipelineRank, PlainRun, RankZero
 from pipestill.runtime.pipeline.reference import Reference
 from pipestill.runtime.pipeline.stage import move, placed
+from pipestill.runtime.pipeline.ties import tied_blocks
 from pipestill.runtime.reports import MetricMeans
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.runtime.transport.links import measure_link
@@ -130,7 +131,8 @@ class PipelineEngine(Engine):
             run_ahead=options.run_ahead, staleness=options.staleness, split_backward=options.split_backward,
             stash=options.stash, demands=self.demands, memory_bytes=memory_bytes,
         )  # fmt: skip
-        self.task.student_blocks.check_ties(ranges(plan.student_partition))
+        if self.task.demands.momentum:  # a moving average follows one copy of a weight
+            self.task.student_blocks.check_ties(ranges(plan.student_partition))
         return plan
 
     def check_plan(self, plan: Plan, contracts: PipelineContracts) -> None:
@@ -152,7 +154,8 @@ class PipelineEngine(Engine):
     @property
     def demands(self) -> Demands:
         """The demands of the task and of the clipping on the schedule."""
-        return dataclasses.replace(self.task.demands, clip=self.options.clip_grad_norm is not None)
+        ties = () if self.task.demands.momentum else tuple(tied_blocks(self.task.student_blocks).values())
+        return dataclasses.replace(self.task.demands, clip=self.options.clip_grad_norm is not None, ties=ties)
 
     def measure(self, world: World, contracts: PipelineContracts, first: FirstBatch) -> Costs:
         """Costs of every block for a microbatch, measured on rank 0 alone.
@@ -241,6 +244,8 @@ class PipelineEngine(Engine):
         world, plan = run.world, run.plan
         for rank in ranks:
             rank.recorder.events()  # on CUDA: until all work is done
+        for rank in ranks:  # not before all have ended: ranks in one process have one model
+            rank.student.ties.end()
         for model in self._models:
             move(model, range(len(model)), CPU)
         moved = [(self.task.student_blocks, plan.student_partition)]

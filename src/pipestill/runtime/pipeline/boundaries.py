@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pipestill.model.contracts import Contract
@@ -20,7 +21,7 @@ class Boundaries:
 
     `num_trained` counts the trained parameters of each student stage, one squared norm of which clipping sends. Where
     samples have `views`, a batch's inputs are a tuple of these. `taps` holds, for each of the structure's features, the number
-    of the teacher's tensor that it takes.
+    of the teacher's tensor that it takes. `tied` holds, for each student stage, shape and type of its gradients of tied weights.
     """
 
     structure: PipelineStructure
@@ -30,6 +31,7 @@ class Boundaries:
     num_trained: Sequence[int]
     views: bool
     taps: Sequence[int] = ()
+    tied: Sequence[Sequence[tuple[torch.Size, torch.dtype]]] = ()
 
     def num_views(self, role: Role) -> int:
         """In how many views a model runs a microbatch."""

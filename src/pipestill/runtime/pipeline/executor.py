@@ -32,7 +32,7 @@ class Student(Protocol):
     """What an executor asks of a stage of the student (see `StudentStage`)."""
 
     @property
-    def parameters(self) -> Mapping[str, nn.Parameter]: ...
+    def counted(self) -> Sequence[nn.Parameter]: ...
     def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]: ...
     def forward(self, value: Any, gradients: list[Tensor | None], step: int, unit: int, rows: int, length: int) -> Any: ...
     def infer(self, value: Any, step: int, unit: int) -> Any: ...
@@ -47,6 +47,8 @@ class Student(Protocol):
     ) -> None: ...  # fmt: skip
     def backward(self, gradients: Sequence[Tensor] | None, step: int, unit: int) -> list[Tensor]: ...
     def weight_gradients(self, step: int, unit: int) -> None: ...
+    def tied_gradients(self) -> list[Tensor]: ...
+    def add_up_tied(self, gradients: Mapping[range, Sequence[Tensor]]) -> None: ...
     def clip(self, squares: Tensor, largest: float) -> None: ...
     def update(self, step: int) -> None: ...
 
@@ -155,9 +157,14 @@ class PipelineExecutor:
         elif action.op is Op.WEIGHT:
             with self.recorder.working(action):
                 self.student.weight_gradients(action.step, unit_of(action))
-        elif action.op is Op.NORM:
+        elif action.op is Op.GATHER:
             with self.recorder.working(action):
-                squares = gradient_squares(self.student.parameters.values())
+                gradients = self.student.tied_gradients()
+            self.mailbox.keep(action, gradients)
+        elif action.op is Op.NORM:
+            yield from self._add_up_tied(action)
+            with self.recorder.working(action):
+                squares = gradient_squares(self.student.counted)
             self.mailbox.keep(action, squares)
         elif action.op is Op.EMA:
             assert self.teacher is not None
@@ -259,7 +266,19 @@ class PipelineExecutor:
             input_gradients = self.student.backward(gradients, action.step, unit_of(action))
         self.mailbox.keep(action, input_gradients)
 
+    def _add_up_tied(self, work: Action) -> Waiting:
+        """Add up the gradients of weights that several blocks have, with those of other stages where these have them too."""
+        stages = self.boundaries.student_stages
+        gradients: dict[range, Sequence[Tensor]] = {stages[work.stage]: self.student.tied_gradients()}
+        for stage in self.structure.ties if work.stage in self.structure.ties else ():
+            if stage != work.stage:
+                gather = Action(Role.STUDENT, stage, Op.GATHER, None, work.step)
+                gradients[stages[stage]] = yield from self.mailbox.receive(gather)
+        self.student.add_up_tied(gradients)
+
     def _update(self, action: Action, batch: Batch) -> Waiting:
+        if not self.structure.clip:
+            yield from self._add_up_tied(action)
         if self.before_update is not None:
             self.before_update(action.step, batch)
         if self.structure.clip:
@@ -286,6 +305,9 @@ class PipelineExecutor:
         if transfer.op is Op.NORM:
             self.mailbox.send(transfer, [value.to(self.recorder.device)])
             return
+        if transfer.op is Op.GATHER:
+            self.mailbox.send(transfer, value)
+            return
         destination = transfer.peer
         assert destination is not None
         if transfer.role is Role.TEACHER:
@@ -298,6 +320,9 @@ class PipelineExecutor:
         if transfer.op is Op.NORM:
             count = self.boundaries.num_trained[transfer.stage]
             self.mailbox.post(transfer, [torch.empty(count, dtype=torch.float64, device=self.recorder.device)])
+        elif transfer.op is Op.GATHER:
+            tied = self.boundaries.tied[transfer.stage]
+            self.mailbox.post(transfer, [torch.empty(shape, dtype=dtype, device=self.recorder.device) for shape, dtype in tied])
         else:
             self.mailbox.post_packed(transfer, self.boundaries.forms(transfer, batch, self.rank))
 

@@ -18,6 +18,7 @@ from pipestill.runtime.pipeline.executor import PipelineExecutor
 from pipestill.runtime.pipeline.features import trained_beside
 from pipestill.runtime.pipeline.reference import Reference
 from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares
+from pipestill.runtime.pipeline.ties import counted_once, gradient_forms
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.reports import LogClock, MetricMeans, RunListener, StepReports, check_finite, logged_values
 from pipestill.runtime.settings import PipelineSettings
@@ -66,14 +67,15 @@ class PipelineRank:
             self.teacher = TeacherStage(self.task, self.contracts, self.teacher_stages[self.rank], self.device, self.settings)
         self.loss_rank = self.structure.student_ranks[self.structure.last]
         self.evaluation = forward_only(self.plan.num_devices, self.plan.microbatches)
-        trained = [
-            [*self.task.student_blocks.parameters_of(stage).values(), *trained_beside(self.task, stage).values()]
-            for stage in self.student_stages
-        ]
+        student = self.task.student_blocks
+        counted = counted_once(student, self.student_stages)
+        beside = [trained_beside(self.task, stage).values() for stage in self.student_stages]
+        trained = [[*mine, *other] for mine, other in zip(counted, beside, strict=True)]
         self.boundaries = Boundaries(
             self.structure, self.contracts, self.student_stages, self.teacher_stages, views=isinstance(self.task, Momentum),
             num_trained=[sum(p.requires_grad for p in parameters) for parameters in trained],
             taps=[pair.tap for pair in self.task.feature_losses.pairs],
+            tied=[gradient_forms(student, stage) for stage in self.student_stages],
         )  # fmt: skip
         self.num_validations = 0
         self.losses: dict[str, float] = {}
@@ -109,7 +111,7 @@ class PipelineRank:
         self.losses = self.student.take_losses()  # none where the stage has no loss
         check_finite(self.losses, step)
         if self._is_logged(step, batch):
-            self.gradient_squares = gradient_squares(self.student.parameters.values())
+            self.gradient_squares = gradient_squares(self.student.counted)
 
     def _after_update(self, step: int, batch: Batch) -> Waiting:
         self.reports.clock.count(batch.rows)

@@ -47,6 +47,7 @@ from pipestill.model.tasks import Momentum, Task, teacher_trains, view
 from pipestill.runtime.batch import Batch, Microbatch, split_batch
 from pipestill.runtime.pipeline.features import Taught, cut_after, feature_losses, place_losses, teach, trained_beside
 from pipestill.runtime.pipeline.stage import backward, clip, evaluate_loss, gradient_squares, run_blocks, weighted_loss
+from pipestill.runtime.pipeline.ties import TiedWeights
 from pipestill.runtime.pipeline.weights import MovingAverage
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
@@ -84,6 +85,7 @@ class Reference:
         every_block = range(len(self.student))
         weights = {name: p for name, p in self.task.student.named_parameters() if p.requires_grad}
         self.trained = {**weights, **trained_beside(self.task, every_block)}
+        self.ties = TiedWeights(self.student, every_block)
         self.pieces = cut_after(every_block, self.task.feature_losses.student_blocks)
         """The student's blocks; a new graph begins after each that feature losses compare."""
         self.optimizer = self.settings.optimizer(self.trained)
@@ -142,6 +144,7 @@ class Reference:
             for name, part in parts.items():
                 losses[name] = losses.get(name, 0.0) + float(part)
             self._backward(forwards)  # 3.
+        self.ties.add_up({range(len(self.student)): self.ties.gradients()})
         for model in (self.student, self.teacher):  # 4.
             if model is not None:
                 self.settings.norms.end_batch(model.model.modules())
@@ -197,7 +200,8 @@ class Reference:
 
     def _forward(self, model: BlockModel, role: Role, value: Any, step: int, unit: int, blocks: range | None = None) -> Any:
         blocks = range(len(model)) if blocks is None else blocks
-        return run_blocks(model, blocks, value, self.settings.seed, role, step, unit, self.device)
+        ties = self.ties if role is Role.STUDENT else None
+        return run_blocks(model, blocks, value, self.settings.seed, role, step, unit, self.device, ties)
 
     def _losses(
         self, step: int, number: int, forwards: Mapping[int, StudentForward], taught: Mapping[int, Taught], targets: Any,
@@ -210,7 +214,7 @@ class Reference:
         """
         seed_block(self.settings.seed, Role.STUDENT, len(self.student), step, number, self.device)
         outputs = {unit: forward.ends[-1].value for unit, forward in forwards.items()}
-        with at_step(step):
+        with at_step(step), self.ties.of(len(self.student) - 1):  # a loss may apply the last block's head
             parts = evaluate_loss(self.task, outputs, {unit: of.output for unit, of in taught.items()}, targets)
             by = factors(tuple(parts))
             backward(weighted_loss(parts, by))

@@ -20,16 +20,28 @@ from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains
 from pipestill.runtime.pipeline.features import Piece, Taught, cut_after, feature_losses, place_losses, teach, trained_beside
+from pipestill.runtime.pipeline.ties import TiedWeights
 from pipestill.runtime.pipeline.weights import MovingAverage, Trained, Versions
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
 
 
 def run_blocks(
-    model: BlockModel, blocks: range, value: Any, seed: int, role: Role, step: int, unit: int, device: torch.device
-) -> Any:
-    """The value after `blocks`, each with its own random numbers (see `seed_block`)."""
-    return model.run(blocks, value, lambda block: seed_block(seed, role, block, step, unit, device))
+    model: BlockModel, blocks: range, value: Any, seed: int, role: Role, step: int, unit: int, device: torch.device,
+    ties: TiedWeights | None = None,
+) -> Any:  # fmt: skip
+    """The value after `blocks`, each with its own random numbers (see `seed_block`) and its own leaves of tied weights."""
+
+    def before(block: int) -> None:
+        seed_block(seed, role, block, step, unit, device)
+        if ties is not None:
+            ties.enter(block)
+
+    try:
+        return model.run(blocks, value, before)
+    finally:
+        if ties is not None:
+            ties.leave()
 
 
 def weighted_loss(parts: dict[str, Tensor], factors: Sequence[float]) -> Tensor:
@@ -135,8 +147,12 @@ class StudentStage:
         """The stage's blocks that feature losses compare, each with the names of the losses' parts."""
         self.pieces = cut_after(self.blocks, self.blocks if self.split else self.compared)
         move(self.model, self.blocks, self.device)
+        self.ties = TiedWeights(self.model, self.blocks)
         weights = {n: p for n, p in self.model.parameters_of(self.blocks).items() if p.requires_grad}
+        weights |= self.ties.weights
         self.parameters = {**weights, **trained_beside(self.task, self.blocks)}
+        self.counted = [p for name, p in self.parameters.items() if name not in self.ties.counted_elsewhere]
+        """The parameters whose gradients count in the norm of all gradients here: each counts in one stage."""
         self.trained = Trained(self.parameters, self.settings.optimizer, self.settings.schedules)
         self.versions = Versions(list(weights.values()), self.staleness)
         self.stash: dict[tuple[int, int], _Held] = {}
@@ -155,7 +171,7 @@ class StudentStage:
         return contracts.student[unit % self.task.demands.views][block]
 
     def _run(self, blocks: range, value: Any, step: int, unit: int) -> Any:
-        return run_blocks(self.model, blocks, value, self.settings.seed, Role.STUDENT, step, unit, self.device)
+        return run_blocks(self.model, blocks, value, self.settings.seed, Role.STUDENT, step, unit, self.device, self.ties)
 
     def enter(self, tensors: Sequence[Tensor], rows: int, unit: int, length: int) -> tuple[Any, list[Tensor | None]]:
         """Start a graph at received tensors. Returns the first block's input, and a list that the backward fills."""
@@ -211,7 +227,7 @@ class StudentStage:
         seed_block(self.settings.seed, Role.STUDENT, len(self.model), step, number, self.device)
         starts = {unit: detached(output) for unit, output in outputs.items()}
         given = {unit: start.value for unit, start in starts.items()}
-        with at_step(step):
+        with at_step(step), self.ties.of(len(self.model) - 1):  # a loss may apply the last block's head
             parts = evaluate_loss(self.task, given, teacher, target)
         if tuple(parts) != self.contracts.loss_parts:
             raise ModelError(
@@ -304,6 +320,14 @@ class StudentStage:
             if gradient is not None:
                 sent.append(gradient)
         return sent
+
+    def tied_gradients(self) -> list[Tensor]:
+        """The gradients of weights that several blocks have, which `add_up_tied` needs of every stage with such blocks."""
+        return self.ties.gradients()
+
+    def add_up_tied(self, gradients: Mapping[range, Sequence[Tensor]]) -> None:
+        """Add up the gradients of tied weights, given by the blocks of each stage; once a step, after all its backwards."""
+        self.ties.add_up(gradients)
 
     def clip(self, squares: Tensor, largest: float) -> None:
         """Scale the gradients so that the norm of those of all stages, whose `squares` these are, is at most `largest`."""

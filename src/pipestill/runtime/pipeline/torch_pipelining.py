@@ -200,6 +200,8 @@ def _check(contracts: PipelineContracts, plan: Plan, kind: str) -> None:
     name = f"strategy 'torch-{kind}'"
     if torch.__version__ < "2.11":  # by version, not by letters
         raise ConfigError(f"{name} needs torch 2.11 or newer, this is {torch.__version__}; choose '{kind}'")
+    if plan.schedule.structure.ties:
+        raise PlanError(f"{name} cannot train weights that two stages have in common (tied embeddings); choose '{kind}'")
     if plan.demands.momentum or plan.demands.clip or plan.demands.batch_loss or plan.demands.features:
         raise PlanError(
             f"{name} is measured for frozen teachers, losses of the outputs of a microbatch and no clipping only; choose '{kind}'"

@@ -46,7 +46,7 @@ class VirtualStudent(VirtualStage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.counted: list[nn.Parameter] = []
         self.rows: dict[tuple[int, int], int] = {}
         """By (step, unit) between its forward and its backward: how many rows it has."""
 
@@ -87,6 +87,13 @@ class VirtualStudent(VirtualStage):
     def weight_gradients(self, step: int, unit: int) -> None:
         """Take the time of the second half of a backward."""
         self._work(Role.STUDENT, Op.WEIGHT, unit)
+
+    def tied_gradients(self) -> list[Tensor]:
+        """Give nothing, in no time."""
+        return [torch.zeros(0)]
+
+    def add_up_tied(self, gradients: Mapping[range, Sequence[Tensor]]) -> None:
+        """Take no time."""
 
     def clip(self, squares: Tensor, largest: float) -> None:
         """Take no time."""

@@ -141,8 +141,8 @@ class Greedy:
         """The kinds of work in the order in which they are considered."""
         s = self.structure
         first = [
-            (Role.STUDENT, Op.NORM), (Role.TEACHER, Op.EMA), (Role.STUDENT, Op.UPDATE), (Role.STUDENT, Op.LOSS),
-            (Role.STUDENT, s.backward_ops[0]),
+            (Role.STUDENT, Op.GATHER), (Role.STUDENT, Op.NORM), (Role.TEACHER, Op.EMA), (Role.STUDENT, Op.UPDATE),
+            (Role.STUDENT, Op.LOSS), (Role.STUDENT, s.backward_ops[0]),
         ]  # fmt: skip
         last = [(Role.STUDENT, Op.WEIGHT)]
         teacher_ahead = s.views * rank.done.get(_TEACHER, 0) - s.teacher_views * rank.done[_FORWARD]

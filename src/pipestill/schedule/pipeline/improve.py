@@ -94,7 +94,7 @@ def _may_pass(action: Action, other: Action, structure: PipelineStructure) -> bo
         return False
     if action.op is Op.WEIGHT:
         own_input = dataclasses.replace(action, op=Op.INPUT)
-        return other.op not in (Op.NORM, Op.UPDATE, Op.EMA) and other != own_input
+        return other.op not in (Op.GATHER, Op.NORM, Op.UPDATE, Op.EMA) and other != own_input
     if other.op is Op.LOSS and other.step == action.step:
         return action.at(0) not in needs(other.at(0), structure)
     return not (structure.momentum and other.op is Op.EMA)

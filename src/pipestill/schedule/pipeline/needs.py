@@ -56,11 +56,18 @@ def _weight_gradients(work: Action, structure: PipelineStep) -> list[Action]:
     return [Action(Role.STUDENT, work.stage, Op.INPUT, work.microbatch, work.step)]
 
 
-def _norm(work: Action, structure: PipelineStep) -> list[Action]:
-    """The norm of a stage's gradients needs all of its backwards of the step; stale gradients also the update before."""
+def _gather(work: Action, structure: PipelineStep) -> list[Action]:
+    """The gradients that other stages need need all backwards of the stage in the step; stale ones also the update before."""
     units = range(structure.num_units(Role.STUDENT))
     gradients = [Action(Role.STUDENT, work.stage, structure.backward_ops[-1], unit, work.step) for unit in units]
     return [*gradients, *_before_stale(work, structure)]
+
+
+def _norm(work: Action, structure: PipelineStep) -> list[Action]:
+    """The norm of a stage's gradients needs all of its backwards of the step, and the gradients of weights that it shares."""
+    tied = structure.ties if work.stage in structure.ties else ()
+    gathered = [Action(Role.STUDENT, stage, Op.GATHER, None, work.step) for stage in tied]
+    return [*_gather(work, structure), *gathered]
 
 
 def _update(work: Action, structure: PipelineStep) -> list[Action]:
@@ -82,6 +89,7 @@ _NEEDS = {
     Op.BACKWARD: _backward,
     Op.INPUT: _backward,
     Op.WEIGHT: _weight_gradients,
+    Op.GATHER: _gather,
     Op.NORM: _norm,
     Op.UPDATE: _update,
     Op.EMA: _teacher_update,
@@ -124,8 +132,8 @@ def _passes_before(structure: PipelineStep) -> dict[tuple[Role, Op, int], tuple[
 
 def lane(transfer: Action, destination: int, structure: PipelineStep) -> Lane:
     """The channel on which a result travels to rank `destination`; one that only tells that a pass has ended is a token."""
-    if transfer.op is Op.NORM:
-        return Lane.NORM
+    if transfer.op in (Op.GATHER, Op.NORM):
+        return Lane.TIE if transfer.op is Op.GATHER else Lane.NORM
     if transfer.op in (Op.BACKWARD, Op.INPUT):
         return Lane.GRADIENT if transfer.stage else Lane.TOKEN
     if transfer.role is Role.STUDENT:

@@ -41,8 +41,9 @@ def student_passes(stage: int, structure: PipelineStructure, ahead: int) -> list
 
 
 def step_end(stage: int, structure: PipelineStructure) -> list[Action]:
-    """A stage's work after the last backward of a step: clipping's norm, the update, and that of a momentum teacher."""
-    ends = [Action(Role.STUDENT, stage, Op.NORM, None, 0)] if structure.clip else []
+    """A stage's work after the last backward of a step: shared gradients, clipping's norm, the updates of both models."""
+    ends = [Action(Role.STUDENT, stage, Op.GATHER, None, 0)] if stage in structure.ties else []
+    ends += [Action(Role.STUDENT, stage, Op.NORM, None, 0)] if structure.clip else []
     ends.append(Action(Role.STUDENT, stage, Op.UPDATE, None, 0))
     return [*ends, Action(Role.TEACHER, stage, Op.EMA, None, 0)] if structure.momentum else ends
 

@@ -199,7 +199,7 @@ def _up_to_update(row: list[Action]) -> list[Action]:
 
     So ranks pass from step to step together, and each posts its receives for a batch when it already knows that there is one.
     """
-    ends = [action for action in row if action.op in (Op.NORM, Op.UPDATE)]
+    ends = [action for action in row if action.op in (Op.GATHER, Op.NORM, Op.UPDATE)]
     row = [action for action in row if action not in ends]
     end = 1 + max(i for i, action in enumerate(row) if action.op in (Op.BACKWARD, Op.WEIGHT))
     return [*(action.at(action.step - 1) for action in row[end:]), *row[:end], *ends]

@@ -26,6 +26,8 @@ class PipelineStep:
 
     `features`: (student stage, teacher stage) of each pair of blocks whose outputs are compared inside the models. A student
     stage with such a pair has a loss of its own, which takes values from inside both stages; their forwards give them.
+
+    `ties`: the student stages that have trained weights in common. Each gives the others its gradients of these once a step.
     """
 
     student_ranks: tuple[int, ...]
@@ -43,6 +45,7 @@ class PipelineStep:
     clip: bool = False
     pieces: int = 1
     features: tuple[tuple[int, int], ...] = ()
+    ties: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.student_ranks or self.num_microbatches < 1:
@@ -160,6 +163,7 @@ class PipelineStep:
                 for stage in reversed(stages):
                     yield from (Action(role, stage, half, unit, step) for half in self.backward_ops)
         if self.train:
+            yield from (Action(Role.STUDENT, stage, Op.GATHER, None, step) for stage in self.ties)
             if self.clip:
                 yield from (Action(Role.STUDENT, stage, Op.NORM, None, step) for stage in stages)
             for stage in stages:

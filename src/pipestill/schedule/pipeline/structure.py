@@ -22,6 +22,9 @@ _FORMS: dict[Any, tuple[Callable[[Any], str], Callable[[str, Fields], Any]]] = {
 }  # fmt: skip
 """How fields of each type are written in a schedule's text, and read from it; in the order of its lines."""
 
+_TOLD_IF_ANY = ("features", "ties")
+"""Fields that the text leaves out where they are empty."""
+
 
 @dataclass(frozen=True, slots=True)
 class PipelineStructure(PipelineStep):
@@ -112,13 +115,13 @@ class PipelineStructure(PipelineStep):
         return [f"{line}: {_FORMS[kind][0](getattr(self, name))}" for name, line, kind in self._lines() if self._said(name)]
 
     def _said(self, name: str) -> bool:
-        """Whether the text has a line for a field: it tells of features only where there are any."""
-        return name != "features" or bool(self.features)
+        """Whether the text has a line for a field: it tells of features and ties only where there are any."""
+        return name not in _TOLD_IF_ANY or bool(getattr(self, name))
 
     @classmethod
     def from_lines(cls, fields: Fields) -> PipelineStructure:
         """Read back `lines`."""
-        lines = [(name, line, kind) for name, line, kind in cls._lines() if name != "features" or line in fields]
+        lines = [(name, line, kind) for name, line, kind in cls._lines() if name not in _TOLD_IF_ANY or line in fields]
         return cls(**{name: _FORMS[kind][1](line, fields) for name, line, kind in lines})
 
     @classmethod
@@ -148,15 +151,20 @@ class Demands:
     clip: bool = False
     features: tuple[tuple[int, int], ...] = ()
     """(student block, teacher block) of each pair whose outputs are compared inside the models."""
+    ties: tuple[tuple[int, ...], ...] = ()
+    """The student blocks that have a trained weight in common, for each such weight."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple((student, teacher) for student, teacher in self.features))
+        object.__setattr__(self, "ties", tuple(tuple(blocks) for blocks in self.ties))
 
     def of_stages(self, student_partition: Sequence[int], teacher_partition: Sequence[int]) -> dict[str, Any]:
         """The demands as fields of a `PipelineStructure` whose stages have these numbers of blocks."""
         ends = [list(accumulate(partition)) for partition in (student_partition, teacher_partition)]
         stages = [tuple(bisect_right(of, block) for of, block in zip(ends, pair, strict=True)) for pair in self.features]
-        return {**asdict(self), "features": tuple(stages)}
+        tied = [{bisect_right(ends[0], block) for block in blocks} for blocks in self.ties]
+        apart = set[int]().union(*(stages for stages in tied if len(stages) > 1))
+        return {**asdict(self), "features": tuple(stages), "ties": tuple(sorted(apart))}
 
 
 def pipeline(num_stages: int, num_microbatches: int, *, teacher: bool = True, **rest: Any) -> PipelineStructure:

@@ -228,7 +228,7 @@ class Weaver:
         """Count the gaps of a row that are open to `action`: gradients of weights never stand behind the update."""
         if action.op is Op.WEIGHT:
             for position, placed in enumerate(row):
-                if self._actions[placed.node].op in (Op.NORM, Op.UPDATE):
+                if self._actions[placed.node].op in (Op.GATHER, Op.NORM, Op.UPDATE):
                     return position
         return len(row)
 
