@@ -48,6 +48,7 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron": {"partial_rotary_factor": 0.5}, "wav2vec2": {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2),
     "num_feat_extract_layers": 2}, "hubert": {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2),
     "num_feat_extract_layers": 2}, "mpt": {"max_seq_len": 64},
+    **{kind: {"head_dim": None, "num_key_value_heads": 4} for kind in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu")},
 }  # fmt: skip
 """Fields that only some families have, or that other families take other values for."""
 

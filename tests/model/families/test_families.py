@@ -19,7 +19,7 @@ CAUSAL = {
     "phi3": "Phi3ForCausalLM", "granite": "GraniteForCausalLM", "cohere": "CohereForCausalLM", "cohere2": "Cohere2ForCausalLM",
     "olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM", "gpt2": "GPT2LMHeadModel",
     "gpt_neox": "GPTNeoXForCausalLM", "gptj": "GPTJForCausalLM", "gpt_bigcode": "GPTBigCodeForCausalLM",
-    "openai-gpt": "OpenAIGPTLMHeadModel", "opt": "OPTForCausalLM", "bloom": "BloomForCausalLM", "mpt": "MptForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM", "opt": "OPTForCausalLM", "bloom": "BloomForCausalLM", "mpt": "MptForCausalLM",
     "falcon": "FalconForCausalLM", "starcoder2": "Starcoder2ForCausalLM", "stablelm": "StableLmForCausalLM",
     "persimmon": "PersimmonForCausalLM", "codegen": "CodeGenForCausalLM", "glm": "GlmForCausalLM", "glm4": "Glm4ForCausalLM",
     "helium": "HeliumForCausalLM", "smollm3": "SmolLM3ForCausalLM", "arcee": "ArceeForCausalLM", "apertus": "ApertusForCausalLM",
@@ -27,7 +27,8 @@ CAUSAL = {
     "biogpt": "BioGptForCausalLM", "xglm": "XGLMForCausalLM", "modernbert-decoder": "ModernBertDecoderForCausalLM",
     "mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "olmoe": "OlmoeForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM", "gpt_oss": "GptOssForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
-    "mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "rwkv": "RwkvForCausalLM", "bart": "BartForCausalLM",
+    "mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM", "bart": "BartForCausalLM",
+    "falcon_mamba": "FalconMambaForCausalLM",
 }  # fmt: skip
 OTHERS = {
     "bert": "BertForMaskedLM", "distilbert": "DistilBertForMaskedLM", "electra": "ElectraForMaskedLM",
@@ -95,8 +96,8 @@ def test_blocks_give_what_the_forward_gives(kind: str) -> None:
         value: Any = inputs
         for block in blocks.blocks:
             value = block.call(value)
-    for got in (value, blocks(inputs)):
-        assert torch.equal(main_output(got), main_output(given))
+        for got in (value, blocks(inputs)):
+            assert torch.equal(main_output(got), main_output(given))
 
 
 @pytest.mark.slow

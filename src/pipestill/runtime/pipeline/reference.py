@@ -23,6 +23,9 @@ Step k takes one batch:
 The factor of a part is (rows of the group) / B, for parts are means over rows. Where the loss counts a part (`Batch.counts`), the
 part is a sum over what counts, and its factor 1 / the batch's count, or 0 where that is 0.
 
+A weight that several blocks have (tied embeddings) has a gradient for each of them, and these are added up in the order of the
+blocks before 5.
+
 Step k reads version k of all weights. With a staleness of 1 it reads version k - 1 (and step 0 version 0). A unit is one
 microbatch in one view: unit u of a model that sees V views is view u % V of microbatch u // V. Random numbers of a block follow
 from (seed, model, block, step, unit), so they do not depend on what ran before.
