@@ -93,7 +93,7 @@ class DistilBert:
         cross_entropy_weight: weight of the cross entropy with the masked tokens
         cosine_weight: weight of 1 - cosine similarity of the last hidden states
         freeze_positions: leave the student's position embeddings as the teacher's are
-        tie_embeddings: let the output layer share the weights of the embeddings, which needs both in one stage, so one device
+        tie_embeddings: let the output layer share the weights of the embeddings, whose gradients stages then exchange
         batch_size: sequences of one update
         epochs: passes over the data for the student, with and without a teacher
         teacher_epochs: passes over the data for a teacher that is trained here
