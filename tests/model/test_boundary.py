@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.cases import CASES, SGD, Call, distilled, supervised
+from support.cases import CASES, SGD, UNUSED, Call, distilled, supervised
 from support.fits import Case, assert_exact, assert_same
 from support.models import CLASSES, vectors
 from torch import Tensor, nn
@@ -284,6 +284,8 @@ def exact(task: Callable[[], Any], loader: Callable[[], Any] = vectors, devices:
         assert_same(case.run("fill", count, split_backward=True), expected)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, in forwards that need none
+@pytest.mark.usefixtures("quick_plans")
 @pytest.mark.parametrize("kind", WHOLE)
 def test_training_with_a_block_that_stays_whole(kind: str) -> None:
     make, _ = WHOLE[kind]
@@ -297,6 +299,7 @@ def words() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+@pytest.mark.usefixtures("quick_plans")
 def test_training_words() -> None:
     """An embedding first, attention and an LSTM, whose output is a nest, behind it."""
     exact(
@@ -308,8 +311,16 @@ def test_training_words() -> None:
     )  # fmt: skip
 
 
+NOT_OF_BLOCKS = (
+    "random_loss", "wide_loss", "centered_loss", "random_teacher", "deep_teacher", "refilled", "stream", "one_batch", "one_row",
+    "steps", "steps_within_epochs", "two_rates", "decays", "counted", "bfloat16",
+)  # fmt: skip
+"""Peculiar by their teacher, loss, batches, optimizer or number format: halves of a backward are as in the other cases."""
+
+
+@pytest.mark.filterwarnings(UNUSED)
 @pytest.mark.usefixtures("quick_plans")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.slow if name in NOT_OF_BLOCKS else ()) for name in CASES])
 def test_peculiar_models(case: str) -> None:
     """Two blocks of a stage that share a weight among them ("tied"): its gradient is one sum, in one backward."""
     assert_exact(CASES[case], devices=[CASES[case].most_devices()], split_backward=True)

@@ -82,6 +82,7 @@ def test_a_length_that_follows_another_law_is_refused_when_it_comes() -> None:
         contracts.at(7).student[0][0].split(start(torch.zeros(2, 7, 4)), 2)
 
 
+@pytest.mark.filterwarnings("ignore:the student's 'table.weight' got no gradient")  # at the length that detaches it
 def test_what_may_not_change_with_the_length() -> None:
     def structure(h: Tensor) -> Any:
         return {"h": h, "more": h} if h.shape[1] > 6 else {"h": h}

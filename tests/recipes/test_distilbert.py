@@ -21,6 +21,7 @@ from pipestill.train.run_directory import RunDirectory
 from pipestill.verify import train_few
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("quick_plans")
 
 TINY: dict[str, Any] = {
     "hidden_size": 16, "heads": 2, "intermediate_size": 24, "layers": 3, "student_layers": 2, "vocab_size": 150,
@@ -64,7 +65,7 @@ def test_presets_are_the_published_models() -> None:
     assert factors == pytest.approx([0.2, 1.0, 1.0, 1 / 95])
 
 
-@pytest.mark.parametrize("preset", ["bert-base", "bert-large"])
+@pytest.mark.parametrize("preset", ["bert-base", pytest.param("bert-large", marks=pytest.mark.slow)])
 def test_a_published_preset_says_that_its_teacher_is_random(preset: Any, small: str, capsys: pytest.CaptureFixture[str]) -> None:
     """At its depth and a small width, two steps over two stages."""
     recipe = DistilBert(

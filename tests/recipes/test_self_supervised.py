@@ -134,9 +134,14 @@ def test_perceptrons() -> None:
 # ---------------------------------------------------------------- exactness
 
 
+@pytest.mark.usefixtures("quick_plans")
 @pytest.mark.parametrize(
-    ("name", "strategy"), [("byol", "tspipe"), ("moco-v3", "fill"), ("dino", "tspipe"), ("dino", "1f1b"), ("dino-vit", "fill")]
-)
+    ("name", "strategy"),
+    [
+        ("byol", "1f1b"), ("moco-v3", "fill"), ("dino", "tspipe"), ("dino-vit", "fill"),
+        *(pytest.param(name, other, marks=pytest.mark.slow) for name, other in (("byol", "tspipe"), ("dino", "1f1b"))),
+    ],
+)  # fmt: skip
 def test_equals_the_reference(name: str, strategy: str) -> None:
     options = RunOptions(devices=2, strategy=strategy, microbatches=2)
     found = verify(SMALL[name], options, steps=3, transports=("in-process",), device_type="cpu")

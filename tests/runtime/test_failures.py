@@ -107,11 +107,12 @@ def test_outside_the_schedule_too(how: str, where: int, tmp_path: Path) -> None:
 
 SCRIPT = """
 import signal, sys
-from support.targets import print_and_wait
-import pipestill as ps
+from support.waiting import print_and_wait
+from pipestill.runtime import launch
+launch._PRELOAD = ["pipestill.runtime.launch"]  # these ranks train nothing
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have background jobs ignore
 try:
-    ps.launch(print_and_wait, (), 2, threads=1)
+    launch.launch(print_and_wait, (), 2, threads=1)
 except KeyboardInterrupt:
     sys.exit(77)
 """

@@ -283,6 +283,10 @@ def sometimes_unused() -> ps.Supervised:
     return supervised(nn.Linear(4, 8), Call(maybe, scale=nn.Parameter(torch.ones(8))), nn.Linear(8, CLASSES))
 
 
+UNUSED = "ignore:the student's '1.scale' got no gradient on the sample batch:UserWarning"
+"""The warning of `sometimes_unused`, for `pytest.mark.filterwarnings`."""
+
+
 class Average(nn.Module):
     """Puts a new tensor in the place of its buffer at every step, and has one that is first None."""
 

@@ -1,4 +1,4 @@
-"""Prints what preflight says of trainers that cannot be, a line each; `without_asserts` runs it too."""
+"""Prints what preflight says of trainers that cannot be, a line each."""
 
 from __future__ import annotations
 

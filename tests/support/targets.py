@@ -159,12 +159,6 @@ def raise_data_error_everywhere() -> None:
     raise DataError(f"no rows for rank {rank()}")
 
 
-def print_and_wait() -> None:
-    """Say who is there, then wait for ever."""
-    os.write(1, f"ready {os.getpid()}\n".encode())  # in one piece
-    threading.Event().wait()
-
-
 # ---------------------------------------------------------------- messages between two ranks
 
 TYPES = [

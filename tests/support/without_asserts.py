@@ -1,12 +1,13 @@
-"""Prints what `refusals` prints, with the package compiled as `python -O` does: run as a program.
+"""The package as `python -O` compiles it, for a while and beside the one that tests have.
 
-`python -O` itself would compile torch and all else anew wherever that has not been done before, for ten seconds.
+`python -O` itself would start another process, and compile torch and all else anew wherever that has not been done before.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
@@ -32,14 +33,22 @@ class Finder(MetaPathFinder):
         return spec
 
 
-def main() -> None:
-    sys.meta_path.insert(0, Finder())
-    from pipestill.runtime.world import OneProcess
-    from support import refusals
-
-    assert OneProcess(1).broadcast(None) is None, "this asserts that there is a value, where there are assertions"
-    refusals.main()
+def ours() -> dict[str, ModuleType]:
+    """Modules that are loaded now: those of the package, and those of `support`, which import from it."""
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in ("pipestill", "support")}
 
 
-if __name__ == "__main__":
-    main()
+@contextmanager
+def without_assertions() -> Iterator[None]:
+    """Inside, whatever is imported of the package and of `support` is new, and the package has no assertions."""
+    kept, finder = ours(), Finder()
+    for name in kept:
+        del sys.modules[name]
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in ours():
+            del sys.modules[name]
+        sys.modules.update(kept)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pipestill as ps
 
-WORDS, LENGTH = 11, 6
+WORDS, LENGTH, ROWS = 11, 6, 7
 
 Batch = tuple[Tensor, Tensor]
 
@@ -100,19 +100,19 @@ LABELS: dict[str, Callable[[int], int]] = {
 @cache
 def unsliced(labels: str) -> Unsliced:
     student, teacher = words(0, dtype=torch.float64), words(1, dtype=torch.float64)
-    return Unsliced(student, partial(soft_target, teacher, tokens(13, LABELS[labels])))  # type: ignore[arg-type]
+    return Unsliced(student, partial(soft_target, teacher, tokens(ROWS, LABELS[labels])))  # type: ignore[arg-type]
 
 
 @cache
 def plain(labels: str, microbatches: int) -> tuple[dict[str, Tensor], dict[str, float]]:
     task = ps.Distillation(words(1), words(0), ps.losses.SoftTarget(4, 0.1))
-    return first_update(task, tokens(13, LABELS[labels]), microbatches=microbatches)
+    return first_update(task, tokens(ROWS, LABELS[labels]), microbatches=microbatches)
 
 
 @pytest.mark.filterwarnings("ignore:nothing counts in batch")
 @pytest.mark.usefixtures("quick_plans")
 @pytest.mark.parametrize(
-    *pairwise(labels=LABELS, microbatches=(1, 3, 8, 16), devices=(1, 2, 3, 4), strategy=("sequential", "gpipe", "1f1b", "fill"))
+    *pairwise(labels=LABELS, microbatches=(1, 3, 8), devices=(1, 2, 3, 4), strategy=("sequential", "gpipe", "1f1b", "fill"))
 )
 def test_a_batch_has_one_loss(labels: str, microbatches: int, devices: int, strategy: str) -> None:
     """That of the whole batch in float64; and every strategy equals the plain loop to the bit."""
@@ -124,7 +124,7 @@ def test_a_batch_has_one_loss(labels: str, microbatches: int, devices: int, stra
         assert logged["loss"] == pytest.approx(unsliced(labels).loss, rel=1e-5)
         assert unsliced(labels).error(expected) < 1e-5
     task = ps.Distillation(words(1), words(0), ps.losses.SoftTarget(4, 0.1))
-    batch = tokens(13, LABELS[labels])
+    batch = tokens(ROWS, LABELS[labels])
     got, line = first_update(task, batch, strategy, devices, microbatches=microbatches, log_every=1)
     assert line == logged
     assert all(torch.equal(tensor, got[name]) for name, tensor in expected.items())

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from support.cases import CASES, EVERYTHING, OPTIMIZERS, run
+from support.cases import CASES, EVERYTHING, OPTIMIZERS, UNUSED, run
 from support.fits import Outcome, assert_same
 from support.pairwise import pairwise
 
@@ -46,6 +46,7 @@ def case_by_way() -> Iterator[Any]:
             yield pytest.param(case, strategy, devices, marks=() if always else pytest.mark.slow)
 
 
+@pytest.mark.filterwarnings(UNUSED)
 @pytest.mark.usefixtures("quick_plans")
 @pytest.mark.parametrize(("case", "strategy", "devices"), list(case_by_way()))
 def test_peculiar_models(case: str, strategy: str, devices: int | str) -> None:
@@ -69,12 +70,18 @@ BETWEEN = (
 """What is peculiar about the tensors that cross between processes, or about the batches that they must agree on."""
 
 
-def assert_processes_train_the_same(cases: Iterable[str], devices: int, over: str, microbatches: Iterable[int]) -> None:
+FEW = ("dictionaries", "turned", "tied", "new_buffers")
+"""What three processes run over gloo, with half of the strategies; two run the other half through memory."""
+
+
+def assert_processes_train_the_same(
+    cases: Iterable[str], devices: int, over: str, microbatches: Iterable[int], strategies: Iterable[str] = PIPELINE_STRATEGIES
+) -> None:
     """One process per rank; all runs one after the other in the same group."""
     runs = [(name, "fill", {}) for name in cases if len(CASES[name].trainer.get("student_partition", range(devices))) == devices]
     runs += [
         ("everything", strategy, {"microbatches": count, **OPTIMIZERS["sgd"]})
-        for strategy in PIPELINE_STRATEGIES
+        for strategy in strategies
         for count in microbatches
     ]
     outcomes = ps.launch(run, (runs, devices, over), devices, threads=1, timeout_seconds=60.0)
@@ -82,12 +89,16 @@ def assert_processes_train_the_same(cases: Iterable[str], devices: int, over: st
         assert_same(outcome, reference(trainer["microbatches"], "sgd") if trainer else reference_of(name))
 
 
-@pytest.mark.parametrize(("devices", "over"), [(2, "memory"), (3, "gloo")])
-def test_processes(devices: int, over: str) -> None:
-    assert_processes_train_the_same(BETWEEN if devices == 2 else THRICE, devices, over, [3])
+@pytest.mark.parametrize(
+    ("devices", "over", "cases", "strategies"),
+    [(2, "memory", BETWEEN, ("gpipe", "fill")), (3, "gloo", FEW, ("sequential", "1f1b"))],
+    ids=["2-memory", "3-gloo"],
+)
+def test_processes(devices: int, over: str, cases: tuple[str, ...], strategies: tuple[str, ...]) -> None:
+    assert_processes_train_the_same(cases, devices, over, [3], strategies)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("devices", "over"), [(2, "memory"), (3, "memory"), (3, "gloo")])
 def test_every_case_in_processes(devices: int, over: str) -> None:
-    assert_processes_train_the_same(CASES if devices == 2 else THRICE, devices, over, [1, 8])
+    assert_processes_train_the_same(CASES if devices == 2 else THRICE, devices, over, [1, 3, 8])

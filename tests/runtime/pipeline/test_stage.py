@@ -97,6 +97,7 @@ def test_gradients_of_something_else_are_dropped() -> None:
     assert all(p.grad is None for p in task.student.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:the student's '0.b.weight', '0.b.bias' got no gradient")
 @pytest.mark.parametrize("uses", [True, False])
 def test_a_model_that_chooses_per_batch_what_it_uses_is_refused(uses: bool) -> None:
     """A gradient that nobody sends would be missing without a word."""
