@@ -190,7 +190,7 @@ def train_few(
             task.teacher.double()
             task.student.double().eval()  # the change to train mode leaves frozen layers out
             loader, norms = InFloat64(loader), batch_norms("frozen", [task.student_blocks])
-        trainer = workload.trainer(task, options, **others)
+        trainer = workload.trainer(task, options, **{"first_look": False, **others})
         with norms:
             result = trainer.fit(loader, steps=steps)
         return {**_state("student", task.student), **_state("teacher", task.teacher), **result.beside}, result

@@ -61,7 +61,7 @@ class Bench(ABC):
 
     def trainer(self, options: RunOptions, **others: Any) -> Trainer:
         """Make the trainer of fresh models; `others` are arguments of it that replace those of the options."""
-        return self.workload.trainer(self.workload.task(), options, **others)
+        return self.workload.trainer(self.workload.task(), options, **{"first_look": False, **others})
 
     def variant(self, name: str, costs: Any) -> Trainer:
         """Make the trainer of fresh models by the named variant."""

@@ -100,6 +100,12 @@ class TrainedWatch:
                 f"student block {block} ('{self.model.blocks[block].name}') trains {_listed(others)} "
                 "without naming them in its `uses`; name them there"
             )
+        sparse = [name for name, p in trained if p.grad is not None and p.grad.layout is not torch.strided]
+        if sparse:
+            raise ModelError(
+                f"student block {block} ('{self.model.blocks[block].name}') makes sparse gradients of {_listed(sparse)}, and "
+                "only dense ones can be added up, clipped and logged; use nn.Embedding(..., sparse=False) and a dense optimizer"
+            )
         self.trained |= {name for name, _ in trained}
         self.model.model.zero_grad()
 

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from pipestill.errors import ConfigError, TrainingError
 from pipestill.losses import Metric
 from pipestill.losses.counted import counts_of, with_sums
+from pipestill.model.nests import distinct_tensors
 from pipestill.runtime.record import Recorder
 from pipestill.runtime.transport.message import Message
 from pipestill.runtime.transport.protocol import Transport, receive
@@ -144,14 +145,37 @@ def logged_blocks(step: int, epoch: int, losses: Mapping[int, float], **rest: fl
     return {"step": step + 1, "epoch": epoch + 1, "loss": math.fsum(losses.values()), **parts, **rest}
 
 
-def check_finite(losses: Mapping[str, float], step: int) -> None:
-    """`TrainingError` when a part of the loss is NaN or infinite; the weights are still those before the step."""
+def check_finite(losses: Mapping[str, float], step: int, why: Callable[[], str] | None = None) -> None:
+    """`TrainingError` when a part of the loss is NaN or infinite; the weights are still those before the step.
+
+    `why` finds out where that comes from (default: it is not known).
+    """
     if not all(map(math.isfinite, losses.values())):
         parts = ", ".join(f"{name} {value:g}" for name, value in losses.items())
-        raise TrainingError(
-            f"the loss is not finite in step {step + 1} ({parts}); no update was made with it; "
-            "lower the learning rate, or look at the data of that step"
+        advice = "lower the learning rate, or look at the data of that step and at the teacher" if why is None else why()
+        raise TrainingError(f"the loss is not finite in step {step + 1} ({parts}); no update was made with it; {advice}")
+
+
+def why_not_finite(student: Any, teacher: Any, target: Any) -> str:
+    """Find out where a loss that is not finite comes from, of what it was given, and say what to do."""
+    if not _finite(target):
+        return "the targets are not finite (NaN or infinity): look at the data of that step"
+    of_student, of_teacher = _finite(student), _finite(teacher)
+    if not of_student and not of_teacher:
+        return (
+            "neither model's output is finite, and they have only their inputs in common: look for NaN or infinity in the data "
+            "of that step"
         )
+    if not of_teacher:
+        return "the teacher's output is not finite, and the student's is: look at the teacher, its weights and its precision"
+    if not of_student:
+        other = "; the teacher's is finite, so the data is not to blame" if distinct_tensors(teacher) else ", or look at the data"
+        return f"the student's output is not finite: lower the learning rate, or clip gradients (clip_grad_norm){other}"
+    return "all outputs and targets are finite, so the loss itself makes it: look for a log of 0, a division by 0, or an overflow"
+
+
+def _finite(value: Any) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in distinct_tensors(value))
 
 
 def check_finite_blocks(losses: Mapping[int, float], step: int) -> None:

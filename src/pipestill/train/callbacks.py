@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +24,13 @@ class Callback:
         Args:
             description: the name of the run.
             total_steps: how many steps there will be; None where the loader does not tell its length.
+        """
+
+    def notice(self, text: str) -> None:
+        """Something about the run is worth knowing; called after `start`.
+
+        Args:
+            text: a line, such as the losses before the first step.
         """
 
     def step(self, values: dict[str, float]) -> None:
@@ -61,6 +68,12 @@ class Reporter:
         """Training begins."""
         for callback in self.callbacks:
             callback.start(description, total_steps)
+
+    def notice(self, texts: Iterable[str]) -> None:
+        """Pass lines on to the callbacks that have a `notice`."""
+        for callback in self.callbacks:
+            for text in texts if hasattr(callback, "notice") else ():
+                callback.notice(text)
 
     def step(self, values: dict[str, float]) -> None:
         """A step was logged."""
@@ -167,6 +180,9 @@ class Terminal(Callback):
             self._progress.start()
         else:
             self._print(f"{description}: {total_steps or 'unknown number of'} steps")
+
+    def notice(self, text: str) -> None:
+        self._print(f"{self._description}: {text}")
 
     def step(self, values: dict[str, float]) -> None:
         speed = f"  {values['samples_per_second']:.0f} samples/s" if self._progress is None or not self._is_narrow() else ""

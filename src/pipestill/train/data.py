@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from pipestill.arguments import shown
 from pipestill.errors import DataError, PipestillError
@@ -266,6 +267,21 @@ def sample(batch: Batch, rows: int = 3) -> tuple[Any, Any]:
         order = ignored.argsort(stable=True)
         few = torch.cat([order[:1], order[-1:], order[1:-1]])[:rows]
     return rows_of(batch.inputs, few), rows_of(batch.targets, few)
+
+
+def batch_sizes(loader: Iterable[Any], steps: int | None) -> set[int]:
+    """The numbers of rows that a loader's batches are known to have beforehand, in the first `steps` of them (None: all)."""
+    if isinstance(loader, DataLoader) and loader.batch_size is not None:
+        try:
+            full, short = divmod(len(loader.sampler), loader.batch_size)  # type: ignore[arg-type]
+        except TypeError:  # an iterable dataset, which does not tell
+            return set()
+        ends = short and not loader.drop_last and (steps is None or steps > full)
+        return ({loader.batch_size} if full else set()) | ({short} if ends else set())
+    if isinstance(loader, (list, tuple)):
+        tensors = [distinct_tensors(item)[:1] for item in loader[:steps]]
+        return {tensor.shape[0] for found in tensors for tensor in found if tensor.dim()}
+    return set()
 
 
 def total_steps(loader: Iterable[Any], epochs: int | None, steps: int | None) -> int | None:

@@ -1,6 +1,6 @@
 """An `Engine` is what a trainer needs of one kind of training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,7 @@ from torch import nn
 
 from pipestill.arguments import one_of, raise_problems
 from pipestill.errors import ConfigError, PlanError, nearest
+from pipestill.model.first_look import FirstLook
 from pipestill.optim import Schedules
 from pipestill.runtime.batch import Batch
 from pipestill.runtime.transport.protocol import Waiting, World
@@ -140,6 +141,14 @@ class Engine(Protocol):
 
     def measure(self, world: World, contracts: Any, first: FirstBatch) -> Any:
         """Measure costs, the same on every rank; called on all of them together."""
+
+    def check_rows(self, first: FirstBatch, sizes: Collection[int]) -> None:
+        """Raise the `UserError`s of batches with so many rows, those that are known beforehand, besides those of the first."""
+        return
+
+    def look(self, first: FirstBatch) -> FirstLook:
+        """Look at the losses on a few rows of the first batch before the first step; called on rank 0."""
+        return FirstLook()
 
     def assumed_costs(self, rows: int) -> Any:
         """Costs that stand in for measured ones where a plan is only checked."""

@@ -68,6 +68,7 @@ class TrainerOptions:
     seed: int = 0
     log_every: int = 10
     callbacks: Sequence[Callback] = ()
+    first_look: bool = True
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
@@ -92,6 +93,7 @@ class TrainerOptions:
         if self.clip_grad_norm is not None and self.clip_grad_norm != float("inf"):
             yield from real_number("clip_grad_norm", self.clip_grad_norm, above=0)
         yield from one_of("split_backward", self.split_backward, bool, "True or False")
+        yield from one_of("first_look", self.first_look, bool, "True or False")
         if self.stash is not None and not isinstance(self.stash, str):
             yield from whole("stash", self.stash)
         for name in ("student_partition", "teacher_partition"):

@@ -2,25 +2,29 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from statistics import median
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipestill.arguments import try_first
 from pipestill.costs import BlockCosts, Costs, Link
-from pipestill.errors import ConfigError, PlanError
+from pipestill.errors import ConfigError, ModelError, PlanError
 from pipestill.model.batchnorm import batch_norms, check_norms
 from pipestill.model.blocks import BlockModel, ranges
 from pipestill.model.buffers import check_buffers
 from pipestill.model.dry_run import dry_run, try_validation
 from pipestill.model.features import Beside, LinearMap
-from pipestill.model.nests import rows_of, to_device
+from pipestill.model.first_look import FirstLook, first_look
+from pipestill.model.nests import num_bytes, rows_of, to_device
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.profile import profile, wake_seconds
 from pipestill.model.tasks import Momentum, Task, check_views, teacher_trains
+from pipestill.model.trials import NO_SINGLE_ROWS, try_optimizer, why_no_single_row
 from pipestill.plan import Plan, make_plan
 from pipestill.runtime.pipeline.features import place_losses, trained_beside
 from pipestill.runtime.pipeline.rank import PipelineRank, PlainRun, RankZero
@@ -38,6 +42,9 @@ from pipestill.train.engine import CPU, REFERENCE, Engine, FirstBatch, Run
 from pipestill.train.options import TrainerOptions
 from pipestill.train.result import Figures
 from pipestill.train.state import State
+
+_LEAST_ROWS = 8
+"""Rows on which the first losses are looked at, or those of a microbatch where these are more."""
 
 
 class PipelineEngine(Engine):
@@ -106,7 +113,38 @@ class PipelineEngine(Engine):
         return self.task.loss_counts(targets)
 
     def contracts(self, sample: tuple[Any, Any]) -> PipelineContracts:
-        return dry_run(self.task, *sample, split=self.options.split_backward, length_axis=self.options.length_axis)
+        contracts = dry_run(self.task, *sample, split=self.options.split_backward, length_axis=self.options.length_axis)
+        try_optimizer(self.task.student_blocks, self.options.make_optimizer, device_of(0, self.options.device_type))
+        return contracts
+
+    def check_rows(self, first: FirstBatch, sizes: Collection[int]) -> None:
+        """Refuse batch norm over microbatches of one row."""
+        count = self.options.microbatches
+        single = sorted(rows for rows in {first.rows, *sizes} if rows // count <= 1)
+        if not single or self.options.batch_norm == "frozen":
+            return
+        where = why_no_single_row(self.task, rows_of(first.sample[0], slice(0, 1)))
+        if where is not None:
+            raise ModelError(
+                f"a batch of {single[0]} rows in {count} microbatches has some of one row, and batch norm in {where} needs "
+                f"more than one value of each channel; {NO_SINGLE_ROWS}"
+            )
+
+    def look(self, first: FirstBatch) -> FirstLook:
+        """Evaluate both models on a microbatch or so, on the device of rank 0 where both fit on it."""
+        if first.whole is None:
+            return FirstLook()
+        rows = slice(0, min(first.rows, max(_LEAST_ROWS, math.ceil(first.rows / self.options.microbatches))))
+        given = rows_of(first.whole.inputs, rows), rows_of(first.whole.targets, rows)
+        device = device_of(0, self.options.device_type)
+        held = num_bytes([t for model in self.models for t in (*model.parameters(), *model.buffers())])
+        if device.type == "cuda" and 2 * held > torch.cuda.mem_get_info(device)[0]:
+            return FirstLook(("no look at the first losses: both models do not fit on one device",))
+        try:
+            with placed(self.task, device) if device.type == "cuda" else nullcontext():
+                return first_look(self.task, *to_device(given, device))
+        except Exception as error:  # what can be trained is trained, whatever becomes of a look at it
+            return FirstLook((f"no look at the first losses: {type(error).__name__}: {error}",))
 
     def assumed_costs(self, rows: int) -> Costs:
         teacher = self.task.teacher_blocks

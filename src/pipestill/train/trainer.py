@@ -1,6 +1,7 @@
 """The trainer: from a task and a loader to a trained student, on any number of devices."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pipestill.arguments import check_extent, hinted, raise_problems, shown
 from pipestill.costs import Costs
 from pipestill.errors import ConfigError
 from pipestill.model.blockwise.task import Blockwise
+from pipestill.model.first_look import FirstLook
 from pipestill.model.tasks import Distillation, Momentum, Supervised
 from pipestill.runtime.record import peak_bytes, reset_peak
 from pipestill.runtime.transport.protocol import World
@@ -19,7 +21,7 @@ from pipestill.runtime.world import OneProcess, device_of, join_world
 from pipestill.schedule.blockwise.profile import BlockProfile
 from pipestill.train.blockwise import BlockwiseEngine
 from pipestill.train.callbacks import Reporter
-from pipestill.train.data import DataOpener, Reader, check_loader, sample, total_steps
+from pipestill.train.data import DataOpener, Reader, batch_sizes, check_loader, sample, total_steps
 from pipestill.train.engine import REFERENCE, Engine, FirstBatch, Run
 from pipestill.train.options import TrainerOptions
 from pipestill.train.pipeline import PipelineEngine
@@ -98,6 +100,8 @@ class Trainer(TrainerOptions):
         seed: seeds the data's order, and dropout. Initial weights are those of the models on rank 0.
         log_every: steps from one call of the callbacks' `step` to the next; the last step of an epoch is logged too.
         callbacks: `Callback`s that follow the run, on rank 0.
+        first_look: whether both models' losses on a few rows are looked at before the first step, as notes to the callbacks, and
+            what is likely to be a mistake is warned of, such as a teacher that does no better than guessing.
         timeout_seconds: deadline of every wait, for a batch or for another rank.
 
     Raises:
@@ -173,8 +177,13 @@ class Trainer(TrainerOptions):
             first = self._first(world, data)
             contracts = self.engine.contracts(first.sample)
             plan = None if self.strategy == REFERENCE else self._plan(world, contracts, first)
+            self.engine.check_rows(first, batch_sizes(loader, steps))
+            look = self.engine.look(first) if self.first_look and world.is_main else FirstLook()
+            for warning in look.warnings:
+                warnings.warn(warning, stacklevel=3)
             total = total_steps(loader, epochs, steps)
             reporter.start(description, None if total is None else total * self.engine.num_passes)
+            reporter.notice(look.notes)
             validation = None
             if validate is not None and world.is_main:
                 validation = DataOpener(cleanup, lambda: self._reader(validate, 1, None, validates=True))
@@ -212,6 +221,7 @@ class Trainer(TrainerOptions):
         check_loader(loader, 1)
         raise_problems(self.engine.function_problems())
         first, contracts = self._look(OneProcess(1), loader)
+        self.engine.check_rows(first, batch_sizes(loader, None))
         if self.strategy == REFERENCE:
             return
         if self.costs is None:  # what blocks hold in memory is not known before they are measured

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pipestill.errors import DeviceError, ModelError
-from pipestill.losses.step import at_step
+from pipestill.losses.step import at_step, step_number
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Detached, SplitBlock, detached, start_graph, start_of, with_exit
 from pipestill.model.contracts import Contract
@@ -19,9 +19,11 @@ from pipestill.model.nests import watched
 from pipestill.model.pipeline_contracts import PipelineContracts
 from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains
+from pipestill.model.trials import refuse_single_row
 from pipestill.runtime.pipeline.features import Piece, Taught, cut_after, feature_losses, place_losses, teach, trained_beside
 from pipestill.runtime.pipeline.ties import TiedWeights
 from pipestill.runtime.pipeline.weights import MovingAverage, Trained, Versions
+from pipestill.runtime.reports import check_finite, why_not_finite
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
 
@@ -32,13 +34,20 @@ def run_blocks(
 ) -> Any:  # fmt: skip
     """The value after `blocks`, each with its own random numbers (see `seed_block`) and its own leaves of tied weights."""
 
+    running = blocks.start
+
     def before(block: int) -> None:
+        nonlocal running
+        running = block
         seed_block(seed, role, block, step, unit, device)
         if ties is not None:
             ties.enter(block)
 
     try:
         return model.run(blocks, value, before)
+    except ValueError as error:
+        refuse_single_row(error, f"{role.name.lower()} block {running} ('{model.blocks[running].name}')", step)
+        raise
     finally:
         if ties is not None:
             ties.leave()
@@ -348,7 +357,12 @@ def evaluate_loss(task: Task, student: Mapping[int, Any], teacher: Mapping[int, 
     demands = task.demands
     outputs = [_joined(student, demands.views, v) for v in range(demands.views)]
     views = range(demands.teacher_views if teacher else 0)
-    return task.loss_parts(outputs, [_joined(teacher, demands.teacher_views, v) for v in views], target)
+    taught = [_joined(teacher, demands.teacher_views, v) for v in views]
+    parts = task.loss_parts(outputs, taught, target)
+    if all(part.device.type == "cpu" for part in parts.values()):  # elsewhere, a look at them would wait for the device
+        losses = {name: float(part.detach()) for name, part in parts.items()}
+        check_finite(losses, step_number(), lambda: why_not_finite(outputs, taught, target))
+    return parts
 
 
 def _joined(outputs: Mapping[int, Any], views: int, view: int) -> Any:
