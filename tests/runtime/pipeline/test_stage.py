@@ -13,7 +13,8 @@ from pipestill.errors import ModelError
 from pipestill.model.batchnorm import Norms
 from pipestill.model.dry_run import dry_run
 from pipestill.optim import Schedules
-from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares, guard_batch, weighted_loss
+from pipestill.runtime.pipeline.losses import weighted_loss
+from pipestill.runtime.pipeline.stage import StudentStage, TeacherStage, gradient_squares, guard_batch
 from pipestill.runtime.settings import PipelineSettings
 
 CPU = torch.device("cpu")

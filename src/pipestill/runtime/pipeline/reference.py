@@ -49,7 +49,8 @@ from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains, view
 from pipestill.runtime.batch import Batch, Microbatch, split_batch
 from pipestill.runtime.pipeline.features import Taught, cut_after, feature_losses, place_losses, teach, trained_beside
-from pipestill.runtime.pipeline.stage import backward, clip, evaluate_loss, gradient_squares, run_blocks, weighted_loss
+from pipestill.runtime.pipeline.losses import backward, evaluate_loss, weighted_loss
+from pipestill.runtime.pipeline.stage import clip, gradient_squares, run_blocks
 from pipestill.runtime.pipeline.ties import TiedWeights
 from pipestill.runtime.pipeline.weights import MovingAverage
 from pipestill.runtime.settings import PipelineSettings

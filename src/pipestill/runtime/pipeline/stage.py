@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from pipestill.errors import DeviceError, ModelError
-from pipestill.losses.step import at_step, step_number
+from pipestill.losses.step import at_step
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Detached, SplitBlock, detached, start_graph, start_of, with_exit
 from pipestill.model.contracts import Contract
@@ -21,9 +20,9 @@ from pipestill.model.seeding import seed_block
 from pipestill.model.tasks import Momentum, Task, teacher_trains
 from pipestill.model.trials import refuse_single_row
 from pipestill.runtime.pipeline.features import Piece, Taught, cut_after, feature_losses, place_losses, teach, trained_beside
+from pipestill.runtime.pipeline.losses import backward, evaluate_loss, weighted_loss
 from pipestill.runtime.pipeline.ties import TiedWeights
 from pipestill.runtime.pipeline.weights import MovingAverage, Trained, Versions
-from pipestill.runtime.reports import check_finite, why_not_finite
 from pipestill.runtime.settings import PipelineSettings
 from pipestill.schedule import Role
 
@@ -51,18 +50,6 @@ def run_blocks(
     finally:
         if ties is not None:
             ties.leave()
-
-
-def weighted_loss(parts: dict[str, Tensor], factors: Sequence[float]) -> Tensor:
-    """The part of a batch's loss that a microbatch contributes, by the factor of each part (see `Batch.factors`)."""
-    weighted = [part * factor for part, factor in zip(parts.values(), factors, strict=True)]
-    return torch.stack(weighted).sum() if len(weighted) > 1 else weighted[0]
-
-
-def backward(loss: Tensor) -> None:
-    """Run a loss's backward, if it depends on anything that is trained: where features are compared, outputs need not count."""
-    if loss.requires_grad:
-        loss.backward()
 
 
 def guard_batch(value: Any) -> Callable[[str], None]:
@@ -350,24 +337,6 @@ class StudentStage:
 
 def _whole(roots: list[tuple[Tensor, Tensor]]) -> None:
     torch.autograd.backward([output for output, _ in roots], [gradient for _, gradient in roots])
-
-
-def evaluate_loss(task: Task, student: Mapping[int, Any], teacher: Mapping[int, Any], target: Any) -> dict[str, Tensor]:
-    """The loss of the outputs of units, which are joined to one output a view."""
-    demands = task.demands
-    outputs = [_joined(student, demands.views, v) for v in range(demands.views)]
-    views = range(demands.teacher_views if teacher else 0)
-    taught = [_joined(teacher, demands.teacher_views, v) for v in views]
-    parts = task.loss_parts(outputs, taught, target)
-    if all(part.device.type == "cpu" for part in parts.values()):  # elsewhere, a look at them would wait for the device
-        losses = {name: float(part.detach()) for name, part in parts.items()}
-        check_finite(losses, step_number(), lambda: why_not_finite(outputs, taught, target))
-    return parts
-
-
-def _joined(outputs: Mapping[int, Any], views: int, view: int) -> Any:
-    parts = [outputs[unit] for unit in sorted(outputs) if unit % views == view]
-    return parts[0] if len(parts) == 1 else pytree.tree_map(lambda *tensors: torch.cat(tensors), *parts)
 
 
 def clip(parameters: Sequence[nn.Parameter], squares: Tensor, largest: float) -> None:

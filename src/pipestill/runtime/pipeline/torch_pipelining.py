@@ -21,7 +21,8 @@ from pipestill.model.tasks import Task
 from pipestill.optim import OptimizerFactory
 from pipestill.plan import Plan
 from pipestill.runtime.batch import Batch
-from pipestill.runtime.pipeline.stage import guard_batch, move, weighted_loss
+from pipestill.runtime.pipeline.losses import weighted_loss
+from pipestill.runtime.pipeline.stage import guard_batch, move
 
 
 def train_with_torch(
