@@ -27,6 +27,10 @@ PIPELINES = {
         "--epochs", "1", "--teacher_epochs", "1", "--vocab_size", "400", "--hidden_size", "32", "--heads", "2",
         "--intermediate_size", "64", "--layers", "4", "--student_layers", "2", "--max_length", "24",
     ],
+    "causal-lm": [
+        "--epochs", "1", "--teacher_epochs", "1", "--vocab_size", "400", "--teacher_sizes", "3,32,2,1,64", "--student_sizes",
+        "2,16,2,1,32",
+    ],
     "byol": ["--epochs", "1", "--warm_up_epochs", "0"],
     "moco-v3": ["--epochs", "1", "--warm_up_epochs", "0", "--depth", "3"],
     "dino": ["--epochs", "1", "--warm_up_epochs", "0"],
@@ -34,6 +38,21 @@ PIPELINES = {
 MOMENTUM = ("byol", "moco-v3", "dino")
 BLOCKWISE = {
     "compress": (6, ["--epochs", "1", "--teacher_epochs", "1", "--fine_tuning_epochs", "1"]),
+    "llm-blocks": (
+        10,
+        [
+            "--epochs",
+            "1",
+            "--teacher_epochs",
+            "1",
+            "--fine_tuning_epochs",
+            "1",
+            "--vocab_size",
+            "400",
+            "--teacher_sizes",
+            "4,32,2,2,64",
+        ],
+    ),
     "nas": (6, ["--epochs", "2", "--teacher_epochs", "1", "--fine_tuning_epochs", "1"]),
 }
 FEW = {"--batch_norm": "deferred", "--clip_grad_norm": "0.5"}

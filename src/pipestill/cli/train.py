@@ -83,6 +83,16 @@ def found(search: dict[str, Any]) -> str:
     return f"found: {paths}\nan image takes: {'; '.join(sizes)}"
 
 
+def chosen(library: dict[str, Any]) -> str:
+    """Which candidate each block of an assembled model is, what that costs, and where all scores are."""
+    picks = ", ".join(f"{row['block']} {row['candidate']}" for row in library["candidates"] if row["chosen"])
+    return (
+        f"chosen of {len(library['candidates'])} candidates: {picks}\n"
+        f"that takes {library['cost']:.0%} of the teacher's {library['budget_of']} there (budget {library['budget']:.0%}). "
+        "Scores are in summary.json, library"
+    )
+
+
 def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> None:
     """Print the results of a run for a person."""
     metrics = summary["metrics"]
@@ -110,6 +120,8 @@ def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> 
     console.print(table)
     if "search" in summary:
         say(console, found(summary["search"]))
+    if "library" in summary:
+        say(console, chosen(summary["library"]))
     predicted = summary["predicted_seconds_per_step"]
     expected = f" (predicted {predicted * 1e3:.1f})" if predicted else ""
     step = "batch of all blocks" if "blocks" in metrics else "step"

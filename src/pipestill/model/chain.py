@@ -2,7 +2,8 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ def check_chain(task: Task, role: str, model: BlockModel, inputs: Any) -> None:
         return
     chain, again = (_evaluated(task, model, model, inputs) for _ in range(2))
     try:
-        whole = _evaluated(task, model, lambda given: model.model(**given) if by_keywords else model.model(given), inputs)
+        with _without_cache(model.model):
+            whole = _evaluated(task, model, lambda given: model.model(**given) if by_keywords else model.model(given), inputs)
     except Exception as error:
         if by_keywords and not isinstance(error, NotImplementedError):
             raise ModelError(
@@ -41,6 +43,20 @@ def check_chain(task: Task, role: str, model: BlockModel, inputs: Any) -> None:
             f"the {role}'s blocks ({', '.join(block.name for block in model.blocks)}), one after the other, do not "
             f"give what {type(model.model).__name__}.forward gives; put what only its forward does into a block"
         )
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Run the body with a model of `transformers` as training runs it: with a cache, it takes packed sequences for one."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "use_cache", False):
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = True
 
 
 def _binds(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

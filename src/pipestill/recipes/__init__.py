@@ -43,6 +43,13 @@ RECIPES = {
         "the Python language reference, 465,000 characters that ship with CPython; with --data PATH text or a dataset",
         ("transformers", "tokenizers"),
     ),
+    "causal-lm": Entry(
+        "causal-lm",
+        "pipestill.recipes.causal_lm:CausalLm",
+        "distil a causal language model (Llama and any other of transformers) into a smaller one, token by token",
+        "the same text; with --data PATH JSON lines of text, prompts or chats, text, or a dataset",
+        ("transformers", "tokenizers"),
+    ),
     "byol": Entry(
         "byol",
         "pipestill.recipes.byol:Byol",
@@ -66,6 +73,13 @@ RECIPES = {
         "pipestill.recipes.compress:Compress",
         "replace a VGG's or ResNet's convolutions by depthwise-separable ones, block by block (Pipe-BD)",
         "the same digits; with --data PATH CIFAR-10's files or folders of images (with Pillow)",
+    ),
+    "llm-blocks": Entry(
+        "llm-blocks",
+        "pipestill.recipes.llm_blocks:LlmBlocks",
+        "replace a Llama's attentions and MLPs block by block, and choose the best under a budget (Puzzle, MOHAWK)",
+        "the Python language reference; with --data PATH JSON lines, text, or a dataset",
+        ("transformers", "tokenizers"),
     ),
     "nas": Entry(
         "nas",

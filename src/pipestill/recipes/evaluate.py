@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pipestill.losses import Metric
+from pipestill.model.blocks import BlockModel
 from pipestill.model.nests import num_rows, to_device
 from pipestill.runtime.reports import MetricMeans
 
@@ -35,3 +36,23 @@ def evaluate(
             means.add((call or model)(inputs), targets, num_rows(inputs, "a batch to test with"))
     model.to("cpu")
     return means.means()
+
+
+def evaluate_pair(
+    student: nn.Module, teacher: nn.Module, metrics: Mapping[str, Metric], loader: Iterable[Any], device: torch.device
+) -> dict[str, float]:
+    """Compute the means of metrics of two models; both are left on the CPU, in eval mode.
+
+    Args:
+        student: one model; it may be the other
+        teacher: the other model
+        metrics: functions of ((student output, teacher output), target), by name
+        loader: batches of (inputs, targets)
+        device: where the models are run
+    """
+    call = BlockModel(teacher)
+    theirs = call if student is teacher else BlockModel(student)
+    teacher.to(device).eval()
+    found = evaluate(student, metrics, loader, device, lambda inputs: (theirs(inputs), call(inputs)))
+    teacher.to("cpu")
+    return found

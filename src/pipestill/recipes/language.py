@@ -26,7 +26,7 @@ class Sizes:
 
 def transformers() -> Any:
     """Import the library; `ConfigError` where it is missing."""
-    return needed("transformers", "BERT and DistilBERT are models of transformers", "'transformers>=5.20'")
+    return needed("transformers", "language models are those of transformers", "'transformers>=5.20'")
 
 
 def from_pretrained(kind: str, path: str, what: str, **options: Any) -> Any:

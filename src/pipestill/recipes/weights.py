@@ -25,6 +25,11 @@ def export(model: nn.Module, path: Path) -> None:
 
 def load_into(model: nn.Module, path: str | Path) -> None:
     """Read weights that `export` wrote; `ConfigError` when they are not this model's."""
+    if Path(path).is_dir():
+        raise ConfigError(
+            f"'{path}' is a folder, and --teacher takes a file of weights, such as its model.safetensors; a whole model is given "
+            "as --teacher_model, where a recipe has that"
+        )
     try:
         missing, unexpected = model.load_state_dict(load_file(path), strict=False)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:

@@ -77,12 +77,11 @@ def _run_teacher(task: Blockwise, i: int, rows: int, run: _Run) -> None:
 def _run_student(task: Blockwise, i: int, run: _Run) -> None:
     """Run one student block and its candidates, each with its loss and backward, and note what they show."""
     given, target = copied(run.values[i]), run.values[i + 1]
-    trains = bool(task.parameters_of(i))
     writes, written = False, watched(given)
     own, others = _buffers_of(task, i)
     held = held_buffers(task.student_blocks, own & others.keys())
     try:
-        for variant in task.variants(i):
+        for variant, trains in zip(task.variants(i), _trained(task, i), strict=True):
             with torch.enable_grad():
                 output = variant(copied(given) if writes else given)
                 writes = writes or written()
@@ -101,6 +100,14 @@ def _run_student(task: Blockwise, i: int, run: _Run) -> None:
     if writes:
         run.student_writes.append(i)
     _check_buffers(task, i, others, written_buffers(task.student_blocks, held))
+
+
+def _trained(task: Blockwise, i: int) -> list[bool]:
+    """Whether each variant of a block has something to train: a candidate may be one that has nothing, to skip the block."""
+    projectors = [module for name, module in task.modules_of(i).items() if not name.startswith("candidates.")]
+    beside = [p for module in projectors for p in module.parameters()]
+    own = [task.student_blocks.parameters_of(range(i, i + 1)).values(), *(m.parameters() for m in task.candidates.get(i, ()))]
+    return [any(p.requires_grad for p in (*parameters, *beside)) for parameters in own]
 
 
 def _buffers_of(task: Blockwise, block: int) -> tuple[set[str], dict[str, int]]:

@@ -116,9 +116,12 @@ class Observer:
         """Take note of placeholders."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Stop(BaseException):
-    """Ends a replay where the next stage goes on. No `Exception`, so that no forward catches it."""
+    """Ends a replay where the next stage goes on. No `Exception`, so that no forward catches it.
+
+    It is not frozen, as a context manager that it passes, such as one of peft, sets its traceback.
+    """
 
     leaves: list[Any]
     spec: Any
