@@ -270,11 +270,14 @@ def test_table_of_strategies_is_what_the_simulator_gives(column: int, capsys: py
         assert cells[column] == expected, f"{strategy}, n = {n}, M = {m}"
 
 
-def test_table_of_run_ahead_is_what_the_simulator_gives(capsys: pytest.CaptureFixture[str]) -> None:
-    for given, *cells in table_after("docs/schedules.md", "`run_ahead` bounds the second"):
-        bound = [] if given == "not given" else ["--run_ahead", given]
-        figures = simulated(capsys, "--devices", "4", "--microbatches", "8", *bound)
-        assert cells == [f"{figures['seconds_per_step']:g}", f"{figures['utilisation']:.3f}", str(figures["run_ahead"])]
+@pytest.mark.parametrize("row", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)])
+def test_table_of_run_ahead_is_what_the_simulator_gives(row: int, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = table_after("docs/schedules.md", "`run_ahead` bounds the second")
+    assert [given for given, *_ in rows] == ["not given", "8", "1"]
+    given, *cells = rows[row]
+    bound = [] if given == "not given" else ["--run_ahead", given]
+    figures = simulated(capsys, "--devices", "4", "--microbatches", "8", *bound)
+    assert cells == [f"{figures['seconds_per_step']:g}", f"{figures['utilisation']:.3f}", str(figures["run_ahead"])]
 
 
 def test_rows_that_schedules_shows_are_the_tools(capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,7 +309,9 @@ def test_every_picture_is_shown_with_the_command_that_drew_it() -> None:
         assert f"images/{name}.svg)" in shown
 
 
-@pytest.mark.parametrize("name", pictures())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "blocks-balanced" else ()) for name in pictures()]
+)
 def test_pictures_are_what_the_tool_draws_now(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pinned = re.search(r"^matplotlib==(\S+)", text_of("constraints.txt"), re.MULTILINE)
     if pinned is None or pinned[1] != version("matplotlib"):
