@@ -95,7 +95,13 @@ def test_peculiar_tasks(case: str, strategy: str, knobs: dict[str, Any], promise
     assert_trains_the_same(MOMENTUM_CASES[case].run(strategy, devices, **knobs), reference(case, promise))
 
 
-@pytest.mark.parametrize("case", [case for case in MOMENTUM_CASES if "copied" not in case])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if number % 3 else ())
+        for number, case in enumerate(case for case in MOMENTUM_CASES if "copied" not in case)
+    ],
+)
 def test_the_proofs_can_fail(case: str) -> None:
     """Each kind of staleness, and each number of microbatches, gives other weights: a mix-up could not pass."""
     promises = [EXACT, STALE, STALE_HALVES, ASYNC]
