@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -213,14 +214,16 @@ class FakeLora(torch.nn.Module):
         self.lora_a = torch.nn.Parameter(torch.randn(2))
 
     def save_pretrained(self, directory: Path) -> None:
-        Path(directory).mkdir()
+        (Path(directory) / "adapter_config.json").write_text("{}")
 
     def merge_and_unload(self) -> Any:
         return self.base_model
 
 
 def test_lora_is_made_by_peft_and_saved_merged(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(LoraConfig=lambda **options: options, get_peft_model=FakeLora)
+    fake = SimpleNamespace(
+        LoraConfig=lambda **options: options, get_peft_model=FakeLora, __spec__=ModuleSpec("peft", None)
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "peft", fake)  # type: ignore[arg-type]
     folder = saved(tmp_path / "student", 2, 16)
     recipe = CausalLm(

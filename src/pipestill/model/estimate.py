@@ -15,9 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -28,8 +26,9 @@ from pipestill.model.blocks import BlockModel
 from pipestill.model.measure import Stopwatch
 from pipestill.model.nests import distinct_tensors, memory_of, num_bytes
 from pipestill.model.profile import Update, costs_of, counted_stashes, microbatch_of, weight_fractions
-from pipestill.model.stepwise import modules_of, stepwise, untouched
-from pipestill.model.tasks import Momentum, Task
+from pipestill.model.stepwise import call_block, modules_of, stepwise, untouched
+from pipestill.model.tasks import Momentum, Task, view
+from pipestill.model.without_numbers import WithoutNumbers
 from pipestill.optim import OptimizerFactory
 
 MATH_FRACTION = 0.5
@@ -140,6 +139,8 @@ def estimate(
     """
     inputs, targets = (_formed(nest, machine.dtype) for nest in microbatch_of(inputs, targets, rows))
     blocks = task.student_blocks
+    with untouched(task), torch.device("meta"), WithoutNumbers(), torch.no_grad():
+        _call_once(task, inputs)
     with untouched(task), torch.device("meta"), WithoutNumbers(), counted_stashes(task) as stash:
 
         def done(what: str, block: int) -> None:
@@ -168,6 +169,13 @@ def estimate(
     if isinstance(task, Momentum):  # the teacher's update reads both models' weights and writes its own
         teacher = tuple(dataclasses.replace(b, update_seconds=machine.kernel_seconds(0, 3 * b.parameter_bytes)) for b in teacher)
     return dataclasses.replace(costs, teacher=teacher, link=machine.link, source=machine.describe())
+
+
+def _call_once(task: Task, inputs: Any) -> None:
+    """Call the first block of both models: some look at their model when inputs of such names come first."""
+    for role, model in (("teacher", task.teacher_blocks), ("student", task.student_blocks)):
+        if model is not None:
+            call_block(role, model, 0, view(task, inputs, 0))
 
 
 @contextmanager
@@ -212,53 +220,6 @@ _ALLOCATIONS = {
 def _read(tensor: Tensor) -> int:
     """The bytes that a kernel reads of a tensor; an expanded tensor lies in memory once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-class WithoutNumbers(TorchFunctionMode):
-    """A mode in which tensors without content answer for their numbers, and attention is done as GPUs do it.
-
-    A model that asks a tensor for a number gets 1, and False where it asks a question: a mask is taken to leave something
-    out. Attention is one kernel that keeps no matrix of weights (Rabe and Staats 2021; Dao et al. 2022, FlashAttention).
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call a function of PyTorch, or answer in its place."""
-        if func is F.scaled_dot_product_attention:
-            return _fused_attention(*args, **(kwargs or {}))
-        if func in _QUESTIONS and args[0].is_meta:
-            return _QUESTIONS[func]
-        return func(*args, **(kwargs or {}))
-
-
-_QUESTIONS: dict[Any, Any] = {
-    Tensor.__bool__: False, Tensor.__int__: 1, Tensor.__index__: 1, Tensor.__float__: 1.0, Tensor.item: 1,
-}  # fmt: skip
-
-
-def _fused_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention in one kernel, with the arguments of `F.scaled_dot_product_attention`."""
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = (tensor.repeat_interleave(groups, -3) for tensor in (key, value))
-    if attn_mask is not None:
-        full = (*query.shape[:-1], key.shape[-2])
-        attn_mask = attn_mask.to(query.dtype).expand(full)
-    trained = any(tensor.requires_grad for tensor in (query, key, value))
-    out: Tensor = torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, trained, dropout_p, is_causal, scale=scale
-    )[0]
-    return out
 
 
 def _formed(nest: Any, dtype: torch.dtype) -> Any:

@@ -46,5 +46,7 @@ def save_merged(model: Any, tokenizer: Any, directory: Path) -> None:
 
     A copy is merged, so the model is as it was.
     """
-    model.save_pretrained(directory.parent / "adapter")
+    adapter = directory.parent / "adapter"
+    adapter.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(adapter)
     save(copy.deepcopy(model).merge_and_unload(), tokenizer, directory)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import pipestill as ps
 from pipestill.errors import ModelError, UserError
+from pipestill.model.estimate import Machine, estimate, task_without_memory
 
 transformers = pytest.importorskip("transformers")
 
@@ -223,3 +224,27 @@ def test_a_layer_that_reads_what_another_layer_left_behind_is_named() -> None:
         ModelError, match=r"block 'model\.layers\.2' is the first that differs|cannot be cut at 'model\.layers\.2'"
     ):
         ps.BlockModel(Peeks(tiny(*LLAMA).config))
+
+
+def test_weights_may_change_their_type_after_the_cut() -> None:
+    model = tiny(*LLAMA).eval()
+    blocks = ps.BlockModel(model)
+    model.double()
+    with torch.no_grad():
+        value: Any = texts()
+        for block in blocks.blocks:
+            value = block.call(value)
+        assert torch.equal(value["logits"], outputs(model, texts()).logits)
+        assert value["logits"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("machine", ["a100", "h100:bf16"])
+def test_costs_are_computed_for_models_without_content(machine: str) -> None:
+    """The look at a model when inputs of other names come first is not counted as work of its embeddings."""
+    machine_ = Machine.parse(machine)
+    ids = torch.zeros(4, 10, dtype=torch.long)
+    task = task_without_memory(lambda: ps.Distillation(tiny(*LLAMA), tiny(*LLAMA), ps.losses.SoftTarget()), machine_.dtype)
+    inputs, targets = {"input_ids": ids, "position_ids": ids}, {"labels": ids}
+    costs = estimate(task, machine_, inputs, targets, rows=4, optimizer=lambda p: torch.optim.SGD(p.values(), lr=0.1))
+    embeddings, layer = costs.teacher[0].forward_seconds, costs.teacher[1].forward_seconds
+    assert 0 < embeddings < 5 * layer

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipestill.model.block import Block
@@ -74,9 +75,21 @@ class Replay:
 
     def __init__(self, model: nn.Module, sample: Any = None) -> None:
         check_config(model)
-        self._replayed = ReplayedModel(model, sample)
+        self._model = model
+        self._sample = sample
+        self._look()
+
+    def _look(self) -> None:
+        """Look at the model as its weights are now, and verify its blocks."""
+        self._dtype = self._weights_dtype
+        self._replayed = ReplayedModel(self._model, self._sample)
         self._facts: dict[tuple[str, ...], Facts] = {}
         self._facts_of(self._replayed.sample)
+
+    @property
+    def _weights_dtype(self) -> torch.dtype:
+        """The type of the model's weights, which placeholders have too."""
+        return next(self._model.parameters()).dtype
 
     def blocks(self) -> list[Block]:
         """List the blocks."""
@@ -93,6 +106,8 @@ class Replay:
 
     def run(self, blocks: range, value: Any, before: Callable[[int], None]) -> Any:
         """The value after consecutive blocks; `before(block)` is called just before each."""
+        if self._weights_dtype is not self._dtype:  # model.to(dtype) after the model was cut
+            self._look()
         replayed = self._replayed
         inputs = value["inputs"] if blocks.start else replayed.inputs_of(value)
         facts = self._facts_of(inputs)

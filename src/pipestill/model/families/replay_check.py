@@ -1,7 +1,7 @@
 """Verifies that a model's blocks, one after the other, give what its own forward gives, and refuses what they could not do."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError
 from pipestill.model.families.replay_layers import Layout
+from pipestill.model.without_numbers import WithoutNumbers
 
 _REFUSED = {
     "output_router_logits": "a loss of routers is over all layers, which lie in several stages",
@@ -41,12 +42,16 @@ def check_config(model: nn.Module) -> None:
 
 @contextmanager
 def quietly(model: nn.Module) -> Iterator[None]:
-    """Run the body in eval mode and without graphs, and leave modes, buffers and random numbers as they were."""
+    """Run the body in eval mode and without graphs, and leave modes, buffers and random numbers as they were.
+
+    A model without content, whose costs are computed, may ask its tensors for numbers (is a mask full?).
+    """
     modules = list(model.modules())
     modes = [module.training for module in modules]
     buffers = [{name: (b, None if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        without = any(parameter.is_meta for parameter in model.parameters())
+        with torch.random.fork_rng(), torch.no_grad(), WithoutNumbers() if without else nullcontext():
             torch.manual_seed(0)
             model.eval()
             yield

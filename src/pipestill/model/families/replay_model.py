@@ -77,9 +77,15 @@ class ReplayedModel:
         return {**inputs, **self._own_arguments}
 
     def beside_weights(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs where the model's weights are."""
-        device = next(self.model.parameters()).device
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        """Inputs where the model's weights are, and of their type where both are floating."""
+        weight = next(self.model.parameters())
+
+        def beside(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+
+        return {name: beside(value) for name, value in inputs.items()}
 
     def inputs_of(self, value: Any) -> dict[str, Any]:
         """A batch's inputs as the model's keyword arguments."""

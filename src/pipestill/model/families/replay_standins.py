@@ -54,7 +54,7 @@ class Outlines:
         """What the module would give, with `hole`s for tensors. It is run once for each form of its inputs."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         forms = tuple((tuple(a.shape), a.dtype) if isinstance(a, Tensor) else repr(a) for a in leaves)
-        key = (forms, torch.is_autocast_enabled(device.type))
+        key = (forms, device.type != "meta" and torch.is_autocast_enabled(device.type))
         if key not in self._known:
             if len(self._known) > 1000:
                 self._known.clear()

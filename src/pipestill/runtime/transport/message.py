@@ -16,7 +16,7 @@ _SHARED_BY_STAGES = (Lane.TEACHER, Lane.TOKEN, Lane.STATE)
 _SEGMENTS = 8  # 0, and 7 for the others in turn: a validation may never be taken for training
 _STEPS = 64  # more than are ever under way at once
 _MICROBATCHES = 1024  # and one for none
-_PARTS = 16  # tensors of a message; later ones keep their order behind those of the same tag
+_PARTS = 15  # tensors of a message; later ones keep their order behind those of the same tag
 _STAGE_STRIDE = 131  # spreads the microbatches of the stages that share a lane
 
 UNDER_WAY = 32
