@@ -98,5 +98,7 @@ def test_what_has_no_room_is_refused_by_name(examples: ps.data.Examples) -> None
         ps.data.PackCollator(10, PAD)([list(examples)])
     with pytest.raises(ps.UserError, match=r"pack them first: ps\.data\.Packed"):
         ps.data.PackCollator(10, PAD)(list(examples))  # type: ignore[arg-type]
+    with pytest.raises(ps.UserError, match=r"expected examples, one a row.*ps\.data\.PackCollator"):
+        ps.data.PadCollator(PAD)([ps.data.Packed(examples, 100)[0]])  # type: ignore[list-item]
     with pytest.raises(ps.UserError, match="pad is -1; .*side is 'both'"):
         ps.data.PadCollator(-1, side="both")  # type: ignore[arg-type]

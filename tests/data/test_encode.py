@@ -74,6 +74,8 @@ def test_a_template_that_forgets_is_refused_with_the_token_that_differs() -> Non
         ({"messages": [{"role": "user"}]}, "no 'content' in message 0"),
         ({"prompt": "x", "completion": ""}, "has completion ''"),
         ({"text": 3}, "has text 3"),
+        ({"text": "ab\ud83d"}, r"has text with half of a surrogate pair \(\\ud83d at character 2\)"),
+        ({"prompt": "\udc00", "completion": "x"}, "has prompt with half of a surrogate pair"),
         ({"question": "x"}, "has the fields 'question'"),
     ],
 )

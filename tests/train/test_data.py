@@ -9,7 +9,7 @@ import torch
 from support.cases import Refilled
 from support.models import Stream, vectors
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 
 from pipestill.errors import DataError
 from pipestill.runtime.batch import Batch
@@ -211,3 +211,19 @@ def test_sample() -> None:
     inputs, targets = sample(Batch(5, 0, False, {"x": torch.arange(5)}, torch.arange(5)))
     assert inputs["x"].tolist() == targets.tolist() == [0, 1, 2]
     assert sample(Batch(2, 0, False, torch.arange(2)))[0].tolist() == [0, 1]
+
+
+class Damaged(Dataset[Tensor]):
+    """A data set of which nothing can be read."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        raise DataError("train.jsonl:7 is no JSON")
+
+
+def test_what_a_worker_of_the_loader_refuses_is_one_message() -> None:
+    with pytest.raises(DataError) as caught:
+        read(DataLoader(Damaged(), num_workers=1))
+    assert str(caught.value) == "train.jsonl:7 is no JSON"

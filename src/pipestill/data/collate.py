@@ -54,8 +54,13 @@ class PadCollator:
             examples: one a row.
 
         Raises:
-            DataError: one is longer than `length`.
+            DataError: one is longer than `length`, or is no example.
         """
+        if wrong := [example for example in examples if not isinstance(example, Example)]:
+            raise DataError(
+                f"the rows to pad are {shown(wrong[0])}; expected examples, one a row, as ps.data.tokenize makes them "
+                "(rows of several are for ps.data.PackCollator)"
+            )
         longest = max(map(len, examples))
         length = self.length or -(-longest // self.multiple_of) * self.multiple_of
         _check_room([(example.place, len(example)) for example in examples], length)

@@ -62,7 +62,7 @@ class Encoder:
         if "prompt" in fields and "completion" in fields:
             prompt, completion = fields["prompt"], fields["completion"]
             if isinstance(prompt, str) and isinstance(completion, str):
-                return self._prompted(prompt, completion)
+                return self._prompted(_unicode("prompt", prompt), _string("completion", completion))
             before = _messages("prompt", prompt)
             return self._chat([*before, *_messages("completion", completion)], len(before), fields)
         if "text" in fields:
@@ -76,7 +76,6 @@ class Encoder:
 
     def _prompted(self, prompt: str, completion: str) -> Encoding:
         """Count the tokens that hold a character of the completion, and what the tokenizer adds after them."""
-        _string("completion", completion)
         pieces = self._pieces(prompt + completion, boundary=len(prompt))
         last = max((i for i, added in enumerate(pieces.added) if not added), default=-1)
         counted = [
@@ -129,7 +128,17 @@ def _unbounded(tokenizer: Any) -> Any:
 def _string(name: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise DataError(f"has {name} {shown(value)}; expected text that is not empty")
-    return value
+    return _unicode(name, value)
+
+
+def _unicode(name: str, text: str) -> str:
+    """The text, unless it holds halves of surrogate pairs, which JSON can write and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x} at character {error.start}"
+        raise DataError(f"has {name} with half of a surrogate pair ({found}), which is no text; mend or remove it") from None
+    return text
 
 
 def _messages(name: str, value: object) -> Sequence[Mapping[str, Any]]:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from pipestill.arguments import shown
-from pipestill.errors import DataError, PipestillError
+from pipestill.errors import DataError, PipestillError, UserError
 from pipestill.losses.targets import IGNORED
 from pipestill.model.nests import copied, describe, distinct_tensors, num_rows, rows_of
 from pipestill.model.pipeline_contracts import length_of
@@ -30,6 +30,15 @@ SplitBatch = Callable[[Any], tuple[Any, Any]]
 
 class LoaderError(PipestillError):
     """The user's loader raised an exception."""
+
+
+def _without_traceback(error: PipestillError) -> PipestillError:
+    """The error with its own message, where a DataLoader's worker put the text of a traceback before it."""
+    text, kind = str(error), type(error)
+    _, found, message = text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
+    if not (found and isinstance(error, UserError) and text.startswith(f"Caught {kind.__name__} in DataLoader worker")):
+        return error
+    return kind(message.strip())
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
@@ -156,7 +165,7 @@ class Reader:
                     return
             self._put(None)
         except PipestillError as error:
-            self._put(error)
+            self._put(_without_traceback(error))
         except BaseException as error:
             where = "".join(traceback.format_tb(error.__traceback__)[-1:]).strip().replace("\n", " ")
             wrapped = LoaderError(f"the loader failed: {type(error).__name__}: {error} ({where})")
