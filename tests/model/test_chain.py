@@ -70,3 +70,14 @@ def test_a_forward_with_other_arguments_is_not_compared() -> None:
     for forward in (lambda tokens: tokens.sum(), lambda tokens, more: tokens):
         task.student.forward = forward
         dry_run(task, IDS, None)
+
+
+def test_packed_sequences_are_compared_as_training_runs_them() -> None:
+    """With a cache, which a forward of transformers makes by itself, packed examples would attend to each other."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, **sizes))
+    positions = torch.tensor([0, 1, 2, 0, 1, 2]).expand(3, -1)
+    task = ps.Supervised(model, ps.losses.cross_entropy)
+    dry_run(task, {"input_ids": IDS["input_ids"], "position_ids": positions}, IDS["input_ids"])
+    assert model.config.use_cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -221,10 +220,8 @@ class FakeLora(torch.nn.Module):
 
 
 def test_lora_is_made_by_peft_and_saved_merged(small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(
-        LoraConfig=lambda **options: options, get_peft_model=FakeLora, __spec__=ModuleSpec("peft", None)
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "peft", fake)  # type: ignore[arg-type]
+    fake = SimpleNamespace(LoraConfig=lambda **options: options, get_peft_model=FakeLora)
+    monkeypatch.setattr("pipestill.recipes.lora.needed", lambda *given: fake)
     folder = saved(tmp_path / "student", 2, 16)
     recipe = CausalLm(
         **{**TINY, "student_sizes": None}, student_model=folder, data=small, lora_rank=4, lora_targets="q_proj,v_proj"
@@ -305,9 +302,9 @@ def test_models_that_do_not_fit_are_refused_before_training(small: str, tmp_path
 
 def test_data_of_which_nothing_counts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty.jsonl"
-    path.write_text("\n".join([json.dumps({"text": "a"})] * 3))
-    with pytest.raises(DataError, match="nothing is left to train on"):
-        CausalLm(**{**TINY, "truncate": "drop", "max_length": 2}, data=str(path)).workload(0)
+    path.write_text("\n".join([json.dumps({"text": "wxyz"})] * 3))
+    with pytest.raises(DataError, match="of which 2 records are to train on: no example is left"):
+        CausalLm(**{**TINY, "vocab_size": 261, "truncate": "drop", "max_length": 2}, data=str(path)).workload(0)
 
 
 def test_a_folder_is_no_file_of_weights(small: str, tmp_path: Path) -> None:

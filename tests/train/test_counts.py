@@ -137,7 +137,7 @@ def test_a_batch_without_labels_trains_on_and_is_told_once() -> None:
     trainer = ps.Trainer(task, strategy="reference", microbatches=3, device="cpu", log_every=1, callbacks=[listener])
     with pytest.warns(UserWarning, match=r"nothing counts in batch 1 .*: soft_target, cross_entropy of the loss are") as warned:
         trainer.fit(batches)
-    assert len(warned) == 1
+    assert len([one for one in warned if "nothing counts" in str(one.message)]) == 1
     assert [step["loss"] > 0 for step in listener.steps] == [True, False, False, True]
     assert all(p.isfinite().all() for p in task.student.parameters())
 

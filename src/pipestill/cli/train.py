@@ -111,8 +111,9 @@ def show(summary: dict[str, Any], directory: RunDirectory, console: Console) -> 
     table = Table(title=f"{summary['recipe']}: on data that no model was trained on", title_justify="left")
     table.add_column("model")
     table.add_column("parameters", justify="right")
+    prefix = "test " if len(names) <= 3 else ""  # so that models have room at 80 columns
     for name in names:
-        table.add_column(f"test {name.replace('_', ' ')}", justify="right")
+        table.add_column(prefix + name.replace("_", " "), justify="right")
     for title, key in rows:
         parameters = metrics["parameters"]["teacher" if key in ("teacher", "untrained") else "student"]
         shown = "" if key == "random_paths" else f"{parameters:,}"

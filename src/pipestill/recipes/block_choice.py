@@ -31,7 +31,7 @@ class Scored:
     """KL(teacher, teacher with this candidate in its place), the mean over the tokens that count."""
 
     def cost(self, budget_of: str) -> float:
-        """What it takes of a budget of `parameters` or `seconds`."""
+        """The candidate's part of a budget of `parameters` or `seconds`."""
         return float(getattr(self, budget_of))
 
 

@@ -159,17 +159,15 @@ def strings(records: Records) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4)
 def examples(texts: Texts, tokenizer: Any, max_length: int, truncate: Truncation, answers: Literal["all", "last"]) -> Split:
-    """Tokenize; `DataError` where nothing is left to train on or to test with."""
+    """Tokenize; `DataError` where records are wrong, or nothing is left to train on or to test with."""
     options = {"max_length": max_length, "truncate": truncate, "answers": answers}
-    train, test = (data.tokenize(records, tokenizer, **options) for records in (texts.train, texts.test))
-    problems = [
-        f"nothing is left to {what} ({' '.join(part.counts.summary().split())})"
-        for part, what in ((train, "train on"), (test, "test with"))
-        if not len(part)
-    ]
-    if problems:
-        raise DataError(f"{texts.name}: {'; '.join(problems)}; give more text, or a larger max_length")
-    return Split(train, test)
+    parts = []
+    for what, records in (("train on", texts.train), ("test with", texts.test)):
+        try:
+            parts.append(data.tokenize(records, tokenizer, **options))
+        except DataError as error:
+            raise DataError(f"{texts.name}, of which {len(records)} records are to {what}: {error}") from None
+    return Split(*parts)
 
 
 @dataclass(frozen=True)

@@ -72,18 +72,19 @@ class CausalLm:
         student_model: directory or hub name of the student; a directory that has a config and no weights gives random ones
         data: JSON lines of text, of prompts with completions or of chats; a text file, a folder of .txt files, or a dataset
             saved with save_to_disk (default: the language reference of Python)
-        validation: data to test with, of the same forms (default: the dataset's own split, else a tenth of the data)
+        validation: data to test with, in any form that data may have (default: the dataset's own split, else a tenth of the data)
         tokenizer: directory or hub name of a tokenizer, or a tokenizer.json (default: the teacher_model's, else the
             student_model's, else one trained on the data)
         vocab_size: tokens that a teacher made here knows, and the most that a tokenizer trained here may have
         vocabulary: logits that are compared, the first ones (default: as many as the tokenizer has words, where one of two given
             models has more)
         max_length: most tokens of an example, and the tokens of a packed row
-        truncate: what is done with longer examples: split them into several, cut off their end or start, drop or refuse them
+        truncate: split longer examples into several, cut off their end or start, drop or refuse them
         answers: which answers of a chat count
         packing: put several examples into one row, of which none attends to another; else rows are padded to similar lengths
         teacher_sizes: layers, width, attention heads, heads of keys and values, and units of the MLP of a teacher made here
-        student_sizes: the same of a student made here, a Llama of random weights
+        student_sizes: layers, width, attention heads, heads of keys and values, and units of the MLP of a student made here, a Llama
+            of random weights
         student_layers: make the student of this many of the teacher's layers and of its other weights (default with a
             teacher_model: half of its layers). The student without a teacher starts from random weights
         loss: divergence of the two models' logits

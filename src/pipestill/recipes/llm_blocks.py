@@ -48,18 +48,18 @@ class LlmBlocks:
         teacher_sizes: layers, width, attention heads, heads of keys and values, and units of the MLP of a teacher made here
         data: JSON lines, a text file, a folder of .txt files, or a dataset saved with save_to_disk (default: the language
             reference of Python)
-        validation: data to test with, of the same forms (default: the dataset's own split, else a tenth of the data)
+        validation: data to test with, in any form that data may have (default: the dataset's own split, else a tenth of the data)
         tokenizer: directory or hub name of a tokenizer, or a tokenizer.json (default: the teacher_model's, else one trained on
             the data)
         vocab_size: tokens that a teacher made here knows, and the most that a tokenizer trained here may have
         max_length: tokens of a packed row
         blocks: make one block of a layer's attention and one of its MLP (halves), or one of each layer
-        attention: what may replace an attention: linear, grouped-N (N heads of keys and values) or skip, with commas between;
-            none leaves all as they are
-        mlp: what may replace an MLP: 1/N (one of N units) or skip, with commas between; none leaves all as they are
+        attention: replacements of an attention, with commas between: linear, grouped-N (N heads of keys and values) or skip; none
+            leaves all as they are
+        mlp: replacements of an MLP, with commas between: 1/N (one of N units) or skip; none leaves all as they are
         block_loss: loss of each block's hidden states: mean squared error, that relative to the teacher's, or 1 - cosine
         budget: most that the chosen blocks may cost, as a fraction of the teacher's
-        budget_of: what a block costs: its parameters, or the seconds of its forward
+        budget_of: measure of a block's cost: its parameters, or the seconds of its forward
         score_rows: rows of the training data on which candidates are scored
         temperature: temperature T that softens the logits of both models in the fine-tuning
         kd_ratio: weight of KL(teacher, student) in the fine-tuning; the cross entropy with the labels weighs the rest
@@ -90,7 +90,7 @@ class LlmBlocks:
     attention: str = "linear,grouped-1"
     mlp: str = "1/2,1/4"
     block_loss: Literal["mse", "normalised", "cosine"] = "normalised"
-    budget: float = 0.6
+    budget: float = 0.5
     budget_of: Literal["parameters", "seconds"] = "parameters"
     score_rows: int = 64
     temperature: float = 1.0

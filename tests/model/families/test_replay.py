@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -248,3 +249,22 @@ def test_costs_are_computed_for_models_without_content(machine: str) -> None:
     costs = estimate(task, machine_, inputs, targets, rows=4, optimizer=lambda p: torch.optim.SGD(p.values(), lr=0.1))
     embeddings, layer = costs.teacher[0].forward_seconds, costs.teacher[1].forward_seconds
     assert 0 < embeddings < 5 * layer
+
+
+def test_a_forward_inside_a_context_manager_is_replayed() -> None:
+    """The end of a replay passes it, as peft's does around every forward."""
+
+    @contextmanager
+    def entered() -> Iterator[None]:
+        yield
+
+    class Within(transformers.LlamaForCausalLM):  # type: ignore[misc, name-defined]
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            with entered():
+                return super().forward(input_ids, attention_mask, use_cache=False).logits
+
+    model = Within(tiny(*LLAMA).config).eval()
+    blocks, value = ps.BlockModel(model), texts()
+    for block in blocks.blocks:
+        value = block.call(value)
+    assert torch.equal(value, model(**texts()))  # type: ignore[arg-type]
