@@ -83,8 +83,8 @@ class CausalLm:
         answers: which answers of a chat count
         packing: put several examples into one row, of which none attends to another; else rows are padded to similar lengths
         teacher_sizes: layers, width, attention heads, heads of keys and values, and units of the MLP of a teacher made here
-        student_sizes: layers, width, attention heads, heads of keys and values, and units of the MLP of a student made here, a Llama
-            of random weights
+        student_sizes: layers, width, attention heads, heads of keys and values, and units of the MLP of a student made here, a
+            Llama of random weights
         student_layers: make the student of this many of the teacher's layers and of its other weights (default with a
             teacher_model: half of its layers). The student without a teacher starts from random weights
         loss: divergence of the two models' logits
