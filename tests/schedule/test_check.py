@@ -224,7 +224,7 @@ def test_teacher_that_moves_before_the_student() -> None:
     st.sampled_from(sorted(VALID)),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 999), st.integers(0, 999)), min_size=1, max_size=4),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_random_swaps_are_refused_or_still_run(name: str, swaps: list[tuple[int, int, int]]) -> None:
     schedule = VALID[name]
     for rank, i, j in swaps:
@@ -235,7 +235,7 @@ def test_random_swaps_are_refused_or_still_run(name: str, swaps: list[tuple[int,
 
 
 @given(st.sampled_from(sorted(VALID)), st.integers(0, 999), st.integers(-3, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_action_moved_in_its_row_is_refused_or_still_runs(name: str, which: int, by: int) -> None:
     schedule = VALID[name]
     everything = list(places(schedule))

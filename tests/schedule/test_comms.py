@@ -44,7 +44,7 @@ def test_a_result_goes_once_to_each_rank_that_needs_it() -> None:
 
 
 @given(schedules())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_work_keeps_its_order(schedule: Schedule) -> None:
     """The pass adds and moves nothing else: taking its work out and putting it through again gives the same."""
     work = [[a for a in row if a.computes and a.op is not Op.DATA] for row in schedule.rows]
@@ -53,7 +53,7 @@ def test_work_keeps_its_order(schedule: Schedule) -> None:
 
 
 @given(schedules())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_every_crossing_once(schedule: Schedule) -> None:
     transfers = [(rank, a) for rank, row in enumerate(schedule.rows) for a in row if not a.computes]
     for payload, source, destination in crossings(schedule.structure):
@@ -63,7 +63,7 @@ def test_every_crossing_once(schedule: Schedule) -> None:
 
 
 @given(schedules())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_sends_follow_their_work(schedule: Schedule) -> None:
     for row in schedule.rows:
         for before, action in pairwise(row):
@@ -72,7 +72,7 @@ def test_sends_follow_their_work(schedule: Schedule) -> None:
 
 
 @given(schedules())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_data_is_read_before_anything_of_its_step(schedule: Schedule) -> None:
     """And at the head of every row, so that sizes of buffers are known."""
     for row in schedule.rows:
@@ -82,13 +82,13 @@ def test_data_is_read_before_anything_of_its_step(schedule: Schedule) -> None:
 
 
 @given(schedules())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_never_stuck_on_any_transport(schedule: Schedule) -> None:
     assert never_stuck(schedule)
 
 
 @given(schedules())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_receives_are_posted_before_the_work_that_needs_them(schedule: Schedule) -> None:
     for rank, row in enumerate(schedule.unroll(3)):
         posted = set[Action]()

@@ -102,7 +102,7 @@ def shuffled(draw: st.DrawFn) -> Schedule:
 
 
 @given(shuffled())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_never_stuck_says_what_a_long_run_would_show(schedule: Schedule) -> None:
     long = 3 + 2 * schedule.structure.num_ranks * (schedule.lookahead + 1)
     stuck = deadlock(schedule.unroll(long), schedule.structure, rendezvous=True)

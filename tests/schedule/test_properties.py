@@ -31,7 +31,7 @@ def costs_for(data: st.DataObject, task: Task, link: bool = False) -> StageCosts
 
 
 @given(st.data(), tasks(most_units=8))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_every_schedule_is_valid_and_its_trace_possible(data: st.DataObject, task: Task) -> None:
     costs = costs_for(data, task, link=True)
     schedule = task.schedule(costs)
@@ -109,7 +109,7 @@ def assert_within_limits(trace: Trace, schedule: Schedule, costs: StageCosts) ->
 
 
 @given(st.data(), tasks(["fill"], most_units=8))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_fill_is_never_slower_than_teacher_first(data: st.DataObject, task: Task) -> None:
     """With the knobs as they are: with others, 1F1B's order is none of its schedules."""
     costs = costs_for(data, task, link=True)
@@ -119,7 +119,7 @@ def test_fill_is_never_slower_than_teacher_first(data: st.DataObject, task: Task
 
 
 @given(st.data(), tasks(["fill"], most_units=8), st.integers(-2, 12))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_fill_respects_run_ahead_or_says_that_it_cannot(data: st.DataObject, task: Task, run_ahead: int) -> None:
     """One unit is enough, but a stale teacher is ahead by a step at the least."""
     costs = costs_for(data, task)
@@ -135,7 +135,7 @@ def test_fill_respects_run_ahead_or_says_that_it_cannot(data: st.DataObject, tas
 
 
 @given(tasks(most_units=6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_generators_are_pure(task: Task) -> None:
     """Every rank derives the plan by itself: the same question has the same answer."""
     made = [task.schedule() for _ in range(2)]
@@ -147,7 +147,7 @@ def test_generators_are_pure(task: Task) -> None:
 
 
 @given(st.data(), tasks(most_stages=3, most_units=6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_lost_and_repeated_work_is_refused(data: st.DataObject, task: Task) -> None:
     schedule = task.schedule()
     rank, i, action = data.draw(st.sampled_from(list(places(schedule))))
@@ -158,7 +158,7 @@ def test_lost_and_repeated_work_is_refused(data: st.DataObject, task: Task) -> N
 
 
 @given(st.data(), tasks(most_stages=3, most_units=6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_update_or_weight_gradient_of_another_step_is_refused(data: st.DataObject, task: Task) -> None:
     """Each of them waits, or is waited for, for ever; or some weights have another version."""
     schedule = task.schedule()
@@ -173,7 +173,7 @@ def test_update_or_weight_gradient_of_another_step_is_refused(data: st.DataObjec
 
 
 @given(st.data(), tasks(most_stages=3, most_units=6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_swapped_actions_are_refused_or_still_run(data: st.DataObject, task: Task) -> None:
     """What is not refused does all its work, at the declared versions, within the declared memory."""
     schedule = task.schedule()

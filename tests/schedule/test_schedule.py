@@ -33,7 +33,7 @@ def test_unrolled_rows_leave_out_steps_before_the_first_and_after_the_last() -> 
 
 
 @given(schedules(), st.integers(0, 5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_unrolled_rows_hold_every_work_of_every_step(schedule: Schedule, num_steps: int) -> None:
     done = [a for row in schedule.unroll(num_steps) for a in row if a.computes]
     assert len(done) == len(set(done))
@@ -64,7 +64,7 @@ def test_work_of_a_step_before_its_period_is_refused() -> None:
 
 
 @given(schedules())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_text_round_trip(schedule: Schedule) -> None:
     assert Schedule.from_text(schedule.to_text(), *KINDS) == schedule
 
@@ -135,7 +135,7 @@ def test_text_of_everything_else() -> None:
 
 
 @given(schedules(), st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_text_without_one_of_its_lines(schedule: Schedule, data: st.DataObject) -> None:
     lines = [line for line in schedule.to_text().splitlines() if not line.startswith("features:")]  # which may be left out
     gone = lines.pop(data.draw(st.integers(0, len(lines) - 1)))

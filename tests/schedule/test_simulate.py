@@ -260,7 +260,7 @@ def test_a_deadlock_is_an_error_and_not_an_endless_loop() -> None:
 
 
 @given(st.floats(1e-6, 1e6), st.sampled_from(["sequential", "gpipe", "1f1b"]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_time_has_no_unit(scale: float, strategy: str) -> None:
     """Seconds or microseconds: the same picture."""
 

@@ -67,7 +67,8 @@ class Case:
         torch.rand(devices)
         listener = Listener()
         options: dict[str, Any] = {"lr": 0.05, "microbatches": 3, "log_every": 1, "costs": unit_costs(task)}
-        options |= {"device": "cpu", "timeout_seconds": 60.0, "callbacks": [listener], **self.trainer, **knobs}
+        options |= {"device": "cpu", "timeout_seconds": 60.0, "callbacks": [listener], "first_look": False}
+        options |= {**self.trainer, **knobs}
         trainer = ps.Trainer(task, strategy=strategy, devices=devices, **options)
         result = trainer.fit(self.loader(), validate=self.validate() if self.validate else None, **self.fit)
         state = state_of(task)

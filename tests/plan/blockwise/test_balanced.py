@@ -39,7 +39,7 @@ def seconds_per_batch(costs: BlockwiseCosts, num_ranks: int) -> float:
 
 
 @given(st.data(), profiles(), st.integers(1, 4), st.integers(1, 40), st.booleans())
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_never_slower_than_hybrid_nor_faster_than_the_limit(
     data: st.DataObject, profile: BlockProfile, devices: int, batch: int, unequal: bool
 ) -> None:
@@ -53,7 +53,7 @@ def test_never_slower_than_hybrid_nor_faster_than_the_limit(
 
 
 @given(st.data(), profiles(memory=True), st.integers(1, 4), st.integers(1, 40))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_memory_is_kept(data: st.DataObject, profile: BlockProfile, devices: int, batch: int) -> None:
     """What a window buffers counts."""
     costs = BlockwiseCosts(profile, batch)

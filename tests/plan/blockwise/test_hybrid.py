@@ -104,7 +104,7 @@ def test_every_small_size(num_blocks: int, devices: int) -> None:
 
 
 @given(st.data(), profiles(memory=True), st.integers(1, 10), st.integers(1, 40))
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_no_cut_relays_better(data: st.DataObject, profile: BlockProfile, devices: int, batch: int) -> None:
     pace = data.draw(st.lists(speeds, min_size=devices, max_size=devices))
     num_blocks = len(profile.blocks)

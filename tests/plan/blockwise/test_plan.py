@@ -55,7 +55,7 @@ def test_ideal_of_the_four_tables(name: str) -> None:
 
 
 @given(st.data(), profiles(memory=True), st.integers(1, 4), st.integers(1, 40))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_every_plan_is_proved_and_keeps_to_limits(data: st.DataObject, profile: BlockProfile, devices: int, batch: int) -> None:
     pace = data.draw(st.none() | st.lists(speeds, min_size=devices, max_size=devices))
     for strategy in sorted(BLOCKWISE_STRATEGIES.keys() - {"balanced"}):  # whose properties are tested with it
@@ -72,7 +72,7 @@ def test_every_plan_is_proved_and_keeps_to_limits(data: st.DataObject, profile: 
 
 
 @given(profiles(), st.integers(1, 4), st.integers(1, 40))
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_baselines_take_what_the_cost_model_says(profile: BlockProfile, devices: int, batch: int) -> None:
     dp, taken = plans_of(profile, devices, batch, "dp", "ls")
     assert dp.seconds_per_batch == pytest.approx(dp_seconds(profile, batch, devices), abs=1e-9)

@@ -127,14 +127,14 @@ def test_unequal_rows() -> None:
 
 
 @given(block_schedules)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_every_schedule_is_proved(schedule: Schedule) -> None:
     proof = check(schedule)
     assert (proof.problems, proof.staleness, len(proof.stash_peak)) == ((), 0, schedule.structure.num_ranks)
 
 
 @given(st.data(), block_schedules)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_simulation_does_every_work_once_and_after_its_needs(data: st.DataObject, schedule: Schedule) -> None:
     """What another rank computes takes its time to arrive; a collective begins when its last rank is there."""
     structure, costs, num_steps = schedule.structure, data.draw(costs_of(schedule)), 3 + schedule.lookahead
@@ -182,7 +182,7 @@ def tampered(draw: st.DrawFn, schedule: Schedule) -> tuple[Schedule, int, Action
 
 
 @given(st.data(), block_schedules)
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 def test_tampered_schedules_are_refused_or_still_run(data: st.DataObject, schedule: Schedule) -> None:
     changed, _, _ = data.draw(tampered(schedule))
     try:
@@ -196,7 +196,7 @@ def test_tampered_schedules_are_refused_or_still_run(data: st.DataObject, schedu
 
 
 @given(st.data(), block_schedules)
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 def test_what_is_missing_or_doubled_is_named(data: st.DataObject, schedule: Schedule) -> None:
     rank, i, action = data.draw(st.sampled_from(list(places(schedule))))
     row = schedule.rows[rank]

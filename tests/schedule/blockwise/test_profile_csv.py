@@ -23,7 +23,7 @@ def measured_blocks(draw: st.DrawFn) -> tuple[BlockTimes, ...]:
 
 
 @given(measured_blocks())
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_saved_profile_loads_equal(tmp_path: Path, blocks: tuple[BlockTimes, ...]) -> None:
     BlockProfile(blocks).save(tmp_path / "blocks.csv")
     assert BlockProfile.load(tmp_path / "blocks.csv").blocks == blocks

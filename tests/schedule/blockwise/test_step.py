@@ -42,7 +42,7 @@ def test_relays_between_groups_of_any_two_sizes_are_the_identity_on_rows(first: 
 
 
 @given(sliced_schedules())
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 def test_all_rows_that_work_takes_are_there_once(schedule: Schedule) -> None:
     """Each comes from the rank itself, or with a relay that brings it."""
     structure = schedule.structure

@@ -31,7 +31,7 @@ from pipestill.schedule.structure import lane, needs
 
 
 @given(block_schedules)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_every_block_ends_its_batch_on_the_ranks_that_share_it(schedule: Schedule) -> None:
     structure = schedule.structure
     for action in structure.actions():
@@ -55,7 +55,7 @@ def test_relay_with_a_barrier_waits_for_all_updates_of_the_step_before() -> None
 
 
 @given(sliced_schedules())
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_work_needs_no_sender_that_runs_further_ahead_than_the_bound(schedule: Schedule) -> None:
     """A teacher's forward whose output leaves its rank waits for the receipts of `ahead` + 1 steps before."""
     structure = schedule.structure
@@ -66,7 +66,7 @@ def test_work_needs_no_sender_that_runs_further_ahead_than_the_bound(schedule: S
 
 
 @given(block_schedules)
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=10)
 def test_transfers_of_one_result_share_a_lane_at_both_ends(schedule: Schedule) -> None:
     structure = schedule.structure
     for rank, row in enumerate(schedule.rows):
@@ -79,7 +79,7 @@ def test_transfers_of_one_result_share_a_lane_at_both_ends(schedule: Schedule) -
 
 
 @given(block_schedules)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_text_round_trip(schedule: Schedule) -> None:
     assert Schedule.from_text(schedule.to_text(), *KINDS) == schedule
 
@@ -205,7 +205,7 @@ def test_seconds_of_a_block_that_moves(state: int, moved: int) -> None:
 
 
 @given(st.data(), groups())
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 def test_tokens_take_a_latency(data: st.DataObject, held: list[tuple[range, tuple[int, ...]]]) -> None:
     schedule = staged("relay", held, barrier=True)
     costs = data.draw(costs_of(schedule))
@@ -217,7 +217,7 @@ def test_tokens_take_a_latency(data: st.DataObject, held: list[tuple[range, tupl
 
 
 @given(st.data(), groups())
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_stages_take_what_the_cost_model_says(data: st.DataObject, held: list[tuple[range, tuple[int, ...]]]) -> None:
     """Relays and updates apart: a simulated step is never longer than the slowest stage, nor shorter than its work."""
     num_blocks = held[-1][0].stop

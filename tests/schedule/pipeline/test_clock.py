@@ -17,7 +17,7 @@ COSTS = uniform(2, 1, 1, 2)
 
 
 @given(st.data(), tasks(["gpipe", "1f1b", "tspipe"], most_units=6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_clock_agrees_with_the_simulator(data: st.DataObject, task: Task) -> None:
     """Where ranks do not disturb each other and links have room for all."""
     costs = replace(data.draw(stage_costs(task.num_stages, task.asked["views"])), link=Link(latency_seconds=0.5))

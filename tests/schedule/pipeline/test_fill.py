@@ -52,7 +52,7 @@ def test_fill_of_a_stale_momentum_teacher() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.sampled_from([1.0, 2.0, 3.0]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_fill_reaches_the_limit_of_equal_stages(n: int, m: int, b: float) -> None:
     """Nothing but the work of a rank, or the student's own path, bounds a step (docs/schedules.md).
 

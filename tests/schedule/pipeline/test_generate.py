@@ -40,7 +40,7 @@ seconds = st.floats(0.1, 10.0)
 
 @pytest.mark.parametrize("strategy", ["gpipe", "1f1b", "fill"])
 @given(*sizes, seconds, seconds)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_bubble_of_the_student_alone(strategy: str, n: int, m: int, f: float, b: float) -> None:
     """(n-1) / (M+n-1): GPipe, Huang et al. 2019, section 2.3; the same for 1F1B, Narayanan et al. 2021, section 2.2."""
     costs = uniform(n, 0.0, f, b)
@@ -50,7 +50,7 @@ def test_bubble_of_the_student_alone(strategy: str, n: int, m: int, f: float, b:
 
 @pytest.mark.parametrize("strategy", ["gpipe", "1f1b"])
 @given(*sizes, st.floats(0.0, 1.0), seconds, seconds)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_bubble_of_teacher_first(strategy: str, n: int, m: int, share: float, f: float, b: float) -> None:
     """While a teacher forward is no longer than the student's, the student never waits for it on later ranks."""
     t = share * f
@@ -63,7 +63,7 @@ def test_bubble_of_teacher_first(strategy: str, n: int, m: int, share: float, f:
 
 @pytest.mark.parametrize("strategy", ["gpipe", "1f1b"])
 @given(*sizes, st.floats(1.0, 5.0), seconds, seconds)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_step_of_teacher_first_with_a_longer_teacher(strategy: str, n: int, m: int, times: float, f: float, b: float) -> None:
     """A teacher that is slower than the student's forward keeps the last rank waiting by (n-1)(t-f)."""
     t = times * f
@@ -74,7 +74,7 @@ def test_step_of_teacher_first_with_a_longer_teacher(strategy: str, n: int, m: i
 @pytest.mark.parametrize("batch_loss", [False, True])
 @pytest.mark.parametrize("strategy", ["gpipe", "1f1b"])
 @given(*sizes, st.floats(0.0, 1.0), seconds, seconds, seconds)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_step_of_teacher_first_with_momentum(
     strategy: str, batch_loss: bool, n: int, m: int, share: float, f: float, b: float, end: float
 ) -> None:

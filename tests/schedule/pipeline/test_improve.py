@@ -84,7 +84,7 @@ def test_gradient_of_weights_stays_between_its_backward_and_the_update() -> None
 
 
 @given(tasks(["gpipe", "1f1b"], most_stages=3, most_units=6))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_improved_rows_are_valid_and_no_slower(task: Task) -> None:
     """Of a student alone, whose backwards are cut in two: its work keeps its order, and so do its gradients of weights."""
     task = replace(task, asked={**task.asked, "teacher": False, "momentum": False})

@@ -11,7 +11,7 @@ from pipestill.schedule.simulate import simulate
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.lists(st.floats(0.1, 10.0), min_size=15, max_size=15))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_sequential_keeps_one_device_busy(n: int, m: int, s: list[float]) -> None:
     """However unequal the stages are, whether the teacher moves or not, in one view or two."""
     costs = StageCosts(tuple(s[:n]), tuple(s[5 : 5 + n]), (0.0,) * n, tuple(s[10 : 10 + n]), views=(1.0, 0.5))
