@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from support.fits import Listener, unit_costs
 from torch import Tensor
 
 import pipestill as ps
+from pipestill.errors import DataError
 from pipestill.losses import LogitLoss
 
 ALL: list[LogitLoss] = [
@@ -281,3 +283,20 @@ def test_a_pipeline_trains_as_the_formula_of_trl_does(beta: float, fuse_heads: b
     options = {"optimizer": torch.optim.AdamW, "lr": 0.1, "log_every": 1, "costs": unit_costs(task), "device": "cpu"}
     ps.Trainer(task, microbatches=3, devices=2, callbacks=[listener], **options).fit(batches)
     assert [step["loss"] for step in listener.steps] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"label": torch.zeros(2, 3, dtype=torch.int64)}, "mapping of 'label'; expected one with 'labels'"),
+        ({"tokens": torch.ones(2, 3)}, "expected one with 'labels', or a loss with cross_entropy=0"),
+        ({"labels": torch.zeros(2, 3, dtype=torch.int64), "tokens": -torch.ones(2, 3)}, "a negative number or NaN"),
+        ({"labels": torch.zeros(2, 3, dtype=torch.int64), "tokens": torch.full((2, 3), math.nan)}, "a negative number or NaN"),
+    ],
+)
+def test_a_target_that_says_nothing_of_its_tokens_is_refused(target: Any, message: str) -> None:
+    """A misspelt key made a mean over padding, without labels, and nothing was said."""
+    logits = torch.randn(2, 3, 5)
+    for use in (lambda loss: loss.counts(target), lambda loss: loss(logits, logits, target)):
+        with pytest.raises(DataError, match=message):
+            use(ps.losses.SoftTarget())

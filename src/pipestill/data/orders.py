@@ -19,7 +19,23 @@ def generator(seed: int, *purpose: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive(seed, "data", *purpose))
 
 
-class LengthSampler(Sampler[int]):
+class _Seeded(Sampler[int]):
+    """An order that follows from a seed and the epoch."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch.
+
+        Args:
+            epoch: the number of the pass over the data, from 0.
+        """
+        self.epoch = epoch
+
+
+class LengthSampler(_Seeded):
     """Every example once an epoch, such that consecutive `batch_size` ones are about as long; for `DataLoader(sampler=...)`.
 
     A random order is cut into groups of 50 batches; each group is sorted by length, and the batches of all are shuffled. The
@@ -35,16 +51,7 @@ class LengthSampler(Sampler[int]):
         raise_problems((*whole("batch_size", batch_size, 1), *whole("seed", seed)))
         self.lengths = torch.tensor(lengths)
         self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch.
-
-        Args:
-            epoch: the number of the pass over the data, from 0.
-        """
-        self.epoch = epoch
+        super().__init__(seed)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -62,7 +69,7 @@ class LengthSampler(Sampler[int]):
         return iter(torch.cat([*shuffled, order[rest:]]).tolist())
 
 
-class ShuffledSampler(Sampler[int]):
+class ShuffledSampler(_Seeded):
     """Every item once an epoch, in an order that follows from a seed and the epoch.
 
     PyTorch's own shuffling follows from the trainer's seed instead; this one is the same in any trainer and in a plain loop.
@@ -75,16 +82,7 @@ class ShuffledSampler(Sampler[int]):
     def __init__(self, num_items: int, seed: int = 0) -> None:
         raise_problems((*whole("num_items", num_items, 1), *whole("seed", seed)))
         self.num_items = num_items
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch.
-
-        Args:
-            epoch: the number of the pass over the data, from 0.
-        """
-        self.epoch = epoch
+        super().__init__(seed)
 
     def __len__(self) -> int:
         return self.num_items

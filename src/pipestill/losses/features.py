@@ -1,5 +1,6 @@
 """Losses of (value after a student block, value after a teacher block, target), for `ps.features`."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +11,16 @@ from torch import Tensor
 from pipestill.arguments import one_of, raise_problems, real_number
 from pipestill.errors import ConfigError
 from pipestill.losses.signatures import check_shapes
-from pipestill.losses.targets import read_target, spread
-
-_IGNORED = -100
+from pipestill.losses.targets import IGNORED, read_target, spread
 
 
 @dataclass(frozen=True)
-class _OfTokens:
+class _OfTokens(ABC):
     """A loss that is a mean over what a target counts: its `tokens`, else those with a label; over all rows without either."""
 
+    @abstractmethod
     def each(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The loss of each token or row, (rows, ...)."""
-        raise NotImplementedError
 
     def counts(self, target: Any) -> float | dict[str, float]:
         """Count the tokens (or rows) of a target; nothing where it does not tell.
@@ -29,7 +28,7 @@ class _OfTokens:
         Args:
             target: as for a call.
         """
-        weights = read_target(target, _IGNORED).weights
+        weights = read_target(target, IGNORED).weights
         return {} if weights is None else float(weights.sum())
 
     def sums(self, student: Tensor, teacher: Tensor, target: Any) -> Tensor:
@@ -41,7 +40,7 @@ class _OfTokens:
             target: as for a call.
         """
         each = self.each(student.float(), teacher.float())
-        weights = read_target(target, _IGNORED).weights
+        weights = read_target(target, IGNORED).weights
         if weights is None:
             return each.mean()
         return (each.reshape(-1) * spread(weights, each.shape, "the target's labels or weights").to(each.dtype)).sum()

@@ -1,5 +1,6 @@
 """Losses of two models' logits, with a cross entropy mixed in: for classes, (rows, classes), and words, (rows, length, words)."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import partial
@@ -18,7 +19,7 @@ from pipestill.losses.targets import Labels, Target, checked_labels, read_target
 
 
 @dataclass(frozen=True)
-class LogitLoss:
+class LogitLoss(ABC):
     """A divergence of two models' logits plus a cross entropy with labels; the base of the losses that ship.
 
     The divergence is the mean over the tokens that count, times its weight and T^2; the cross entropy is the mean over the
@@ -63,9 +64,9 @@ class LogitLoss:
             problems.append("kd_ratio stands for weight and cross_entropy; give it, or them")
         raise_problems(problems)
 
+    @abstractmethod
     def divergence(self) -> Divergence:
         """The function that compares logits."""
-        raise NotImplementedError
 
     @property
     def _own(self) -> tuple[float, float]:
@@ -88,6 +89,12 @@ class LogitLoss:
     def _read(self, target: Any) -> Target:
         """What a target says of tokens; `DataError` where it cannot have the labels that the loss needs."""
         read = read_target(target, self.ignore_index)
+        if isinstance(target, Mapping) and (read.weights is None or (read.labels is None and self.factors[1])):
+            needed = "'labels'" if self.factors[1] else "'labels' or 'tokens'"
+            raise DataError(
+                f"the target is a mapping of {', '.join(map(repr, target))}; expected one with {needed}"
+                f"{', or a loss with cross_entropy=0' if read.weights is not None else ''}"
+            )
         if read.labels is None and isinstance(target, Tensor) and self.factors[1]:
             raise DataError(
                 f"the target is {target.dtype} {tuple(target.shape)}; expected class indices, whole numbers of (rows, ...), or a "

@@ -6,6 +6,7 @@ over all of the data.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ _CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class _OverLabels:
+class _OverLabels(ABC):
     """A metric that is a mean over labels."""
 
     ignore_index: int = IGNORED
@@ -41,6 +42,7 @@ class _OverLabels:
         """
         return float(labels_of(target, self.ignore_index).counted.sum())
 
+    @abstractmethod
     def sums(self, output: Any, target: Any) -> Tensor:
         """Add up over the labels.
 
@@ -48,7 +50,6 @@ class _OverLabels:
             output: as for a call.
             target: as for a call.
         """
-        raise NotImplementedError
 
     def _mean(self, output: Any, target: Any) -> Tensor:
         return self.sums(output, target) / max(1.0, self.counts(target))

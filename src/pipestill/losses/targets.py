@@ -41,6 +41,8 @@ def read_target(target: Any, ignore_index: int) -> Target:
         came = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         shape = "a tensor" if labels is None else tuple(labels.shape)
         raise DataError(f"the target's tokens are {came}; expected a weight for each label, {shape}")
+    if tokens.device.type == "cpu" and not (tokens >= 0).all():  # elsewhere the reader has looked at them before
+        raise DataError("the target's tokens hold a negative number or NaN; expected weights of 0 or more")
     return Target(labels, counted, tokens.double())
 
 

@@ -2,7 +2,8 @@
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -107,3 +108,22 @@ def _replace(container: Any, content: Any) -> None:
     """Give a container its old content."""
     container.clear()
     (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+
+
+@contextmanager
+def modes_and_buffers(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Run the body, then put back the modes and the buffers of all modules in `models`."""
+    modules = [module for model in models for module in model.modules()]
+    modes = [module.training for module in modules]
+    buffers = [{name: (b, b if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
+    try:
+        yield
+    finally:
+        for module, mode, saved in zip(modules, modes, buffers, strict=True):
+            module.training = mode
+            module._buffers.clear()  # a forward may have put new tensors in the old ones' place
+            for name, (buffer, content) in saved.items():
+                module._buffers[name] = buffer
+                if buffer is not None and content is not None:
+                    with torch.no_grad():
+                        buffer.copy_(content)

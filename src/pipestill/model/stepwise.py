@@ -12,7 +12,7 @@ from pipestill.errors import ModelError
 from pipestill.model.blocks import BlockModel
 from pipestill.model.boundary import Detached, detached, with_exit
 from pipestill.model.nests import describe, distinct_tensors, watched
-from pipestill.model.remembered import Remembered
+from pipestill.model.remembered import Remembered, modes_and_buffers
 from pipestill.model.tasks import Task, check_views, teacher_trains, view
 
 OnDone = Callable[[str, int], None]
@@ -243,24 +243,13 @@ def restored(models: Sequence[nn.Module], losses: Sequence[object] = ()) -> Iter
     """
     apart = [model for model in models if not any(model is loss for loss in losses)]
     remembered = Remembered(losses, apart)
-    modules = [module for model in models for module in model.modules()]
-    modes = [module.training for module in modules]
-    buffers = [{name: (b, b if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
     gradients = [(p, p.grad) for model in models for p in model.parameters()]
     for model in models:
         model.zero_grad()
     try:
-        with torch.random.fork_rng():
+        with modes_and_buffers(models), torch.random.fork_rng():
             yield
     finally:
-        for module, mode, saved in zip(modules, modes, buffers, strict=True):
-            module.training = mode
-            module._buffers.clear()  # a forward may have put new tensors in the old ones' place
-            for name, (buffer, content) in saved.items():
-                module._buffers[name] = buffer
-                if buffer is not None and content is not None:
-                    with torch.no_grad():
-                        buffer.copy_(content)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         remembered.put_back()

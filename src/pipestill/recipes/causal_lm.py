@@ -1,9 +1,8 @@
 """Distil a causal language model into a smaller one, token by token."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
@@ -15,7 +14,7 @@ from pipestill import losses
 from pipestill.errors import ConfigError
 from pipestill.lr_schedules import cosine
 from pipestill.model.seeding import derive
-from pipestill.recipes import causal_data, causal_models
+from pipestill.recipes import causal_data, causal_models, language
 from pipestill.recipes.causal_data import Batches, Truncation
 from pipestill.recipes.causal_models import Dtype, LlamaSizes
 from pipestill.recipes.distillation import DistillationWorkload
@@ -279,7 +278,7 @@ class CausalLm:
         if self.teacher_model is not None:
             return causal_models.read_model(self.teacher_model, "teacher", self.teacher_dtype, seed)
         if self.preset != "reference" and in_main_process():
-            _warn_of_random_teacher(self.preset)
+            language.warn_of_random_teacher(self.preset)
         return causal_models.fresh(config, seed)
 
     def _student(self, config: Any, seed: int) -> nn.Module:
@@ -290,16 +289,6 @@ class CausalLm:
             return model
         lora = Lora(self.lora_rank, self.lora_alpha * self.lora_rank, self.lora_dropout, self.lora_targets)
         return lora.wrap(model, derive(seed, "lora"))
-
-
-@cache
-def _warn_of_random_teacher(preset: str) -> None:
-    """Once a process, on stderr."""
-    print(
-        f"warning: the teacher has random weights (preset {preset} without --teacher_model): this shows speed, and teaches "
-        "the student nothing",
-        file=sys.stderr,
-    )
 
 
 def _save(tokenizer: Any, model: Any, directory: Path) -> None:

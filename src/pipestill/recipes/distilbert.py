@@ -1,9 +1,8 @@
 """Distil a BERT into a DistilBERT of fewer layers."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -267,7 +266,7 @@ class DistilBert:
             model: nn.Module = language.from_pretrained("BertForMaskedLM", self.teacher_model, "teacher")
             return model
         if published and in_main_process():
-            _warn_of_random_teacher(self.preset)
+            language.warn_of_random_teacher(self.preset)
         return language.bert(sizes, **common, tied=published or self.tie_embeddings, seed=seed)
 
     def _prepare(self, teacher: nn.Module, student: nn.Module) -> None:
@@ -278,13 +277,3 @@ class DistilBert:
             language.start_from_teacher(teacher, student)
         if self.freeze_positions:
             language.freeze_positions(student)
-
-
-@cache
-def _warn_of_random_teacher(preset: str) -> None:
-    """Warn on stderr, once a process, of a teacher that teaches nothing."""
-    print(
-        f"warning: the teacher has random weights (preset {preset} without --teacher_model): this shows speed, and teaches "
-        "the student nothing",
-        file=sys.stderr,
-    )

@@ -1,6 +1,8 @@
 """BERT teachers and DistilBERT students, of transformers' ordinary classes."""
 
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +138,13 @@ def start_from_teacher(teacher: Any, student: Any) -> None:
 def freeze_positions(student: Any) -> None:
     """Keep the position embeddings as they are."""
     student.distilbert.embeddings.position_embeddings.weight.requires_grad_(False)
+
+
+@cache
+def warn_of_random_teacher(preset: str) -> None:
+    """Warn on stderr, once a process, of a teacher that teaches nothing."""
+    print(
+        f"warning: the teacher has random weights (preset {preset} without --teacher_model): this shows speed, and teaches "
+        "the student nothing",
+        file=sys.stderr,
+    )

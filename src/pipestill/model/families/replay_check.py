@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from pipestill.errors import ModelError
 from pipestill.model.families.replay_layers import Layout
+from pipestill.model.remembered import modes_and_buffers
 from pipestill.model.without_numbers import WithoutNumbers
 
 _REFUSED = {
@@ -46,23 +47,13 @@ def quietly(model: nn.Module) -> Iterator[None]:
 
     A model without content, whose costs are computed, may ask its tensors for numbers (is a mask full?).
     """
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    buffers = [{name: (b, None if b is None else b.clone()) for name, b in m._buffers.items()} for m in modules]
-    try:
-        without = any(parameter.is_meta for parameter in model.parameters())
-        with torch.random.fork_rng(), torch.no_grad(), WithoutNumbers() if without else nullcontext():
-            torch.manual_seed(0)
-            model.eval()
-            yield
-    finally:
-        for module, mode, saved in zip(modules, modes, buffers, strict=True):
-            module.training = mode
-            module._buffers.clear()  # a forward may have put new tensors in the old ones' place
-            for name, (buffer, content) in saved.items():
-                module._buffers[name] = buffer
-                if buffer is not None and content is not None:
-                    buffer.copy_(content)
+    without = any(parameter.is_meta for parameter in model.parameters())
+    with (
+        modes_and_buffers([model]), torch.random.fork_rng(), torch.no_grad(), WithoutNumbers() if without else nullcontext(),
+    ):  # fmt: skip
+        torch.manual_seed(0)
+        model.eval()
+        yield
 
 
 def verify(
