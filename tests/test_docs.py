@@ -196,6 +196,7 @@ def test_language_data_page_runs() -> None:
     assert names["examples"].counts.summary() == fences_of("docs/language_data.md", "text")[0].strip()
 
 
+@pytest.mark.slow
 def test_teacher_cache_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its code asserts by itself that a student learns the same from the cache as from the teacher."""
     pytest.importorskip("transformers")

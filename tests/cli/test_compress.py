@@ -157,7 +157,7 @@ def test_recipes_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert "compress" in names
 
 
-@pytest.mark.parametrize("strategy", ["ls", pytest.param("relay", marks=pytest.mark.slow), "relay-dpu"])
+@pytest.mark.parametrize("strategy", ["ls", *(pytest.param(name, marks=pytest.mark.slow) for name in ("relay", "relay-dpu"))])
 def test_check_is_exact_where_blocks_see_whole_batches(strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["check", "compress", *SMALL, "--strategy", strategy, "--devices", "2", "--steps", "5", "--batch_size", "16"]
     status, out, _ = run(capsys, *words, "--transport", "in-process" if strategy == "ls" else "both", "--json")

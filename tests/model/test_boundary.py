@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from support.cases import CASES, SGD, UNUSED, Call, distilled, supervised
 from support.fits import Case, assert_exact, assert_same
 from support.models import CLASSES, vectors
+from support.pairwise import every_other
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -286,7 +287,7 @@ def exact(task: Callable[[], Any], loader: Callable[[], Any] = vectors, devices:
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch, in forwards that need none
 @pytest.mark.usefixtures("quick_plans")
-@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("kind", every_other(WHOLE))
 def test_training_with_a_block_that_stays_whole(kind: str) -> None:
     make, _ = WHOLE[kind]
     exact(lambda: distilled(nn.Linear(4, 8), *make(), nn.Tanh(), mlp(), nn.Linear(8, CLASSES)))
@@ -320,7 +321,13 @@ NOT_OF_BLOCKS = (
 
 @pytest.mark.filterwarnings(UNUSED)
 @pytest.mark.usefixtures("quick_plans")
-@pytest.mark.parametrize("case", [pytest.param(name, marks=pytest.mark.slow if name in NOT_OF_BLOCKS else ()) for name in CASES])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *every_other(name for name in CASES if name not in NOT_OF_BLOCKS),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in NOT_OF_BLOCKS),
+    ],
+)
 def test_peculiar_models(case: str) -> None:
     """Two blocks of a stage that share a weight among them ("tied"): its gradient is one sum, in one backward."""
     assert_exact(CASES[case], devices=[CASES[case].most_devices()], split_backward=True)

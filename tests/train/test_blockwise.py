@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.blocks import BATCHES, EPOCHS, OPTIMIZERS, ROWS, BlockCase, Chain, Outcome, profile_of, run_all
+from support.pairwise import every_other
 from torch import Tensor, nn
 
 import pipestill as ps
@@ -49,10 +50,10 @@ def moves(outcome: Outcome) -> bool:
 
 
 def strategies_by_devices() -> Iterator[Any]:
-    """Every strategy on 4 devices, of which each has a block, and on two other numbers; the rest are slow."""
+    """Every strategy on 4 devices, of which each has a block, and on one other number; the rest are slow."""
     for number, strategy in enumerate(BLOCKWISE_STRATEGIES):
         for place, devices in enumerate((1, 2, 3, 6)):
-            yield pytest.param(strategy, devices, marks=() if (number + place) % 2 else pytest.mark.slow)
+            yield pytest.param(strategy, devices, marks=() if (number + place) % 4 == 1 else pytest.mark.slow)
         yield strategy, 4
 
 
@@ -73,11 +74,11 @@ WINDOWS = ((2, 2), (3, 4), (2, 16))
 
 @pytest.mark.parametrize(
     ("kind", "optimizer", "devices", "window"),
-    [
+    every_other(
         (kind, optimizer, *WINDOWS[(i + j) % len(WINDOWS)])
         for i, kind in enumerate(KINDS)
         for j, optimizer in enumerate(OPTIMIZERS)
-    ],
+    ),
 )
 def test_blocks_that_move_stay_exact(
     kind: str, optimizer: str, devices: int, window: int, monkeypatch: pytest.MonkeyPatch
@@ -127,7 +128,7 @@ def in_processes(devices: int) -> dict[tuple[BlockCase, str], Outcome]:
     return dict(zip(runs, ps.launch(run_all, (runs, devices), devices, threads=1, timeout_seconds=60.0), strict=True))
 
 
-@pytest.mark.parametrize(("case", "strategy", "devices"), IN_PROCESSES)
+@pytest.mark.parametrize(("case", "strategy", "devices"), every_other(IN_PROCESSES))
 def test_processes_train_like_each_block_alone(case: BlockCase, strategy: str, devices: int) -> None:
     """Also where a group is uneven, and where a block moves with its buffers.
 

@@ -81,7 +81,7 @@ def case_by_some() -> Iterator[Any]:
     """Every peculiar task by two of the strategies, in turn; by the others it is slow."""
     for number, case in enumerate(case for case in MOMENTUM_CASES if case != "byol"):
         for place, (one, devices) in enumerate(SOME):
-            always = (place - number) % len(SOME) in (0, 2)
+            always = (place - number) % len(SOME) == 0
             yield pytest.param(case, *one, devices, marks=() if always else pytest.mark.slow)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pairwise import every_other
 from support.tiny_models import inputs_for, texts, tiny
 from torch import Tensor
 
@@ -239,7 +240,7 @@ def test_weights_may_change_their_type_after_the_cut() -> None:
         assert value["logits"].dtype == torch.float64
 
 
-@pytest.mark.parametrize("machine", ["a100", "h100:bf16"])
+@pytest.mark.parametrize("machine", every_other(["h100:bf16", "a100"]))
 def test_costs_are_computed_for_models_without_content(machine: str) -> None:
     """The look at a model when inputs of other names come first is not counted as work of its embeddings."""
     machine_ = Machine.parse(machine)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.pairwise import every_other
 from torch import Tensor, nn
 
 import pipestill as ps
@@ -53,8 +54,21 @@ def trained(strategy: str, partition: list[int] | None = None, **options: Any) -
 
 
 @pytest.mark.usefixtures("quick_plans")
-@pytest.mark.parametrize("clip", [None, 0.3])
-@pytest.mark.parametrize("partition", [[4, 1], [2, 3], [1, 2, 2], [1, 1, 1, 1, 1]])
+@pytest.mark.parametrize(
+    ("partition", "clip"),
+    every_other(
+        [
+            ([4, 1], 0.3),
+            ([4, 1], None),
+            ([2, 3], None),
+            ([2, 3], 0.3),
+            ([1, 2, 2], 0.3),
+            ([1, 2, 2], None),
+            ([1] * 5, None),
+            ([1] * 5, 0.3),
+        ]
+    ),
+)
 def test_tied_weights_on_several_stages_as_in_the_plain_loop(partition: list[int], clip: float | None) -> None:
     """Weights, and the norm of all gradients, in which a tied weight counts once."""
     expected, norms = trained("reference", clip_grad_norm=clip)
